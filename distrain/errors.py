@@ -1,0 +1,25 @@
+"""What a process says when it ends: exit codes, and the user's mistakes as one line.
+
+The launcher and the batch scripts decide by the exit codes alone whether to run again.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_DONE = 0
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, everything saved, run me again
+EXIT_USER = 78  # EX_CONFIG of sysexits.h: the user's mistake, running again will not help
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line: what is wrong, where, and the cure."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A phrase that points from a misspelt name to the closest known one, or lists a few of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]}?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"known: {shown}"
