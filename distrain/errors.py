@@ -15,11 +15,14 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line: what is wrong, where, and the cure."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A phrase that points from a misspelt name to the closest known one, or lists a few of them."""
+def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
+    """A phrase that points from a misspelt name to the closest known one.
+
+    Where nothing is close it lists what there is: `shown`, or else the first of `known`.
+    """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]}?"
-    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-    return f"known: {shown}"
+    listed = known if shown is None else list(shown)
+    return "known: " + ", ".join(listed[:12]) + (", ..." if len(listed) > 12 else "")

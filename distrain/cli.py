@@ -1,0 +1,81 @@
+"""The command line: training, and one tool per subject. Each tool's code lives with its subject."""
+
+import argparse
+import importlib
+import os
+from collections.abc import Sequence
+
+from distrain import __version__
+
+TOOLS = {
+    "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
+    "shards": ("distrain.data.tool", "fetch or index training data"),
+}
+
+_DESCRIPTION = """\
+Train DenseNet and RegNet image classifiers, on one process or many nodes.
+A run that was stopped or killed goes on where it was when the same command is given again."""
+
+_EXAMPLES = """\
+first run, on real images:
+  python -m distrain shards fetch cifar10 --out data/cifar10
+  torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml
+
+your own run, changing what you like (any key that --print-config shows):
+  torchrun --nproc-per-node 8 -m distrain --config configs/quickstart.yaml \\
+      run.name=mine model.name=regnety_400mf data.train=DIR/train.parquet data.val=DIR/val.parquet
+
+tools (python -m distrain TOOL --help tells more):
+"""
+
+_EXIT_CODES = """
+exit codes:
+  0   done
+  75  stopped on request (SIGTERM, SIGUSR1, or a file `stop` in the run's folder), all saved: run it again
+  78  a mistake in the configuration or the data; the message says which
+  else a crash: run it again to go on from the last checkpoint
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command line and return the exit code. Raises UserError for the user's mistakes."""
+    if argv and argv[0] in TOOLS:
+        module, summary = TOOLS[argv[0]]
+        parser = argparse.ArgumentParser(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
+        importlib.import_module(module).configure(parser)
+        args = parser.parse_args(argv[1:])
+        return int(args.run(args))
+    return _train(argv)
+
+
+def _train(argv: Sequence[str]) -> int:
+    tools = "".join(f"  {name:<8}  {summary}\n" for name, (_, summary) in TOOLS.items())
+    parser = argparse.ArgumentParser(
+        prog="distrain",
+        usage="torchrun [--nproc-per-node N ...] -m distrain --config FILE [key=value ...]\n"
+        "       python -m distrain TOOL ...",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES + tools + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the run, such as configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.epochs=5")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the whole configuration, checked and explained, and exit"
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    args = parser.parse_args(argv)
+    if not args.config and not args.overrides:
+        parser.error("nothing to train: give --config FILE, or see --help")
+
+    from distrain import config
+
+    loaded = config.load(args.config, args.overrides)
+    config.check_ranks(loaded, int(os.environ.get("WORLD_SIZE", 1)))
+    if args.print_config:
+        print(config.to_yaml(loaded), end="")
+        return 0
+
+    from distrain.train import train
+
+    return train(loaded)

@@ -1,0 +1,344 @@
+"""The schema of a run: one dataclass per section, read from YAML, overridden from the command line.
+
+A YAML file holds only what differs from the defaults here, or from the file its `extends:` names.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from distrain.errors import UserError, nearest
+
+
+def option(default: Any, help: str, *, free: bool = False) -> Any:
+    """A field with its one-line meaning, which `--print-config` prints beside the value.
+
+    A `free` field may differ when a run is resumed; all others are part of what the run is.
+    """
+    metadata = {"help": help, "free": free}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(f"{key}={value} is not known: {nearest(value, known)}")
+
+
+def _at_least(key: str, value: float, least: float) -> None:
+    if value < least:
+        raise UserError(f"{key}={value} is too small: it must be at least {least}")
+
+
+@dataclass
+class RunConfig:
+    name: str = option(MISSING, "folder below run.dir and name in MLflow; the same name resumes the run", free=True)
+    dir: str = option("runs", "where runs live; keep it on storage that every node shares", free=True)
+    seed: int = option(0, "the only source of randomness")
+
+    def __post_init__(self) -> None:
+        _at_least("run.seed", self.seed, 0)
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise UserError(f"run.name={self.name!r} must be a plain folder name, without '/'")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) / self.name
+
+
+@dataclass
+class DataConfig:
+    train: str = option(MISSING, "index of the training shards, a .parquet file", free=True)
+    val: str = option(MISSING, "index of the validation shards, a .parquet file", free=True)
+    loader: str = option("torch", "torch", free=True)
+    image_size: int = option(224, "side of the square the network is given, pixels")
+    crop: str = option("resized", "training crop: resized (RandomResizedCrop), pad (shifted), none (centre)")
+    crop_scale: list[float] = option([0.08, 1.0], "crop=resized: smallest and largest share of the area")
+    crop_ratio: list[float] = option([0.75, 4 / 3], "crop=resized: narrowest and widest width / height")
+    crop_pad: int = option(4, "crop=pad: largest shift in either direction, pixels of the source image")
+    flip: float = option(0.5, "probability of a horizontal flip in training")
+    val_resize: int = option(256, "validation: short side before the centre crop of image_size, pixels")
+    mean: list[float] = option([0.485, 0.456, 0.406], "per channel, of images in 0..1")
+    std: list[float] = option([0.229, 0.224, 0.225], "per channel, of images in 0..1")
+    threads: int = option(2, "decoding threads of each rank", free=True)
+    prefetch: int = option(4, "micro-batches of each rank decoded ahead of the step", free=True)
+
+    def __post_init__(self) -> None:
+        _one_of("data.loader", self.loader, ("torch",))
+        _one_of("data.crop", self.crop, ("resized", "pad", "none"))
+        for key in ("image_size", "threads", "prefetch"):
+            _at_least(f"data.{key}", getattr(self, key), 1)
+        _at_least("data.crop_pad", self.crop_pad, 0)
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"data.flip={self.flip} is a probability: it must lie in 0..1")
+        if self.val_resize < self.image_size:
+            raise UserError(
+                f"data.val_resize={self.val_resize} is smaller than data.image_size={self.image_size}: "
+                "the centre crop would leave the image"
+            )
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != 3:
+                raise UserError(f"data.{key} needs three numbers, one per channel")
+        if min(self.std) <= 0:
+            raise UserError(f"data.std={self.std} must be positive")
+        for key in ("crop_scale", "crop_ratio"):
+            bounds = getattr(self, key)
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
+                raise UserError(f"data.{key}={bounds} must be two positive numbers, the smaller one first")
+
+
+@dataclass
+class ModelConfig:
+    name: str = option(MISSING, "a network, as `python -m distrain models` lists them")
+    num_classes: int = option(1000, "width of the classifier; must equal the number of classes in the index")
+    options: dict[str, Any] = option({}, "further arguments of that network, as `models show NAME` lists them")
+
+
+@dataclass
+class BatchConfig:
+    lanes: int = option(8, "streams of samples; one per rank at the planned size, fixed for the run's life")
+    per_lane: int = option(32, "images each lane adds to a step; batch.lanes x batch.per_lane = global batch")
+
+    def __post_init__(self) -> None:
+        _at_least("batch.lanes", self.lanes, 1)
+        _at_least("batch.per_lane", self.per_lane, 2)  # one image has no batch statistics
+
+    @property
+    def size(self) -> int:
+        return self.lanes * self.per_lane
+
+
+@dataclass
+class TrainConfig:
+    epochs: float = option(100.0, "length of the run; steps = epochs x samples / global batch, rounded")
+    precision: str = option("bf16", "bf16 (autocast) or fp32")
+    channels_last: bool = option(True, "memory format of images and weights")
+    deterministic: bool = option(False, "on GPUs, bit-for-bit repeatable at some cost; CPUs always are", free=True)
+
+    def __post_init__(self) -> None:
+        _one_of("train.precision", self.precision, ("bf16", "fp32"))
+        if self.epochs <= 0:
+            raise UserError(f"train.epochs={self.epochs} must be positive")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = option("sgd", "sgd")
+    lr: float = option(0.1, "peak learning rate at this global batch")
+    momentum: float = option(0.9, "sgd: momentum")
+    nesterov: bool = option(True, "sgd: Nesterov momentum")
+    weight_decay: float = option(5e-5, "added to the gradient, times the weight")
+    decay_norms: bool = option(True, "whether normalisation weights and all biases decay too")
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("sgd",))
+        if self.nesterov and self.momentum <= 0:
+            raise UserError("optimizer.nesterov=true needs optimizer.momentum above 0")
+
+
+@dataclass
+class ScheduleConfig:
+    name: str = option("cosine", "shape after warm-up: cosine or constant")
+    warmup_epochs: float = option(5.0, "linear warm-up")
+    warmup_factor: float = option(0.1, "learning rate at the first step, as a share of optimizer.lr")
+    final_factor: float = option(0.0, "learning rate at the end of cosine, as a share of optimizer.lr")
+
+    def __post_init__(self) -> None:
+        _one_of("schedule.name", self.name, ("cosine", "constant"))
+        _at_least("schedule.warmup_epochs", self.warmup_epochs, 0)
+
+
+@dataclass
+class LossConfig:
+    label_smoothing: float = option(0.0, "share of the target spread over all classes")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"loss.label_smoothing={self.label_smoothing} must lie in 0..1, 1 excluded")
+
+
+@dataclass
+class EvaluateConfig:
+    every_epochs: float = option(1.0, "how often the whole validation set is measured; always at the end", free=True)
+    batch: int = option(256, "images in one forward pass; the same batches on any number of ranks", free=True)
+
+    def __post_init__(self) -> None:
+        _at_least("evaluate.batch", self.batch, 1)
+        if self.every_epochs <= 0:
+            raise UserError(f"evaluate.every_epochs={self.every_epochs} must be positive")
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = option(500, "steps between checkpoints; one is always written at a stop and at the end", free=True)
+    keep: int = option(3, "newest checkpoints kept", free=True)
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoint.every_steps", self.every_steps, 1)
+        _at_least("checkpoint.keep", self.keep, 2)  # the one before a damaged one is the way out
+
+
+@dataclass
+class TrackConfig:
+    uri: str = option("", "MLflow tracking URI; empty: $MLFLOW_TRACKING_URI, else a database file in run.dir", free=True)
+    experiment: str = option("distrain", "MLflow experiment the run belongs to", free=True)
+    every_steps: int = option(10, "steps between reports of loss, accuracy, learning rate and speed", free=True)
+
+    def __post_init__(self) -> None:
+        _at_least("track.every_steps", self.every_steps, 1)
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        if self.schedule.warmup_epochs > self.train.epochs:
+            raise UserError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than "
+                f"train.epochs={self.train.epochs}: shorten the warm-up or train longer"
+            )
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and what it extends, apply `key=value` overrides, check everything.
+
+    Raises UserError naming the file or override and the key, with the nearest valid key or the cure.
+    """
+    merged = OmegaConf.structured(Config)
+    for source, layer in [*_read_layers(Path(path))] if path else []:
+        merged = _merge(merged, layer, source)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is not an override: write key=value, such as batch.lanes=4")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{override}: not readable as key=value: {_first_line(error)}") from error
+        merged = _merge(merged, layer, override)
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        where = f"{path}: " if path else ""
+        raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Refuse more ranks than lanes: a rank without a lane would have nothing to do."""
+    if config.batch.lanes < world:
+        raise UserError(
+            f"batch.lanes={config.batch.lanes} does not fit {world} ranks: every rank needs at least one lane; "
+            f"start at most {config.batch.lanes} ranks or set batch.lanes={world} (a new run)"
+        )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries and lists, as YAML and JSON hold them."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"batch": {"lanes": 8}} -> {"batch.lanes": 8}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that make a run what it is, by dotted key: resuming with others would be another run."""
+    values = to_dict(config)
+    return {
+        f"{section.name}.{entry.name}": values[section.name][entry.name]
+        for section in fields(config)
+        for entry in fields(getattr(config, section.name))
+        if not entry.metadata["free"]
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that can be read back, every key with its meaning beside it."""
+    lines = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        lines.append(f"{section.name}:")
+        for entry in fields(values):
+            value = yaml.safe_dump([getattr(values, entry.name)], default_flow_style=True, width=1000).strip()
+            lines.append(f"  {f'{entry.name}: {value[1:-1]}':<36}  # {entry.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
+    """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself, by way of {', '.join(str(p) for p in seen)}")
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such configuration file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: must hold keys and values")
+    base = content.pop("extends", None)
+    if base is not None:
+        yield from _read_layers(path.parent / str(base), (*seen, path.resolve()))
+    yield str(path), content
+
+
+def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, layer)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        hint = nearest(key, _known_keys(Config), shown=[section.name for section in fields(Config)])
+        raise UserError(f"{source}: unknown key {key}: {hint}") from error
+    except OmegaConfBaseException as error:
+        where = f"{source}: {error.full_key}" if error.full_key else source
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    for entry in fields(schema):
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            yield prefix + entry.name
+            yield from _known_keys(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())
+
+
+def tracking_uri(config: Config) -> str:
+    """Where MLflow reports go: the configured server, the environment's, or a file beside the runs."""
+    default = f"sqlite:///{Path(config.run.dir).resolve()}/mlflow.db"
+    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or default

@@ -1,0 +1,96 @@
+"""Which part of each image the network sees: a pure function of (seed, epoch, sample id, width, height).
+
+A window is given in pixels of the stored image and may reach outside of it, where it is black. The loaders
+cut it out, resize it to the network's size and mirror it; all of them are given the same windows.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distrain.config import DataConfig
+from distrain.rng import Stream, uniform
+
+_ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back to the centre
+
+
+class Windows(NamedTuple):
+    """Parts of n images, int32 [n] each in pixels, and whether to mirror them, bool [n]."""
+
+    top: NDArray[np.int32]
+    left: NDArray[np.int32]
+    height: NDArray[np.int32]
+    width: NDArray[np.int32]
+    flip: NDArray[np.bool_]
+
+
+def draw_windows(
+    data: DataConfig,
+    seed: int,
+    epochs: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    widths: NDArray[np.int32],
+    heights: NDArray[np.int32],
+) -> Windows:
+    """The training windows of samples `ids` in `epochs`."""
+    flip = uniform(seed, Stream.FLIP, epochs, ids) < data.flip
+    if data.crop == "pad":
+        shifts = 2 * data.crop_pad + 1
+        top, left = (
+            np.floor(uniform(seed, Stream.CROP, epochs, ids, axis) * shifts) - data.crop_pad for axis in (0, 1)
+        )
+        return _windows(top, left, heights, widths, flip)
+    if data.crop == "none":
+        return centre_windows(data, widths, heights)._replace(flip=flip)
+    return _draw_resized(data, seed, epochs, ids, widths, heights)._replace(flip=flip)
+
+
+def centre_windows(data: DataConfig, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> Windows:
+    """The validation windows: what a resize of the short side and a centre crop would leave."""
+    side = np.minimum(widths, heights) * (data.image_size / data.val_resize)
+    side = np.maximum(1, np.rint(side))
+    return _windows((heights - side) // 2, (widths - side) // 2, side, side, np.zeros(len(widths), bool))
+
+
+def _draw_resized(
+    data: DataConfig,
+    seed: int,
+    epochs: NDArray[np.int64],
+    ids: NDArray[np.int64],
+    widths: NDArray[np.int32],
+    heights: NDArray[np.int32],
+) -> Windows:
+    """A share of the area at a log-uniform aspect ratio (Szegedy et al. 2015, as torchvision draws it)."""
+    attempt = np.arange(_ATTEMPTS)[:, None]
+
+    def draw(number: int) -> NDArray[np.float64]:
+        return uniform(seed, Stream.CROP, epochs, ids, attempt, number)
+
+    smallest, largest = data.crop_scale
+    area = widths * heights.astype(np.float64) * (smallest + draw(0) * (largest - smallest))
+    narrowest, widest = np.log(data.crop_ratio)
+    ratio = np.exp(narrowest + draw(1) * (widest - narrowest))
+    w = np.rint(np.sqrt(area * ratio))
+    h = np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+
+    column = np.arange(len(ids))
+    first = np.argmax(fits, axis=0)  # 0 where none fits, mended below
+    w, h = w[first, column], h[first, column]
+    top = np.floor(draw(2)[first, column] * (heights - h + 1))
+    left = np.floor(draw(3)[first, column] * (widths - w + 1))
+
+    whole_ratio = np.clip(widths / heights, *data.crop_ratio)
+    fallback_w = np.minimum(widths, np.rint(heights * whole_ratio))
+    fallback_h = np.minimum(heights, np.rint(widths / whole_ratio))
+    found = fits.any(axis=0)
+    w, h = np.where(found, w, fallback_w), np.where(found, h, fallback_h)
+    top = np.where(found, top, (heights - h) // 2)
+    left = np.where(found, left, (widths - w) // 2)
+    return _windows(top, left, h, w, np.zeros(len(ids), bool))
+
+
+def _windows(top: object, left: object, height: object, width: object, flip: NDArray[np.bool_]) -> Windows:
+    box = (np.asarray(values).astype(np.int32) for values in (top, left, height, width))
+    return Windows(*box, flip)

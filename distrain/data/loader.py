@@ -1,0 +1,41 @@
+"""Batches on the device, decoded ahead of the step: what is asked of every loader, and what it gives."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from distrain.data.augment import Windows
+
+
+class Request(NamedTuple):
+    """Which samples to decode, int64 [n], and which part of each."""
+
+    ids: NDArray[np.int64]
+    windows: Windows
+
+
+class Batch(NamedTuple):
+    """images: uint8 [n, 3, size, size] in channels_last memory; labels: int64 [n]. Both on the device."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+class Loader(Protocol):
+    """Turns requests into batches, in order, working ahead of the consumer."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """Yield one batch per request. Raises DataError for a sample that cannot be decoded."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 images [n, 3, h, w] as float32 with the given mean and deviation (of 0..1) taken out per channel."""
+    shift = torch.tensor(mean, device=images.device).mul_(255).view(3, 1, 1)
+    scale = torch.tensor(std, device=images.device).mul_(255).reciprocal_().view(3, 1, 1)
+    return images.float().sub_(shift).mul_(scale)

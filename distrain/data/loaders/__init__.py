@@ -1,0 +1,1 @@
+"""Ways to decode: each yields the same pixels for the same windows."""

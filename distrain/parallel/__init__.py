@@ -1,0 +1,1 @@
+"""Ranks are workers that execute lanes."""

@@ -1,0 +1,94 @@
+"""The process group: who takes part in a run, and what they agree on."""
+
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass
+class Group:
+    """This process's place among the ranks. A context manager that sets up and tears down torch.distributed.
+
+    Started by torchrun it joins the ranks that torchrun made; started alone it is a world of one.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def __enter__(self) -> Self:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        backend = "gloo"
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            backend = "cpu:gloo,cuda:nccl"
+        store = None if "RANK" in os.environ else dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+        self.control = dist.new_group(backend="gloo")  # small messages between CPUs, apart from the gradients
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks for all."""
+        return self.rank == 0
+
+    def lanes(self, lanes: int) -> range:
+        """The lanes this rank executes: a contiguous range; the first ranks take one more if they do not divide."""
+        share, extra = divmod(lanes, self.world)
+        first = self.rank * share + min(self.rank, extra)
+        return range(first, first + share + (self.rank < extra))
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def from_leader(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+class Agreement:
+    """A flag that all ranks see rise at the same step, without waiting for one another within a step.
+
+    Each step posts this rank's wish and reads the outcome of the step before, which has had a whole step's
+    time to travel.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def exchange(self, wish: bool) -> bool:
+        """Post this rank's wish; return whether any rank had wished at the previous call."""
+        agreed = self.settle()
+        flag = torch.tensor([float(wish)])
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
+        assert work is not None
+        self._pending = work, flag
+        return agreed
+
+    def settle(self) -> bool:
+        """Wait for what was posted last; return whether any rank had wished then."""
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        self._pending = None
+        work.wait()
+        return bool(flag.item())

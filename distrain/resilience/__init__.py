@@ -1,0 +1,1 @@
+"""Stopping, watching, and being tested for it."""

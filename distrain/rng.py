@@ -1,0 +1,51 @@
+"""Randomness as a pure function of its keys.
+
+Everything random in a run is a hash of (seed, stream, epoch or step, lane or sample, draw), so nothing
+has to be saved to resume it and nothing depends on which rank or thread asks first. The hash is written
+out here because its values must never change between library versions, which no generator of numpy or
+torch promises.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+class Stream(IntEnum):
+    """What a draw is for: equal keys in different streams give unrelated values."""
+
+    INIT = 0
+    ORDER = 1
+    CROP = 2
+    FLIP = 3
+    FORWARD = 4
+
+
+def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:
+    """Hash non-negative integers, or arrays of them that broadcast together, to 64 uniform bits.
+
+    Each key is absorbed by one round of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 15).
+    """
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+        for key in keys:
+            state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
+            state = (state ^ (state >> np.uint64(30))) * _MIX1
+            state = (state ^ (state >> np.uint64(27))) * _MIX2
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray(state)
+
+
+def uniform(*keys: ArrayLike) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), one for each key tuple."""
+    return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
+
+
+def torch_seed(*keys: int) -> int:
+    """A seed for `torch.manual_seed`."""
+    return int(hash64(*keys) >> np.uint64(1))

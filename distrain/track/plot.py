@@ -1,0 +1,30 @@
+"""The learning curves of a run as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from distrain.track.spool import Entry
+
+
+def plot_curves(entries: Sequence[Entry], path: Path) -> Path:
+    """Draw loss and accuracy against the step, training and validation together."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for ax, metric, label, scale in ((axes[0], "loss", "loss", 1), (axes[1], "top1", "top-1 accuracy, %", 100)):
+        for split, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("val", {"marker": "o"})):
+            points = [
+                (entry.step, scale * entry.metrics[f"{split}/{metric}"])
+                for entry in sorted(entries)
+                if f"{split}/{metric}" in entry.metrics
+            ]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=split, **style)
+        ax.set_xlabel("step")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+        if ax.has_data():
+            ax.legend()
+    figure.savefig(path, dpi=120)
+    return path
