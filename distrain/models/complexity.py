@@ -1,82 +1,112 @@
-"""What a network costs: multiply-adds, parameters and activations, counted without running it."""
+"""What a network costs: multiply-adds, parameters and activations, counted without running it.
 
-from dataclasses import dataclass, field
-from typing import Protocol
+Every module of a network has, beside `forward`, a method `count` that walks its layers in the same order.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Protocol, cast
 
 from torch import nn
 
+from distrain.errors import UserError
 
-@dataclass
+
+@dataclass(frozen=True)
 class Cost:
-    """Of one layer, or summed over many. flops: multiply-adds of one image. activations: output elements of
-    convolutions, max pooling and the classifier for one image (Radosavovic et al. 2020, section 3.1; pooling as
-    in the authors' code)."""
+    """Of one layer for one image, or summed over many."""
 
     flops: int = 0
+    """Multiply-adds of convolutions and the classifier."""
     params: int = 0
+    """Weights and biases; buffers do not count."""
     activations: int = 0
+    """Output elements of convolutions, max pooling and the classifier, as the RegNet authors' code counts."""
+    conv_activations: int = 0
+    """Output elements of convolutions alone, as their paper defines activations (section 3.1)."""
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.flops + other.flops, self.params + other.params, self.activations + other.activations
-        )
+        return Cost(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(Cost)))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that costs something, and the [width, size, size] map that leaves it."""
+
+    module: nn.Module
+    cost: Cost
+    width: int
+    size: int
+
+
+class Tally:
+    """Collects layers. Its methods take the size of the map that enters, pixels, and return what leaves."""
+
+    def __init__(self) -> None:
+        self.layers: list[Layer] = []
+
+    def conv(self, conv: nn.Conv2d, size: int) -> int:
+        size = _output_size(size, conv.kernel_size[0], conv.stride[0], int(conv.padding[0]))
+        elements = conv.out_channels * size * size
+        bias = 0 if conv.bias is None else conv.out_channels
+        flops = (conv.weight.numel() + bias) * size * size
+        self._add(conv, Cost(flops, conv.weight.numel() + bias, elements, elements), conv.out_channels, size)
+        return size
+
+    def norm(self, norm: nn.BatchNorm2d, size: int) -> int:
+        self._add(norm, Cost(params=2 * norm.num_features), norm.num_features, size)
+        return size
+
+    def max_pool(self, pool: nn.MaxPool2d, width: int, size: int) -> int:
+        size = _pooled_size(pool, size)
+        self._add(pool, Cost(activations=width * size * size), width, size)
+        return size
+
+    def average_pool(self, pool: nn.AvgPool2d, size: int) -> int:
+        return _pooled_size(pool, size)
+
+    def linear(self, linear: nn.Linear) -> None:
+        weights = linear.weight.numel() + linear.bias.numel()
+        self._add(linear, Cost(weights, weights, linear.out_features), linear.out_features, 1)
+
+    def all(self, modules: Iterable[nn.Module], size: int) -> int:
+        """Count modules that run one after the other."""
+        for module in modules:
+            size = cast(Countable, module).count(self, size)
+        return size
+
+    def _add(self, module: nn.Module, cost: Cost, width: int, size: int) -> None:
+        self.layers.append(Layer(module, cost, width, size))
 
 
 class Countable(Protocol):
-    """A module that can walk over its layers in the order in which `forward` runs them."""
+    """A module that can say what it costs."""
 
-    def count(self, tally: "Tally", size: int) -> int:
-        """Enter every layer into `tally` for square maps of `size` pixels; return the size that comes out."""
+    def count(self, tally: Tally, size: int) -> int:
+        """Enter every layer into `tally` for maps of `size` x `size` pixels; return the size that leaves."""
         ...
 
 
-@dataclass
-class Tally:
-    """Collects the cost of each layer, with the size of its output map in pixels."""
-
-    layers: list[tuple[nn.Module, Cost, int]] = field(default_factory=list)
-
-    def conv(self, layer: nn.Conv2d, size: int) -> int:
-        size = _output_size(size, layer.kernel_size[0], layer.stride[0], int(layer.padding[0]))
-        weights = layer.weight.numel()
-        flops = weights * size * size
-        activations = layer.out_channels * size * size
-        if layer.bias is not None:
-            weights += layer.bias.numel()
-            flops += activations
-        self.layers.append((layer, Cost(flops, weights, activations), size))
-        return size
-
-    def norm(self, layer: nn.BatchNorm2d, size: int) -> int:
-        self.layers.append((layer, Cost(params=layer.weight.numel() + layer.bias.numel()), size))
-        return size
-
-    def pool(self, layer: nn.MaxPool2d | nn.AvgPool2d, size: int) -> int:
-        kernel, stride, padding = (int(value) for value in (layer.kernel_size, layer.stride, layer.padding))  # type: ignore[arg-type]
-        return _output_size(size, kernel, stride, padding)
-
-    def max_pool(self, layer: nn.MaxPool2d, channels: int, size: int) -> int:
-        size = self.pool(layer, size)
-        self.layers.append((layer, Cost(activations=channels * size * size), size))
-        return size
-
-    def linear(self, layer: nn.Linear) -> None:
-        weights = layer.weight.numel()
-        bias = layer.bias.numel()
-        self.layers.append((layer, Cost(weights + bias, weights + bias, layer.out_features), 1))
-
-
-def count_complexity(network: nn.Module, resolution: int) -> Tally:
-    """The cost of every layer of a network of `distrain.models` for one square image of `resolution` pixels."""
+def count_complexity(network: nn.Module, resolution: int) -> dict[str, Layer]:
+    """The layers of a network of `distrain.models` by name, in the order they run, for one image of
+    `resolution` x `resolution` pixels. Raises UserError where nothing would be left of so small an image."""
     tally = Tally()
-    network.count(tally, resolution)  # type: ignore[operator]
-    return tally
+    tally.all([network], resolution)
+    names = {module: name for name, module in network.named_modules()}
+    return {names[layer.module]: layer for layer in tally.layers}
 
 
-def total(tally: Tally) -> Cost:
-    """The sum over all layers."""
-    return sum((cost for _, cost, _ in tally.layers), Cost())
+def total(layers: Iterable[Layer]) -> Cost:
+    return sum((layer.cost for layer in layers), Cost())
+
+
+def _pooled_size(pool: nn.MaxPool2d | nn.AvgPool2d, size: int) -> int:
+    kernel, stride, padding = (cast(int, value) for value in (pool.kernel_size, pool.stride, pool.padding))
+    return _output_size(size, kernel, stride, padding)
 
 
 def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
-    return (size + 2 * padding - kernel) // stride + 1
+    output = (size + 2 * padding - kernel) // stride + 1
+    if output < 1:
+        raise UserError(f"the image is too small for this network: a map of {size} pixels shrinks to nothing")
+    return output

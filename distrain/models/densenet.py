@@ -9,7 +9,12 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.models.complexity import Tally
-from distrain.models.layers import Block, conv, pool_globally
+from distrain.models.layers import conv, pool_globally
+from distrain.models.options import check_choice, check_probability
+from distrain.models.recomputation import Block
+
+Stem = Literal["imagenet", "cifar"]
+DropoutPlacement = Literal["paper", "torchvision"]
 
 
 @dataclass(frozen=True)
@@ -21,60 +26,68 @@ class DenseNetConfig:
     growth_rate: int
     """k: maps each layer adds."""
     stem_width: int
-    """Maps before the first block: 16 or 2k."""
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    """imagenet: 7x7 stride 2, BN, ReLU, 3x3 max pooling stride 2. cifar: 3x3 alone."""
+    """Maps before the first block: 2k, or 16 where there is no bottleneck."""
+    stem: Stem = "imagenet"
+    """imagenet: 7x7 of stride 2, BN, ReLU, 3x3 max pooling of stride 2. cifar: 3x3 alone."""
     bottleneck: int = 4
     """Width of the 1x1 convolution before each 3x3, in growth rates; 0: no such convolution (not -B)."""
     compression: float = 0.5
     """theta: share of the maps that a transition keeps; 1: all (not -C)."""
     dropout: float = 0.0
     """Probability of zeroing an element; the paper uses 0.2 where images are not augmented."""
-    dropout_after: Literal["convolutions", "layers"] = "convolutions"
-    """convolutions: after every one but the first, as in the paper. layers: after the 3x3 of each dense layer
-    only, as in torchvision."""
+    dropout_placement: DropoutPlacement = "paper"
+    """paper: after every convolution but the first. torchvision: after the 3x3 of each dense layer only."""
 
     def __post_init__(self) -> None:
         if min(self.depths, default=0) < 1:
-            raise UserError(f"depths={self.depths}: every dense block needs at least one layer")
-        if self.growth_rate < 1 or self.stem_width < 1 or self.bottleneck < 0:
-            raise UserError("growth_rate and stem_width must be at least 1, bottleneck at least 0")
+            raise UserError(
+                f"depths={self.depths}: a DenseNet needs blocks, and every block at least one layer"
+            )
+        for name, least in (("growth_rate", 1), ("stem_width", 1), ("bottleneck", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} is too small: it must be at least {least}")
         if not 0 < self.compression <= 1:
-            raise UserError(f"compression={self.compression} must lie in 0..1, 0 excluded")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must lie in 0..1, 1 excluded")
-        if self.stem not in ("imagenet", "cifar"):
-            raise UserError(f"stem={self.stem} is not known: imagenet or cifar")
-        if self.dropout_after not in ("convolutions", "layers"):
-            raise UserError(f"dropout_after={self.dropout_after} is not known: convolutions or layers")
+            raise UserError(f"compression={self.compression:g} must lie in 0..1, 0 excluded")
+        check_probability("dropout", self.dropout)
+        check_choice("stem", self.stem, Stem)
+        check_choice("dropout_placement", self.dropout_placement, DropoutPlacement)
+
+    @property
+    def dropout_elsewhere(self) -> float:
+        """Probability after the 1x1 convolutions of dense layers and transitions."""
+        return self.dropout if self.dropout_placement == "paper" else 0.0
 
 
-def cifar_depths(depth: int, bottleneck: bool) -> tuple[int, int, int]:
-    """Layers in each of the three blocks of a network that is `depth` layers deep (section 3, "Implementation
-    Details"): the stem, two transitions and the classifier are not in a block, and a bottleneck layer counts two.
+def configure_cifar(variant: str, depth: int, growth_rate: int) -> DenseNetConfig:
+    """The three-block network for small images, `depth` layers deep; `variant` is "", "b", "c" or "bc".
 
-    Raises UserError when the depth does not divide.
+    16 maps enter the first block, or 2k in DenseNet-BC (section 3, "Implementation Details").
     """
-    layers, rest = divmod(depth - 4, 6 if bottleneck else 3)
+    has_bottleneck = "b" in variant
+    return DenseNetConfig(
+        depths=divide_depth(depth, has_bottleneck),
+        growth_rate=growth_rate,
+        stem_width=2 * growth_rate if variant == "bc" else 16,
+        stem="cifar",
+        bottleneck=4 if has_bottleneck else 0,
+        compression=0.5 if "c" in variant else 1.0,
+    )
+
+
+def divide_depth(depth: int, has_bottleneck: bool) -> tuple[int, int, int]:
+    """Dense layers in each of three equal blocks: n = (L - 4) / 3, or (L - 4) / 6 with bottlenecks.
+
+    The four are the stem, two transitions and the classifier. Raises UserError if the depth does not divide.
+    """
+    convolutions = 6 if has_bottleneck else 3
+    layers, rest = divmod(depth - 4, convolutions)
     if rest or layers < 1:
-        step = 6 if bottleneck else 3
-        lower = max(4 + step, depth - rest)
+        lower = max(4 + convolutions, depth - rest)
         raise UserError(
-            f"depth {depth} does not make three equal blocks of {step // 3}-convolution layers: "
-            f"take {lower} or {lower + step}"
+            f"depth {depth} does not make three equal blocks of {convolutions // 3}-convolution layers: "
+            f"take {lower} or {lower + convolutions}"
         )
     return layers, layers, layers
-
-
-class Dropout(nn.Module):
-    """Dropout of single elements, absent at 0."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.probability, self.training) if self.probability else x
 
 
 class DenseLayer(Block):
@@ -82,20 +95,20 @@ class DenseLayer(Block):
 
     def __init__(self, width: int, config: DenseNetConfig) -> None:
         super().__init__()
-        inner = config.bottleneck * config.growth_rate
+        self.has_bottleneck = config.bottleneck > 0
         self.norm1 = nn.BatchNorm2d(width)
-        if inner:
+        if self.has_bottleneck:
+            inner = config.bottleneck * config.growth_rate
             self.conv1 = conv(width, inner, 1)
-            self.dropout1 = Dropout(config.dropout if config.dropout_after == "convolutions" else 0.0)
+            self.dropout1 = nn.Dropout(config.dropout_elsewhere)
             self.norm2 = nn.BatchNorm2d(inner)
             self.conv2 = conv(inner, config.growth_rate, 3)
         else:
             self.conv1 = conv(width, config.growth_rate, 3)
-        self.dropout = Dropout(config.dropout)
-        self.has_bottleneck = inner > 0
+        self.dropout = nn.Dropout(config.dropout)
 
-    def compute(self, *maps: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(F.relu(self.norm1(torch.cat(maps, dim=1)), inplace=True))
+    def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(F.relu(self.norm1(torch.cat(inputs, dim=1)), inplace=True))
         if self.has_bottleneck:
             x = self.conv2(F.relu(self.norm2(self.dropout1(x)), inplace=True))
         return self.dropout(x)
@@ -119,6 +132,9 @@ class DenseBlock(nn.ModuleList):
             maps.append(layer(*maps))
         return torch.cat(maps, dim=1)
 
+    def count(self, tally: Tally, size: int) -> int:
+        return tally.all(self, size)
+
 
 class Transition(nn.Module):
     """BN-ReLU-1x1 and 2x2 average pooling, between two blocks."""
@@ -127,24 +143,24 @@ class Transition(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm2d(width_in)
         self.conv = conv(width_in, width_out, 1)
-        self.dropout = Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.pool = nn.AvgPool2d(2, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(self.dropout(self.conv(F.relu(self.norm(x), inplace=True))))
 
     def count(self, tally: Tally, size: int) -> int:
-        return tally.pool(self.pool, tally.conv(self.conv, tally.norm(self.norm, size)))
+        return tally.average_pool(self.pool, tally.conv(self.conv, tally.norm(self.norm, size)))
 
 
 class ImageNetStem(nn.Module):
-    """7x7 stride 2, BN, ReLU, 3x3 max pooling stride 2: a quarter of the side is left."""
+    """7x7 of stride 2, normalisation, ReLU, 3x3 max pooling of stride 2."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = conv(3, width, 7, stride=2)
         self.norm = nn.BatchNorm2d(width)
-        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(F.relu(self.norm(self.conv(x)), inplace=True))
@@ -174,16 +190,14 @@ class DenseNet(nn.Module):
     def __init__(self, config: DenseNetConfig, num_classes: int = 1000) -> None:
         super().__init__()
         self.config = config
-        stem = ImageNetStem if config.stem == "imagenet" else CifarStem
         width = config.stem_width
-        self.stem = stem(width)
+        self.stem = ImageNetStem(width) if config.stem == "imagenet" else CifarStem(width)
         self.blocks = nn.ModuleList()
         self.transitions = nn.ModuleList()
-        transition_dropout = config.dropout if config.dropout_after == "convolutions" else 0.0
         for number, depth in enumerate(config.depths):
             if number:
-                kept = int(config.compression * width)
-                self.transitions.append(Transition(width, kept, transition_dropout))
+                kept = max(1, int(config.compression * width))
+                self.transitions.append(Transition(width, kept, config.dropout_elsewhere))
                 width = kept
             self.blocks.append(DenseBlock(width, depth, config))
             width += depth * config.growth_rate
@@ -193,27 +207,23 @@ class DenseNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        for number, block in enumerate(self.blocks):
-            if number:
-                x = self.transitions[number - 1](x)
-            x = block(x)
+        for part in self._trunk():
+            x = part(x)
         return self.head(pool_globally(F.relu(self.norm(x), inplace=True)))
 
     def count(self, tally: Tally, size: int) -> int:
-        size = self.stem.count(tally, size)
-        for number, block in enumerate(self.blocks):
-            if number:
-                size = self.transitions[number - 1].count(tally, size)  # type: ignore[operator]
-            assert isinstance(block, DenseBlock)
-            for layer in block:
-                size = layer.count(tally, size)  # type: ignore[operator]
-        tally.norm(self.norm, size)
+        tally.norm(self.norm, tally.all([self.stem, *self._trunk()], size))
         tally.linear(self.head)
         return 1
 
+    def _trunk(self) -> list[nn.Module]:
+        """Block, transition, block, ... block."""
+        pairs = zip(self.transitions, self.blocks[1:], strict=True)
+        return [self.blocks[0], *(module for pair in pairs for module in pair)]
+
 
 def _initialize(module: nn.Module) -> None:
-    """He et al. 2015, as the paper says in section 4.2; biases start at zero."""
+    """Convolutions after He et al. 2015, by fan-in; the classifier's bias at zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):

@@ -1,0 +1,67 @@
+"""Options of networks as users write them, checked and made into the dataclasses that hold them."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from distrain.errors import UserError, nearest
+
+Kind = TypeVar("Kind")
+
+
+def create(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+    """The dataclass `kind` from plain values. Raises UserError naming `where` and the option at fault."""
+    checked = check(kind, values, where)
+    required = [
+        entry.name
+        for entry in fields(kind)  # type: ignore[arg-type]
+        if entry.default is MISSING and entry.default_factory is MISSING
+    ]
+    if missing := [name for name in required if name not in checked]:
+        raise UserError(f"{where} needs options that are not given: {', '.join(missing)}")
+    return kind(**checked)
+
+
+def check(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The same options with YAML's lists and mappings made into what the fields of `kind` hold."""
+    types = get_type_hints(kind)
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in types:
+            raise UserError(f"{where} has no option {name!r}: {nearest(str(name), types)}")
+        checked[name] = _convert(types[name], value, f"{where}: option {name}")
+    return checked
+
+
+def check_choice(name: str, value: str, literal: Any) -> None:
+    """Refuse a value that the Literal type does not list."""
+    if value not in get_args(literal):
+        raise UserError(f"{name}={value} is not known: it must be one of {', '.join(get_args(literal))}")
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"{name}={value:g} is a probability: it must lie in 0..1, 1 excluded")
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(get_args(kind)[0], item, where) for item in value)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        return create(kind, value, where)  # type: ignore[arg-type]
+    if kind is float and type(value) is int:
+        return float(value)
+    plain = {Literal: str, tuple: tuple}.get(get_origin(kind), kind)
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise UserError(f"{where} must be {_describe(kind)}, not {value!r}")
+    return value
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"a list, each item {_describe(get_args(kind)[0])}"
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    if is_dataclass(kind):
+        return "a mapping of " + ", ".join(entry.name for entry in fields(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]

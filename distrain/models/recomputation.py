@@ -1,0 +1,85 @@
+"""Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from distrain.errors import UserError, nearest
+
+Recomputation = Literal["none", "block", "selective"]
+RECOMPUTATIONS: tuple[Recomputation, ...] = get_args(Recomputation)
+
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def set_recomputation(network: nn.Module, mode: str) -> None:
+    """Choose what the backward pass of `network` computes again (Chen et al. 2016).
+
+    none: nothing, all activations are kept. block: everything inside a residual block or dense layer.
+    selective: normalisation, ReLU, concatenation and dropout; outputs of convolutions are kept. Results,
+    gradients and running statistics are the same bits in all three. Raises UserError for another mode.
+    """
+    if mode not in RECOMPUTATIONS:
+        raise UserError(f"activation checkpointing {mode!r} is not known: {nearest(mode, RECOMPUTATIONS)}")
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.recomputation = mode
+
+
+class Block(nn.Module):
+    """A part of a network whose activations may be computed again. Subclasses write `compute`.
+
+    BatchNorm statistics are updated by the first computation alone: the second normalises by the same batch
+    but leaves no trace (pytorch/pytorch issue 96136 is what happens otherwise).
+    """
+
+    recomputation: Recomputation = "none"
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if self.recomputation == "none" or not (self.training and torch.is_grad_enabled()):
+            return self.compute(*inputs)
+        if not torch.compiler.is_compiling():
+            return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=self._contexts)
+        # The compiler writes buffers back once, at the end of its graph, so it needs no care for statistics.
+        if self.recomputation == "block":
+            return checkpoint(self.compute, *inputs, use_reentrant=False)
+        return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=_keep_convolutions)
+
+    def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _contexts(self) -> Contexts:
+        if self.recomputation == "block":
+            return nullcontext(), self._statistics_untouched()
+        first, second = _keep_convolutions()
+        return first, _both(second, self._statistics_untouched())
+
+    @contextmanager
+    def _statistics_untouched(self) -> Iterator[None]:
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+
+def _keep_convolutions() -> Contexts:
+    return create_selective_checkpoint_contexts(_choose)
+
+
+def _choose(_: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_convolution = operation == torch.ops.aten.convolution.default
+    return CheckpointPolicy.MUST_SAVE if is_convolution else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield

@@ -1,0 +1,47 @@
+"""From a RegNet's few numbers to the widths of its blocks (Radosavovic et al., CVPR 2020, section 3.3).
+
+Rounding is half to even throughout.
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+WidthRule = Literal["pycls", "torchvision"]
+
+QUANTUM = 8
+
+
+def line_widths(depth: int, w0: int, wa: float) -> NDArray[np.float64]:
+    """u_j = w0 + wa j, the width of block j before quantisation (equation 2). [depth]"""
+    return np.asarray(w0 + wa * np.arange(depth), np.float64)
+
+
+def quantize_widths(depth: int, w0: int, wa: float, wm: float) -> NDArray[np.int64]:
+    """w_j = w0 wm^s_j, s_j = round(log_wm(u_j / w0)), in multiples of 8 (equations 3 and 4). [depth]"""
+    powers = np.rint(np.log(line_widths(depth, w0, wa) / w0) / np.log(wm))
+    return (np.rint(w0 * np.power(wm, powers) / QUANTUM) * QUANTUM).astype(np.int64)
+
+
+def adjust_width(width: int, ratio: float, group: int, rule: WidthRule) -> tuple[int, int]:
+    """The width nearest to `width`, and the group width, for which groups divide the 3x3 convolution.
+
+    ratio: width / width of the 3x3 convolution. The 3x3 must be a multiple of the group width and, where the
+    bottleneck is inverted, of 1 / ratio, so that the outer width stays whole.
+    """
+    inner = int(max(1, width / ratio))
+    group = min(group, inner)
+    if rule == "torchvision":
+        inner = _round_by_nine_tenths(inner, group)
+    else:
+        multiple = math.lcm(group, int(1 / ratio)) if ratio < 1 else group
+        inner = max(multiple, round(inner / multiple) * multiple)
+    return int(inner * ratio), group
+
+
+def _round_by_nine_tenths(value: int, multiple: int) -> int:
+    """The nearest multiple, half up, or the next one where that would lose more than a tenth of `value`."""
+    rounded = max(multiple, int(value + multiple / 2) // multiple * multiple)
+    return rounded + multiple if rounded < 0.9 * value else rounded
