@@ -16,6 +16,7 @@ from distrain.models.options import check, create
 from distrain.models.published import PUBLISHED, Published
 from distrain.models.recomputation import RECOMPUTATIONS, set_recomputation
 from distrain.models.regnet import AnyNet, AnyNetConfig, RegNetConfig, StageConfig
+from distrain.models.weights import load_weights, save_weights
 
 __all__ = [
     "FREE",
@@ -30,6 +31,8 @@ __all__ = [
     "StageConfig",
     "build",
     "configure",
+    "load_weights",
+    "save_weights",
     "set_recomputation",
 ]
 
@@ -65,9 +68,7 @@ def configure(name: str, **options: Any) -> Config:
     if name in FREE:
         return create(FREE[name], options, where)
     if match := _CIFAR_NAME.fullmatch(name):
-        config: Config = configure_cifar(
-            match["variant"] or "", int(match["depth"]), int(match["growth_rate"])
-        )
+        config: Config = configure_cifar(match["variant"] or "", int(match["depth"]), int(match["growth_rate"]))
     elif name in PUBLISHED:
         config = create(FREE[PUBLISHED[name].family], PUBLISHED[name].config, where)
     else:

@@ -40,9 +40,7 @@ class DenseNetConfig:
 
     def __post_init__(self) -> None:
         if min(self.depths, default=0) < 1:
-            raise UserError(
-                f"depths={self.depths}: a DenseNet needs blocks, and every block at least one layer"
-            )
+            raise UserError(f"depths={self.depths}: a DenseNet needs blocks, and every block at least one layer")
         for name, least in (("growth_rate", 1), ("stem_width", 1), ("bottleneck", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} is too small: it must be at least {least}")

@@ -1,0 +1,193 @@
+"""`python -m distrain models`: which networks there are, what they cost and what they are made of."""
+
+import argparse
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterable
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrain.errors import UserError
+from distrain.models import PUBLISHED, Config, build
+from distrain.models import configure as configure_network
+from distrain.models.complexity import Layer, count_complexity, total
+from distrain.models.densenet import DenseNetConfig
+from distrain.models.regnet import AnyNetConfig
+
+_WIDTH = 100
+
+_DESCRIPTION = """\
+List the networks with what they cost and the accuracy they are published with, take one apart, or
+draw the widths of its blocks. Nothing is trained or downloaded, and no GPU is needed."""
+
+_EXAMPLES = """\
+examples:
+  python -m distrain models
+  python -m distrain models show regnety_4gf --resolution 288
+  python -m distrain models show densenet_bc_100_12 --num-classes 100 dropout=0.2
+  python -m distrain models show regnet depth=8 w0=16 wa=12 wm=2.0 group_width=8 stem=cifar
+  python -m distrain models plot regnetx_3_2gf --out widths.png"""
+
+_LEGEND = """\
+flops: multiply-adds of one image of 224 x 224 pixels (of 32 x 32 where the source is the paper).
+acts: output elements of convolutions, max pooling and the classifier, for one image.
+top-1: percent, one central crop, as published in the RegNet authors' model zoo (pycls), the DenseNet
+  authors' repository or paper (CIFAR-10, crops and flips in training), or by torchvision (SWAG:
+  pretrained on weakly supervised images).
+V1, V2: torchvision's weights for the same network; * for the one with width_rule=torchvision.
+Also: densenet_DEPTH_GROWTH, densenet_b_..., densenet_c_... and densenet_bc_DEPTH_GROWTH of any depth
+and growth rate, for small images; densenet, regnet and anynet, made from options alone.
+`models show NAME` tells the cost of each module of a network and its options."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommands list, show and plot."""
+    parser.description = _DESCRIPTION
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(run=_list)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands.add_parser("list", help="every published network (this is also what no command does)")
+    show = commands.add_parser("show", help="cost of each module of one network, and its options")
+    _add_network(show)
+    show.add_argument(
+        "--resolution", type=int, metavar="PIXELS", help="side of the image (default: 224, or 32 with stem=cifar)"
+    )
+    show.add_argument(
+        "--num-classes", type=int, metavar="N", help="width of the classifier (default: 1000, or 10 with stem=cifar)"
+    )
+    show.add_argument("--layers", action="store_true", help="a line for each layer instead of each block")
+    show.set_defaults(run=_show)
+    plot = commands.add_parser("plot", help="draw the width of each block of a RegNet and the rule behind it")
+    _add_network(plot)
+    plot.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write: .png, .svg or .pdf")
+    plot.set_defaults(run=_plot)
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a network, as the list shows it")
+    parser.add_argument("options", metavar="key=value", nargs="*", help="changes to it, such as stem=cifar")
+
+
+def _list(args: argparse.Namespace) -> int:
+    print(f"{'name':<20}{'flops':>10}{'params':>10}{'acts':>10}{'top-1':>9}  {'source':<10}{'V1':>7}{'V2':>8}")
+    for name, entry in PUBLISHED.items():
+        weights = [entry.torchvision.get(version) for version in ("V1", "V2")]
+        mark = "*" if entry.torchvision_rule else " "
+        print(
+            f"{name:<20}{_short(entry.cost.flops):>10}{_short(entry.cost.params):>10}"
+            f"{_short(entry.cost.activations):>10}{entry.top1:>9.2f}  {entry.source:<10}"
+            f"{''.join(f'{top1:>7.2f}{mark}' for top1 in weights if top1)}".rstrip()
+        )
+    print(f"\n{_LEGEND}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    options = _parse_options(args.options)
+    config = configure_network(args.name, **options)
+    is_small = config.stem == "cifar"
+    resolution = args.resolution or (32 if is_small else 224)
+    num_classes = args.num_classes or (10 if is_small else 1000)
+    with torch.device("meta"):
+        network = build(args.name, num_classes, **options)
+    layers = count_complexity(network, resolution)
+    cost = total(layers.values())
+    print(
+        f"{args.name}: {_short(cost.flops)} multiply-adds, {_short(cost.params)} parameters, "
+        f"{_short(cost.activations)} activations"
+    )
+    print(f"for one image of {resolution} x {resolution} pixels, {num_classes} classes")
+    if isinstance(network.config, AnyNetConfig):
+        _print_stages(network.config)
+    print(f"\n{'module':<28}{'output':>18}{'flops':>18}{'params':>16}{'activations':>18}")
+    for name, members in groupby(layers.items(), lambda item: item[0] if args.layers else _block(item[0])):
+        _print_row(name, [layer for _, layer in members])
+    _print_row("total", layers.values())
+    print("\noptions, with the values of this network (in a run's configuration: model.options)")
+    _print_options(config)
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from distrain.models.plot import plot_widths
+
+    config = configure_network(args.name, **_parse_options(args.options))
+    if isinstance(config, (DenseNetConfig, AnyNetConfig)):
+        raise UserError(f"model {args.name} has no width rule to draw: plot takes a RegNet, such as regnety_4gf")
+    plot_widths(args.name, config, args.out)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
+    """key=value as a run's command line reads them, so that lists and mappings are YAML."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"{pair!r} is not an option: write key=value, such as stem=cifar")
+        try:
+            content = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{pair}: not readable as key=value") from error
+        assert isinstance(content, dict)
+        options.update({str(key): value for key, value in content.items()})
+    return options
+
+
+def _print_stages(config: AnyNetConfig) -> None:
+    for name in ("depth", "width", "group_width"):
+        print(f"{name} of each stage: {', '.join(str(getattr(stage, name)) for stage in config.stages)}")
+
+
+def _print_row(name: str, layers: Iterable[Layer]) -> None:
+    layers = list(layers)
+    cost = total(layers)
+    last = layers[-1]
+    output = f"{last.width} x {last.size} x {last.size}" if last.size > 1 else f"{last.width}"
+    print(f"{name:<28}{output:>18}{cost.flops:>18,}{cost.params:>16,}{cost.activations:>18,}")
+
+
+def _print_options(config: Config) -> None:
+    for name, meaning in _read_docstrings(type(config)).items():
+        print(f"  {name}={_plain(getattr(config, name))}")
+        print(textwrap.fill(meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+
+
+def _read_docstrings(kind: type) -> dict[str, str]:
+    """The strings below the fields of a dataclass and of those it extends: their only documentation."""
+    found: dict[str, str] = {}
+    for base in kind.__mro__[:-1]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+        for entry, below in pairwise(body):
+            if isinstance(entry, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[ast.unparse(entry.target)] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def _plain(value: Any) -> str:
+    """As the option is written: [6, 12] for (6, 12), true for True."""
+    return str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+
+
+def _block(name: str) -> str:
+    """The name of a layer up to its last number: stages.0.1.se.reduce belongs to stages.0.1."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1 if numbers else 1])
+
+
+def _short(count: int) -> str:
+    """Four digits and a unit: 15911534044 becomes 15.91 G."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:#.4g} {unit}"
+    return str(count)
