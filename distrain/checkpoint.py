@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from distrain.errors import UserError
-from distrain.parallel.group import Group
+from distrain.parallel.group import Group, new_gloo_group
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +38,7 @@ _BAD = ".bad"
 _CHUNK = 1 << 22
 
 
-class DamagedCheckpoint(Exception):
+class DamagedCheckpointError(Exception):
     """A checkpoint that does not hold what its manifest says."""
 
 
@@ -56,7 +59,7 @@ class Checkpointer:
         self._folder = folder
         self._group = group
         self._keep = keep
-        self._writers = dist.new_group(backend="gloo")  # its own, as it talks beside the training
+        self._writers = new_gloo_group()  # its own, as it talks beside the training
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staged: dict[str, torch.Tensor] = {}
         self._writing: Future[None] | None = None
@@ -106,7 +109,7 @@ class Checkpointer:
             try:
                 verify(path)
                 return path
-            except DamagedCheckpoint as error:
+            except DamagedCheckpointError as error:
                 aside = _free_name(path.with_name(path.name + _BAD))
                 path.rename(aside)
                 (aside / "reason.txt").write_text(f"{error}\n")
@@ -118,8 +121,8 @@ class Checkpointer:
         draft = final.with_name(final.name + _DRAFT)
         # CheckpointException is a BaseException and would end the thread without a word.
         try:
-            dcp.save(snapshot.tensors, checkpoint_id=draft, process_group=self._writers)
-        except dcp.api.CheckpointException as error:
+            save(snapshot.tensors, checkpoint_id=draft, process_group=self._writers)
+        except CheckpointException as error:
             raise OSError(f"checkpoint of step {snapshot.step} failed: {error}") from error
         if self._group.leads:
             commit(draft, final, snapshot)
@@ -146,19 +149,19 @@ def commit(draft: Path, final: Path, snapshot: Snapshot) -> None:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, after comparing every file with it. Raises DamagedCheckpoint naming the file that differs."""
+    """The manifest, after comparing every file with it. Raises DamagedCheckpointError naming the file that differs."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
     except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{MANIFEST} cannot be read: {error}") from error
+        raise DamagedCheckpointError(f"{MANIFEST} cannot be read: {error}") from error
     for name, expected in files.items():
         try:
             found = describe(path / name)
         except OSError as error:
-            raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
+            raise DamagedCheckpointError(f"{name}: {error.strerror}") from error
         if found != expected:
-            raise DamagedCheckpoint(f"{name} has {found}, the manifest says {expected}")
+            raise DamagedCheckpointError(f"{name} has {found}, the manifest says {expected}")
     assert isinstance(manifest, dict)
     return manifest
 
@@ -166,13 +169,15 @@ def verify(path: Path) -> dict[str, Any]:
 def read(path: Path) -> Snapshot:
     """Load a verified checkpoint. Every process that calls this reads all of it."""
     manifest = json.loads((path / MANIFEST).read_text())
-    reader = dcp.FileSystemReader(path)
+    reader = FileSystemReader(path)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that each process loads for itself, which is what we ask for
+        load(tensors, storage_reader=reader, no_dist=True)
     extra = {key: value for key, value in manifest.items() if key not in ("step", "files")}
     return Snapshot(manifest["step"], tensors, extra)
 

@@ -61,7 +61,9 @@ def _train(argv: Sequence[str]) -> int:
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run, such as configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.epochs=5")
     parser.add_argument(
-        "--print-config", action="store_true", help="print the whole configuration, checked and explained, and exit"
+        "--print-config",
+        action="store_true",
+        help="print the whole configuration, checked and explained, and exit",
     )
     parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(argv)

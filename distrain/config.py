@@ -15,6 +15,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from distrain.errors import UserError, nearest
 
+NO_MLFLOW = "none"  # track.uri: keep metrics in the run's folder alone
+
 
 def option(default: Any, help: str, *, free: bool = False) -> Any:
     """A field with its one-line meaning, which `--print-config` prints beside the value.
@@ -177,7 +179,9 @@ class EvaluateConfig:
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int = option(500, "steps between checkpoints; one is always written at a stop and at the end", free=True)
+    every_steps: int = option(
+        500, "steps between checkpoints; one is always written at a stop and at the end", free=True
+    )
     keep: int = option(3, "newest checkpoints kept", free=True)
 
     def __post_init__(self) -> None:
@@ -187,7 +191,9 @@ class CheckpointConfig:
 
 @dataclass
 class TrackConfig:
-    uri: str = option("", "MLflow tracking URI; empty: $MLFLOW_TRACKING_URI, else a database file in run.dir", free=True)
+    uri: str = option(
+        "", "MLflow tracking URI, or none; empty: $MLFLOW_TRACKING_URI, else a database in run.dir", free=True
+    )
     experiment: str = option("distrain", "MLflow experiment the run belongs to", free=True)
     every_steps: int = option(10, "steps between reports of loss, accuracy, learning rate and speed", free=True)
 
@@ -248,6 +254,12 @@ def check_ranks(config: Config, world: int) -> None:
             f"batch.lanes={config.batch.lanes} does not fit {world} ranks: every rank needs at least one lane; "
             f"start at most {config.batch.lanes} ranks or set batch.lanes={world} (a new run)"
         )
+
+
+def tracking_uri(config: Config) -> str:
+    """Where MLflow reports go: the configured server, the environment's, or a file beside the runs."""
+    default = f"sqlite:///{Path(config.run.dir).resolve()}/mlflow.db"
+    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -336,9 +348,3 @@ def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split("\n")[0].split())
-
-
-def tracking_uri(config: Config) -> str:
-    """Where MLflow reports go: the configured server, the environment's, or a file beside the runs."""
-    default = f"sqlite:///{Path(config.run.dir).resolve()}/mlflow.db"
-    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or default

@@ -1,6 +1,6 @@
 """Exact validation: every sample once, on any number of ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from distrain.parallel.group import Group
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over the whole validation set; `loss` is the mean cross-entropy."""
+    """Counts of images over the whole validation set; `loss` is the mean cross-entropy."""
 
     images: int
     top1: int
@@ -28,6 +28,10 @@ class Accuracy:
         """Shares and loss under the names they are tracked by."""
         return {"val/loss": self.loss, "val/top1": self.top1 / self.images, "val/top5": self.top5 / self.images}
 
+    def __str__(self) -> str:
+        top1, top5 = self.top1 / self.images, self.top5 / self.images
+        return f"top-1 {top1:.2%}  top-5 {top5:.2%}  of {self.images:,} images"
+
 
 @torch.no_grad()
 def evaluate(
@@ -36,42 +40,39 @@ def evaluate(
     loader: Loader,
     config: Config,
     group: Group,
-    keep_going: Callable[[], bool],
-) -> Accuracy | None:
-    """Measure `network` on all of `index`; None if a stop was asked for on the way.
+    before_batch: Callable[[], None],
+) -> Accuracy:
+    """Measure `network` on all of `index`. `before_batch` is called as often on every rank.
 
     The batches are the same whatever the number of ranks, which take them in turn, so that each image meets
     the same arithmetic and the counts are equal to the last digit.
     """
-    size = config.evaluate.batch
-    starts = range(0, len(index), size)
-    requests = (_request(index, config, start, min(start + size, len(index))) for start in starts[group.rank :: group.world])
     counts = torch.zeros(3, dtype=torch.int64, device=group.device)
     loss = torch.zeros(1, dtype=torch.float64, device=group.device)
-    batches = loader.stream(requests)
+    total_batches = -(-len(index) // config.evaluate.batch)
+    batches = loader.stream(validation_requests(config, index, range(group.rank, total_batches, group.world)))
     network.eval()
     try:
-        for _ in range(0, len(starts), group.world):  # in the last round some ranks may have none
-            if not keep_going():
-                return None
-            for batch in (next(batches, None),):
-                if batch is None:
-                    continue
-                images = normalize(batch.images, config.data.mean, config.data.std)
-                with torch.autocast(group.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                    logits = network(images).float()
-                ranks = rank_of_label(logits, batch.labels)
-                counts += torch.stack([torch.ones_like(ranks), ranks < 1, ranks < 5]).sum(dim=1)
-                loss += F.cross_entropy(logits, batch.labels, reduction="sum")
+        for _ in range(0, total_batches, group.world):
+            before_batch()
+            batch = next(batches, None)
+            if batch is None:  # the last round may be too short for all ranks
+                continue
+            images = normalize(batch.images, config.data.mean, config.data.std)
+            with torch.autocast(group.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                logits = network(images).float()
+            rank = rank_of_label(logits, batch.labels)
+            counts += torch.stack([torch.ones_like(rank), rank < 1, rank < 5]).sum(dim=1)
+            loss += F.cross_entropy(logits, batch.labels, reduction="sum")
     finally:
         network.train()
         batches.close()
-    images, top1, top5 = (int(count) for count in group.sum(counts))
-    return Accuracy(images, top1, top5, float(group.sum(loss)) / images)
+    images_seen, top1, top5 = group.sum(counts).tolist()
+    return Accuracy(images_seen, top1, top5, group.sum(loss).item() / images_seen)
 
 
 def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many classes score at least as high as the true one, itself apart: 0 is a hit. int64 [n].
+    """How many other classes score at least as high as the true one: 0 is a hit. int64 [n].
 
     A tie counts against the network, so that equal logits for all classes are not called a success.
     """
@@ -79,6 +80,9 @@ def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits >= own).sum(dim=1) - 1
 
 
-def _request(index: Index, config: Config, start: int, stop: int) -> Request:
-    ids = np.arange(start, stop)
-    return Request(ids, centre_windows(config.data, index.width[ids], index.height[ids]))
+def validation_requests(config: Config, index: Index, batches: range) -> Iterator[Request]:
+    """What to decode for these batches of `evaluate.batch` images each; the last one may be smaller."""
+    for number in batches:
+        start = number * config.evaluate.batch
+        ids = np.arange(start, min(start + config.evaluate.batch, len(index)))
+        yield Request(ids, centre_windows(config.data, index.width[ids], index.height[ids]))

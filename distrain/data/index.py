@@ -110,7 +110,10 @@ def build(root: Path, shards: list[str], classes: list[str]) -> Index:
             if image is None or ".cls" not in members:
                 raise UserError(f"{where} needs an image ({', '.join(IMAGE_SUFFIXES)}) and a .cls label")
             offset, data = image
-            label = int(members[".cls"][1])
+            text = members[".cls"][1].decode(errors="replace").strip()
+            if not text.isdecimal():
+                raise UserError(f"{where} has label {text!r}, which is no number")
+            label = int(text)
             if not 0 <= label < len(classes):
                 raise UserError(f"{where} has label {label}, outside 0..{len(classes) - 1}")
             try:
@@ -128,17 +131,18 @@ def build(root: Path, shards: list[str], classes: list[str]) -> Index:
 
 
 def _samples(shard: Path) -> list[tuple[str, dict[str, tuple[int, bytes]]]]:
-    """Group a tar's members by WebDataset's rule: the name up to the first dot of its last part is the key."""
+    """Group a tar's members by WebDataset's rule: what stands before the first dot of the file name is the key."""
     samples: dict[str, dict[str, tuple[int, bytes]]] = {}
-    with tarfile.open(shard, "r:") as tar:
-        for member in tar:
-            content = tar.extractfile(member)
-            if content is None:
-                continue
-            folder, name = os.path.split(member.name)
-            stem, _, suffix = name.partition(".")
-            samples.setdefault(os.path.join(folder, stem), {})["." + suffix.lower()] = (
-                member.offset_data,
-                content.read(),
-            )
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content is None:
+                    continue
+                folder, name = os.path.split(member.name)
+                stem, _, suffix = name.partition(".")
+                parts = samples.setdefault(os.path.join(folder, stem), {})  # noqa: PTH118, not a path of this machine
+                parts["." + suffix.lower()] = (member.offset_data, content.read())
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{shard}: shard cannot be read: {error}") from error
     return list(samples.items())

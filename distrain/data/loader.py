@@ -1,6 +1,6 @@
 """Batches on the device, decoded ahead of the step: what is asked of every loader, and what it gives."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     """Turns requests into batches, in order, working ahead of the consumer."""
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Batch]:
+    def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
         """Yield one batch per request. Raises DataError for a sample that cannot be decoded."""
         ...
 

@@ -54,6 +54,10 @@ class Plan:
         """The step boundary nearest to the end of `epoch` epochs."""
         return round(epoch * self.samples / self.batch)
 
+    def steps_every(self, epochs: float) -> set[int]:
+        """The step boundaries after each `epochs` epochs, and the end of the run."""
+        return {self.step_at(times * epochs) for times in range(1, int(self.epochs / epochs) + 1)} | {self.steps}
+
     def epoch_at(self, step: int) -> float:
         """Epochs of samples consumed before `step`."""
         return step * self.batch / self.samples

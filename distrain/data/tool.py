@@ -4,6 +4,8 @@ import argparse
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
@@ -40,19 +42,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     indexed.set_defaults(run=_index)
 
 
-def _fetch(args: argparse.Namespace) -> int:
-    console = Console()
-    out: Path = args.out
+def fetch_cifar10(out: Path) -> None:
+    """Make `out` hold all of CIFAR-10 as shards with their indexes. Raises UserError if no source answers."""
+    console = Console(soft_wrap=True)
     splits = {"train": slice(0, 50_000), "val": slice(50_000, 60_000)}
     if all((out / f"{split}.parquet").exists() for split in splits):
         console.print(f"{out}: CIFAR-10 is already there")
-        return EXIT_DONE
-    images = cifar10.download(report=lambda line: console.print(line, soft_wrap=True))
+        return
+    images = cifar10.download(report=console.print)
     out.mkdir(parents=True, exist_ok=True)
     for split, part in splits.items():
         shards = _write_shards(out, split, images.pixels[part], images.labels[part])
         index.save(index.build(out, shards, cifar10.CLASSES), out / f"{split}.parquet")
         console.print(f"{out / split}.parquet: {part.stop - part.start:,} images in {len(shards)} shards")
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    fetch_cifar10(args.out)
     return EXIT_DONE
 
 
@@ -67,7 +73,7 @@ def _index(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _write_shards(out: Path, split: str, pixels, labels) -> list[str]:  # type: ignore[no-untyped-def]
+def _write_shards(out: Path, split: str, pixels: NDArray[np.uint8], labels: NDArray[np.uint8]) -> list[str]:
     """Write images as PNG; equal input gives equal bytes."""
     from PIL import Image
     from webdataset import TarWriter

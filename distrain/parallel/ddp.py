@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from distrain.parallel.group import Group
 
-
 # torch 2.14 renamed the switch of the broadcast of buffers before each forward pass.
 _BUFFERS_OPTION = (
     "forward_sync_buffers"
@@ -32,7 +31,7 @@ class DDP:
         # Running statistics are LaneStatistics' business, and DDP's broadcast of them would undo it.
         keep_buffers: dict[str, Any] = {_BUFFERS_OPTION: False}
         self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True, **keep_buffers)
-        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
 
     def settle(self, images: torch.Tensor) -> None:
         """Run the network once on throw-away images, so that the first real step is like all others.

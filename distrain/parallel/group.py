@@ -28,9 +28,9 @@ class Group:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        store = None if "RANK" in os.environ else dist.HashStore()
+        store = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
-        self.control = dist.new_group(backend="gloo")  # small messages between CPUs, apart from the gradients
+        self.control = new_gloo_group()  # small messages between CPUs, apart from the gradients
         return self
 
     def __exit__(
@@ -62,6 +62,13 @@ class Group:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+def new_gloo_group() -> dist.ProcessGroup:
+    """A group of all ranks that talks between CPUs. Every rank has to call this at the same place."""
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 class Agreement:

@@ -45,9 +45,7 @@ class LaneStatistics:
         return mean[size:]
 
 
-def _join(
-    norms: list[_BatchNorm], names: tuple[str, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _join(norms: list[_BatchNorm], names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Move the named buffers of all `norms` into one flat tensor, of which they become views."""
     buffers = [getattr(norm, name) for norm in norms for name in names]
     flat = torch.zeros(sum(buffer.numel() for buffer in buffers), dtype=dtype, device=device)

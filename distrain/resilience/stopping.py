@@ -8,7 +8,7 @@ from typing import Self
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818, it is not an error
     """The run was asked to stop, and everything is saved."""
 
 

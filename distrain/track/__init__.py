@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from distrain.config import Config, flatten, to_dict, to_yaml, tracking_uri
+from distrain.config import NO_MLFLOW, Config, flatten, to_dict, to_yaml, tracking_uri
 from distrain.resilience.stopping import Stopped
 from distrain.track.console import Console
 from distrain.track.mlflow import MlflowSender
@@ -24,6 +24,7 @@ class Tracker:
     def __init__(self, config: Config, leads: bool, steps: int) -> None:
         self._leads = leads
         self._folder = config.run.folder
+        self._uri = tracking_uri(config)
         if not leads:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -31,16 +32,17 @@ class Tracker:
         self._config_file.write_text(to_yaml(config))
         self._spool = Spool(self._folder / "metrics.jsonl")
         self._console = Console(steps)
-        self._uri = tracking_uri(config)
-        self._mlflow = MlflowSender(
-            self._uri,
-            config.track.experiment,
-            config.run.name,
-            folder=self._folder,
-            params=flatten(to_dict(config)),
-            spool=self._spool,
-            warn=self._console.say,
-        )
+        self._mlflow: MlflowSender | None = None
+        if self._uri != NO_MLFLOW:
+            self._mlflow = MlflowSender(
+                self._uri,
+                config.track.experiment,
+                config.run.name,
+                folder=self._folder,
+                params=flatten(to_dict(config)),
+                spool=self._spool,
+                warn=self._console.say,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -54,9 +56,9 @@ class Tracker:
         curves = plot_curves(self._spool.entries(), self._folder / "curves.png")
         stopping = kind is not None and issubclass(kind, Stopped)
         status = "FINISHED" if kind is None else "SCHEDULED" if stopping else "FAILED"
-        self._mlflow.close(
-            status, [self._config_file, curves], _PATIENCE_S if kind is None else _PATIENCE_STOPPING_S
-        )
+        if self._mlflow is not None:
+            patience = _PATIENCE_S if kind is None else _PATIENCE_STOPPING_S
+            self._mlflow.close(status, [self._config_file, curves], patience)
 
     def say(self, line: str) -> None:
         """One line for the console."""
@@ -67,7 +69,7 @@ class Tracker:
         """Report metrics as they were after `step` updates."""
         if self._leads:
             self._console.report(step, metrics)
-            if self._spool.append(step, metrics):
+            if self._spool.append(step, metrics) and self._mlflow is not None:
                 self._mlflow.notify()
 
     def advance(self, step: int) -> None:
@@ -77,5 +79,9 @@ class Tracker:
 
     @property
     def how_to_look(self) -> str:
-        """The command that shows the run in a browser."""
-        return f"mlflow ui --backend-store-uri {self._uri}" if "://" in self._uri else f"MLflow at {self._uri}"
+        """Where the run can be seen, with the command if there is one."""
+        if self._uri == NO_MLFLOW:
+            return f"see {self._folder}/curves.png and metrics.jsonl"
+        if self._uri.startswith("http"):
+            return f"compare runs at {self._uri}"
+        return f"compare runs with: mlflow ui --backend-store-uri {self._uri}"

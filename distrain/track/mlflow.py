@@ -137,9 +137,7 @@ class _Connection:
 
     def _ask_received(self) -> set[tuple[int, str]]:
         names = self._client.get_run(self._run_id).data.metrics
-        return {
-            (point.step, name) for name in names for point in self._client.get_metric_history(self._run_id, name)
-        }
+        return {(point.step, name) for name in names for point in self._client.get_metric_history(self._run_id, name)}
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         """MLflow refuses to change a parameter; the first value stays, as the run's identity is fixed anyway."""

@@ -12,7 +12,10 @@ def plot_curves(entries: Sequence[Entry], path: Path) -> Path:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for ax, metric, label, scale in ((axes[0], "loss", "loss", 1), (axes[1], "top1", "top-1 accuracy, %", 100)):
+    for ax, metric, label, scale in (
+        (axes[0], "loss", "loss", 1),
+        (axes[1], "top1", "top-1 accuracy, %", 100),
+    ):
         for split, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("val", {"marker": "o"})):
             points = [
                 (entry.step, scale * entry.metrics[f"{split}/{metric}"])

