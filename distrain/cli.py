@@ -70,10 +70,11 @@ def _train(argv: Sequence[str]) -> int:
     if not args.config and not args.overrides:
         parser.error("nothing to train: give --config FILE, or see --help")
 
-    from distrain import config
+    from distrain import config, models
 
     loaded = config.load(args.config, args.overrides)
     config.check_ranks(loaded, int(os.environ.get("WORLD_SIZE", 1)))
+    models.configure(loaded.model.name, **loaded.model.options)
     if args.print_config:
         print(config.to_yaml(loaded), end="")
         return 0

@@ -72,12 +72,13 @@ def evaluate(
 
 
 def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many other classes score at least as high as the true one: 0 is a hit. int64 [n].
+    """How many other classes do not score lower than the true one: 0 is a hit. int64 [n].
 
-    A tie counts against the network, so that equal logits for all classes are not called a success.
+    Ties and NaN count against the network, so that one which says the same of all classes, or has diverged, is
+    never right.
     """
     own = logits.gather(1, labels[:, None])
-    return (logits >= own).sum(dim=1) - 1
+    return (~(logits < own)).sum(dim=1) - 1
 
 
 def validation_requests(config: Config, index: Index, batches: range) -> Iterator[Request]:

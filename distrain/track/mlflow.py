@@ -18,6 +18,11 @@ from distrain.track.spool import Spool
 _RETRY_S = 10.0
 _METRICS_PER_CALL = 1000  # the REST interface takes no more
 _RUN_TAG = "distrain.run"
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # clusters are closed, and it is not ours to tell
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # we try again ourselves
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
 
 
 class MlflowSender:
@@ -42,6 +47,7 @@ class MlflowSender:
         self._warn = warn
         self._news = threading.Condition()
         self._unsent = True
+        self._delivered = False
         self._status: str | None = None
         self._artifacts: Sequence[Path] = ()
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
@@ -61,15 +67,18 @@ class MlflowSender:
             self._unsent = True
             self._news.notify()
         self._thread.join(patience)
-        if self._thread.is_alive():
-            self._warn(f"MLflow at {self._uri} does not answer; the metrics are in {self._folder} and will be sent "
-                       "when the run is started again")  # fmt: skip
+        if not self._delivered:
+            self._warn(
+                f"MLflow at {self._uri} did not take everything; the metrics are in {self._folder} and are sent "
+                "when the same command runs again"
+            )
 
     def _run(self) -> None:
         warned = False
         while True:
             try:
                 _Connection(self._uri, self._experiment, self._name, self._folder, self._params).follow(self)
+                self._delivered = True
                 return
             except Exception as error:  # training goes on whatever MLflow does
                 if not warned:
@@ -77,6 +86,8 @@ class MlflowSender:
                     self._warn(f"MLflow at {self._uri}: {reason}; training goes on, metrics are kept")
                     warned = True
                 with self._news:
+                    if self._status is not None:
+                        return
                     self._news.wait(_RETRY_S)
 
     def wait(self) -> tuple[str | None, Sequence[Path]]:
@@ -96,7 +107,8 @@ class _Connection:
     """The MLflow run, found or made, and what it has received so far."""
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, params: Mapping[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # clusters are closed, and it is not ours to tell
+        for variable, value in _ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
         for chatty in ("alembic", "mlflow"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
         from mlflow import MlflowClient

@@ -1,0 +1,74 @@
+"""Against a real MLflow store, the embedded one that a run has by default."""
+
+import pytest
+from launching import SMALL, Training, train
+from mlflow import MlflowClient
+
+# 102 steps with a checkpoint in between
+LONGER = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=25")
+
+
+@pytest.fixture(scope="module")
+def restarted(on_dataset, tmp_path_factory):
+    """A run that was killed on its way and started again."""
+    folder = tmp_path_factory.mktemp("runs") / "killed"
+    training = Training(folder, *LONGER, *on_dataset, "track.uri=''", ranks=2)
+    training.wait_for_step(60)
+    training.kill()
+    result = train(folder, *LONGER, *on_dataset, "track.uri=''", ranks=2)
+    assert result.code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def client(restarted):
+    return MlflowClient(f"sqlite:///{restarted.folder.parent}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def run(client):
+    (found,) = client.search_runs([client.get_experiment_by_name("distrain").experiment_id])
+    return found
+
+
+def test_a_restarted_job_continues_its_one_finished_run(run):
+    assert (run.info.run_name, run.info.status) == ("killed", "FINISHED")
+
+
+@pytest.mark.parametrize("metric", ["train/loss", "train/top1", "train/lr", "train/images_per_second"])
+def test_every_step_is_logged_once(client, run, restarted, metric):
+    history = client.get_metric_history(run.info.run_id, metric)
+    assert [point.step for point in history] == list(range(1, 103))
+    assert {point.step: point.value for point in history} == restarted.series(metric)
+
+
+def test_validation_is_logged_once_per_epoch(client, run):
+    history = client.get_metric_history(run.info.run_id, "val/top1")
+    assert [point.step for point in history] == [25, 51, 76, 102]
+
+
+def test_the_configuration_is_there_as_parameters_and_as_a_file_beside_the_curves(client, run):
+    assert run.data.params["batch.lanes"] == "2"
+    assert run.data.params["model.name"] == "densenet_bc_10_4"
+    artifacts = {artifact.path: artifact.file_size for artifact in client.list_artifacts(run.info.run_id)}
+    assert artifacts.keys() == {"config.yaml", "curves.png"}
+    assert min(artifacts.values()) > 500
+
+
+def test_the_end_of_a_run_says_how_to_see_it(restarted):
+    assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
+
+
+def test_a_dead_server_does_not_stop_training_and_gets_its_metrics_when_it_is_back(on_dataset, tmp_path):
+    folder = tmp_path / "offline"
+    settings = (*LONGER, *on_dataset, "train.epochs=1")
+    result = train(folder, *settings, "track.uri=http://127.0.0.1:9")
+    assert result.code == 0, result.output
+    assert "training goes on, metrics are kept" in result.output
+    assert "did not take everything" in result.output
+
+    assert train(folder, *settings, f"track.uri=sqlite:///{tmp_path}/back.db").code == 0
+    client = MlflowClient(f"sqlite:///{tmp_path}/back.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("distrain").experiment_id])
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert {point.step: point.value for point in history} == result.series("train/loss")

@@ -1,0 +1,26 @@
+from distrain.track.spool import Spool
+
+
+def test_a_metric_is_recorded_once_per_step_across_restarts(tmp_path):
+    first = Spool(tmp_path / "m.jsonl")
+    assert first.append(1, {"loss": 3.0})
+    assert first.append(2, {"loss": 2.0})
+    second = Spool(tmp_path / "m.jsonl")
+    assert not second.append(2, {"loss": 9.0})
+    assert second.append(2, {"loss": 9.0, "top1": 0.5})
+    assert second.append(3, {"loss": 1.0})
+    expected = [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"top1": 0.5}), (3, {"loss": 1.0})]
+    for spool in (second, Spool(tmp_path / "m.jsonl")):
+        assert [(entry.step, entry.metrics) for entry in spool.entries()] == expected
+    assert [entry.step for entry in second.entries(2)] == [2, 3]
+
+
+def test_a_line_cut_short_by_a_kill_is_dropped_and_the_step_recorded_again(tmp_path):
+    path = tmp_path / "m.jsonl"
+    Spool(path).append(1, {"loss": 3.0})
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 2, "ti')
+    spool = Spool(path)
+    spool.append(2, {"loss": 2.0})
+    assert path.read_bytes().startswith(whole + b'{"step": 2, "time"')
+    assert [entry.step for entry in Spool(path).entries()] == [1, 2]
