@@ -48,9 +48,17 @@ class Result:
 class Training:
     """A running training command: `ranks` processes under torchrun, or one without it."""
 
-    def __init__(self, folder: Path, *overrides: str, ranks: int = 1, program: tuple[str, ...] = ("-m", "distrain")):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        start = [sys.executable, *launcher] if ranks > 1 else [sys.executable]
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        ranks: int = 1,
+        rendezvous: tuple[str, ...] = ("--standalone",),
+        program: tuple[str, ...] = ("-m", "distrain"),
+    ):
+        torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
+        alone = ranks == 1 and rendezvous == ("--standalone",)
+        start = [sys.executable] if alone else [sys.executable, *torchrun]
         self.folder = folder
         self._log = folder.with_suffix(".log")
         folder.parent.mkdir(parents=True, exist_ok=True)

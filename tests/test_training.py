@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,18 @@ def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(un
     assert f"resuming at step {int(before.name[-8:])} of 51" in result.output
     assert result.digest == undisturbed[2].digest
     assert data.name in (damaged.with_name(damaged.name + ".bad") / "reason.txt").read_text()
+
+
+def test_two_agents_that_meet_over_the_network_train_as_one_does(undisturbed, settings, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test")
+    first = Training(tmp_path / "run", *settings, rendezvous=meeting)
+    second = Training(tmp_path / "run", *settings, rendezvous=meeting)
+    results = [agent.wait() for agent in (first, second)]
+    assert [result.code for result in results] == [0, 0], results[0].output
+    assert results[0].output.strip().splitlines()[-1].endswith(undisturbed[2].digest)
 
 
 def test_a_finished_run_started_again_reports_the_same_end(undisturbed, settings):

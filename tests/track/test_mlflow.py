@@ -1,5 +1,14 @@
 """Against a real MLflow store, the embedded one that a run has by default."""
 
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from launching import SMALL, Training, train
 from mlflow import MlflowClient
@@ -72,3 +81,28 @@ def test_a_dead_server_does_not_stop_training_and_gets_its_metrics_when_it_is_ba
     (found,) = client.search_runs([client.get_experiment_by_name("distrain").experiment_id])
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert {point.step: point.value for point in history} == result.series("train/loss")
+
+
+def test_the_command_that_is_shown_at_the_end_serves_the_run(restarted):
+    (line,) = [line for line in restarted.output.splitlines() if line.startswith("compare runs with: ")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tool = Path(sys.executable).with_name("mlflow")
+    words = shlex.split(line.removeprefix("compare runs with: mlflow "))
+    server = subprocess.Popen([tool, *words, "--port", str(port), "--workers", "1"], start_new_session=True)
+    try:
+        client = MlflowClient(f"http://127.0.0.1:{port}")
+        deadline = time.monotonic() + 60
+        while not reachable(port):
+            assert time.monotonic() < deadline
+            assert server.poll() is None
+            time.sleep(0.2)
+        assert client.get_experiment_by_name("distrain") is not None
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+
+
+def reachable(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

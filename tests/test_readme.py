@@ -1,0 +1,53 @@
+"""The commands that README shows, as they stand there."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from launching import SMALL, environment
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+
+
+def command(beginning: str) -> list[str]:
+    """The words of the one command that begins so, its continuation lines included."""
+    (found,) = re.findall(rf"^ +({re.escape(beginning)}(?:.*\\\n)*.*)$", TEXT, re.MULTILINE)
+    return shlex.split(found.replace("\\\n", " "))
+
+
+def run(words: list[str]) -> str:
+    """Run it with this interpreter's tools and return what it said."""
+    tools = {"torchrun": ["-m", "torch.distributed.run", "--standalone"], "python": []}
+    done = subprocess.run(
+        [sys.executable, *tools[words[0]], *words[1:]], cwd=ROOT, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_changed_run_trains(on_dataset, tmp_path):
+    small = [f"run.dir={tmp_path}", *on_dataset, "track.uri=none", "train.epochs=1", "schedule.warmup_epochs=0"]
+    said = run(
+        [*command("torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml run.name=mine"), *small]
+    )
+    assert "done: top-1" in said
+    assert (tmp_path / "mine" / "checkpoints").is_dir()
+
+
+def test_all_ways_to_run_train(on_dataset, tmp_path):
+    small = [f"run.dir={tmp_path}", *on_dataset, *SMALL, "train.epochs=1", "evaluate.batch=64"]
+    ways = re.findall(r"^\| one (?:process|machine) \| `(.*)` \|$", TEXT, re.MULTILINE)
+    assert len(ways) == 2
+    for number, way in enumerate(ways):
+        assert "done: top-1" in run([*shlex.split(way), *small, f"run.name={number}"])
+
+
+def test_the_options_of_the_table_exist():
+    table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("## Three ways")]
+    overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
+    assert len(overrides) == 5
+    words = [word for override in overrides for word in override.split()]
+    run(["python", "-m", "distrain", "--config", "configs/quickstart.yaml", *words, "train.epochs=9", "--print-config"])
