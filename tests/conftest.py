@@ -10,6 +10,7 @@ from PIL import Image
 from webdataset import TarWriter
 
 from distrain.data import index
+from distrain.data.scan import scan
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,4 +60,4 @@ def write_split(folder: Path, split: str, count: int, shards: int, size: int = 8
                 png = BytesIO()
                 Image.fromarray(pixels).save(png, "PNG")
                 writer.write({"__key__": f"{number:06d}", "png": png.getvalue(), "cls": label})
-    index.save(index.build(folder, names, CLASSES), folder / f"{split}.parquet")
+    index.save(scan(str(folder), names, CLASSES), folder / f"{split}.parquet")

@@ -2,7 +2,6 @@
 
 import os
 import zlib
-from pathlib import Path
 from typing import Protocol
 
 from distrain.data.index import Index
@@ -30,12 +29,11 @@ class LocalStore:
         self._index = index
         self._files: list[int] = []
         try:
-            for shard in index.shards:
-                self._files.append(os.open(index.root / shard, os.O_RDONLY))
+            for shard in range(len(index.shards)):
+                self._files.append(os.open(index.location(shard), os.O_RDONLY))
         except OSError as error:
             self.close()
-            path = Path(index.root) / index.shards[len(self._files)]
-            raise UserError(f"{path}: shard cannot be opened: {error.strerror}") from error
+            raise UserError(f"{error.filename}: shard cannot be opened: {error.strerror}") from error
 
     def read(self, sample: int) -> bytes:
         index = self._index
@@ -43,7 +41,7 @@ class LocalStore:
         data = os.pread(self._files[shard], int(index.size[sample]), int(index.offset[sample]))
         if zlib.crc32(data) != index.crc32[sample]:
             raise DataError(
-                f"{index.shards[shard]}: the {index.size[sample]} bytes at {index.offset[sample]} are not "
+                f"{index.shards[shard].name}: the {index.size[sample]} bytes at {index.offset[sample]} are not "
                 "those that were indexed; restore the shard or index it again"
             )
         return data

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from distrain.data import cifar10, index
+from distrain.data.scan import scan
 from distrain.errors import EXIT_DONE
 
 _SHARD_SAMPLES = 5_000
@@ -53,7 +54,7 @@ def fetch_cifar10(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for split, part in splits.items():
         shards = _write_shards(out, split, images.pixels[part], images.labels[part])
-        index.save(index.build(out, shards, cifar10.CLASSES), out / f"{split}.parquet")
+        index.save(scan(str(out), shards, cifar10.CLASSES), out / f"{split}.parquet")
         console.print(f"{out / split}.parquet: {part.stop - part.start:,} images in {len(shards)} shards")
 
 
@@ -67,7 +68,7 @@ def _index(args: argparse.Namespace) -> int:
     root = out.parent
     classes = args.classes.read_text().split("\n")
     shards = sorted(str(shard.resolve().relative_to(root.resolve())) for shard in args.shards)
-    built = index.build(root, shards, [name for name in classes if name.strip()])
+    built = scan(str(root), shards, [name for name in classes if name.strip()])
     index.save(built, out)
     print(f"{out}: {len(built):,} images, {len(built.classes)} classes, {len(shards)} shards")
     return EXIT_DONE

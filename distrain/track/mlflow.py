@@ -109,10 +109,10 @@ class _Connection:
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, params: Mapping[str, Any]) -> None:
         for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
-        for chatty in ("alembic", "mlflow"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
         from mlflow import MlflowClient
 
+        for chatty in ("alembic", "mlflow"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         self._client = MlflowClient(uri)
         self._run_id = self._find_or_create(experiment, name, folder, uri)
         self._received = self._ask_received()

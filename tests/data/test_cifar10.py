@@ -28,7 +28,7 @@ def test_all_real_images_are_there_and_are_the_published_ones(fetched):
 
     parts = []
     for split in ("train", "val"):
-        loaded = index.load(fetched / f"{split}.parquet")
+        loaded = index.load(f"{fetched}/{split}.parquet")
         store = LocalStore(loaded)
         pixels = np.stack([np.asarray(Image.open(BytesIO(store.read(sample)))) for sample in range(len(loaded))])
         parts.append(cifar10.Images(pixels, loaded.label.astype(np.uint8)))

@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def data():
 
 @pytest.fixture
 def train_index(dataset):
-    return index.load(dataset / "train.parquet")
+    return index.load(f"{dataset}/train.parquet")
 
 
 def open_loader(data, train_index):
@@ -70,14 +71,14 @@ def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index):
 
 def test_bytes_that_are_not_those_indexed_are_an_error_that_names_the_shard(data, train_index, tmp_path):
     for shard in train_index.shards:
-        (tmp_path / shard).write_bytes((train_index.root / shard).read_bytes())
-    damaged = tmp_path / train_index.shards[0]
+        (tmp_path / shard.name).write_bytes(Path(train_index.root, shard.name).read_bytes())
+    damaged = tmp_path / train_index.shards[0].name
     content = bytearray(damaged.read_bytes())
     content[train_index.offset[3] + 20] ^= 255
     damaged.write_bytes(content)
     index.save(train_index, tmp_path / "train.parquet")
     with pytest.raises(DataError, match=r"train-000000\.tar: the \d+ bytes at \d+ are not those that were indexed"):
-        list(open_loader(data, index.load(tmp_path / "train.parquet")).stream(requests(data, train_index)))
+        list(open_loader(data, index.load(f"{tmp_path}/train.parquet")).stream(requests(data, train_index)))
 
 
 def test_normalized_images_have_the_mean_and_deviation_taken_out():
