@@ -46,7 +46,8 @@ def check_probability(name: str, value: float) -> None:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(get_args(kind)[0], item, where) for item in value)
+        item_kind = get_args(kind)[0]
+        return tuple(_convert(item_kind, item, f"{where}, item {n}") for n, item in enumerate(value, 1))
     if is_dataclass(kind) and isinstance(value, Mapping):
         return create(kind, value, where)  # type: ignore[arg-type]
     if kind is float and type(value) is int:

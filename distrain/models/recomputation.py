@@ -54,20 +54,26 @@ class Block(nn.Module):
 
     def _contexts(self) -> Contexts:
         if self.recomputation == "block":
-            return nullcontext(), self._statistics_untouched()
+            return nullcontext(), self._statistics_aside()
         first, second = _keep_convolutions()
-        return first, _both(second, self._statistics_untouched())
+        return first, _both(self._statistics_aside(), second)
 
     @contextmanager
-    def _statistics_untouched(self) -> Iterator[None]:
+    def _statistics_aside(self) -> Iterator[None]:
+        """Let BatchNorm write its statistics to tensors that nobody reads.
+
+        It cannot be told to write none, because autograd saves these tensors too, and checks that both
+        computations save alike.
+        """
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.track_running_stats = False
+        kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+        for norm, name, buffer in kept:
+            setattr(norm, name, torch.empty_like(buffer))
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, name, buffer in kept:
+                setattr(norm, name, buffer)
 
 
 def _keep_convolutions() -> Contexts:

@@ -35,12 +35,12 @@ examples:
 _LEGEND = """\
 flops: multiply-adds of one image of 224 x 224 pixels (of 32 x 32 where the source is the paper).
 acts: output elements of convolutions, max pooling and the classifier, for one image.
-top-1: percent, one central crop, as published in the RegNet authors' model zoo (pycls), the DenseNet
-  authors' repository or paper (CIFAR-10, crops and flips in training), or by torchvision (SWAG:
+top-1: percent, one central crop, as published by the RegNet authors (pycls), the DenseNet authors'
+  repository or their paper (CIFAR-10, crops and flips in training), or by torchvision (SWAG:
   pretrained on weakly supervised images).
 V1, V2: torchvision's weights for the same network; * for the one with width_rule=torchvision.
-Also: densenet_DEPTH_GROWTH, densenet_b_..., densenet_c_... and densenet_bc_DEPTH_GROWTH of any depth
-and growth rate, for small images; densenet, regnet and anynet, made from options alone.
+Also: densenet_DEPTH_GROWTH, densenet_b_..., densenet_c_... and densenet_bc_... of any depth and
+growth rate, for small images; densenet, regnet and anynet, made from options alone.
 `models show NAME` tells the cost of each module of a network and its options."""
 
 

@@ -152,7 +152,7 @@ def load_weights(network: nn.Module, source: str | Path) -> str:
 def save_weights(network: nn.Module, path: str | Path, naming: str = OURS) -> None:
     """Write the weights to a .safetensors file, or another of torch.save, under the names of distrain, torchvision,
     timm or pycls. Raises UserError for a naming that has no place for this network."""
-    names = _names(network, naming)
+    names = translate_names(network, naming)
     tensors = {names[name]: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     if naming == "pycls":
         stem = names["stem.conv.weight"]
@@ -165,8 +165,11 @@ def save_weights(network: nn.Module, path: str | Path, naming: str = OURS) -> No
         torch.save({"model_state": tensors} if naming == "pycls" else tensors, path)
 
 
-def _names(network: nn.Module, naming: str) -> dict[str, str]:
-    """What `naming` calls each tensor of the network."""
+def translate_names(network: nn.Module, naming: str) -> dict[str, str]:
+    """What `naming` (distrain, torchvision, timm or pycls) calls each tensor of the network.
+
+    Raises UserError for a naming that has no place for this network.
+    """
     if naming == OURS:
         return {name: name for name in network.state_dict()}
     namings = _NAMINGS[type(network)]
@@ -191,7 +194,7 @@ def _recognise(network: nn.Module, tensors: Tensors, source: str | Path) -> tupl
     best, best_names, most = "", {}, 0
     for naming in (OURS, *_NAMINGS[type(network)]):
         try:
-            names = _names(network, naming)
+            names = translate_names(network, naming)
         except UserError:  # this naming has no place for some part of the network, so the file is not in it
             continue
         shared = len(tensors.keys() & names.values())

@@ -1,0 +1,131 @@
+"""What options do to a network, and what a wrong one is answered with."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from distrain.errors import UserError
+from distrain.models import DenseNetConfig, StageConfig, build, configure
+from distrain.models.complexity import count_complexity
+from distrain.models.regnet import drop_images, drop_path_rates
+
+STAGES = [{"depth": 1, "width": 16, "group_width": 8}, {"depth": 2, "width": 32, "group_width": 8}]
+
+MISTAKES = [
+    pytest.param("regnety_16g", {}, "model 'regnety_16g' is not known: did you mean regnety_16gf?", id="name"),
+    pytest.param("densenet12", {}, "did you mean densenet121?", id="densenet name"),
+    pytest.param("regnety_400mf", {"widthrule": "pycls"}, "did you mean width_rule?", id="option"),
+    pytest.param("regnety_400mf", {"width_rule": "timm"}, "one of pycls, torchvision", id="choice"),
+    pytest.param("regnety_400mf", {"stem": 3}, "must be imagenet or resnet or cifar, not 3", id="type of choice"),
+    pytest.param("regnety_400mf", {"depth": "16"}, "depth must be a whole number, not '16'", id="type"),
+    pytest.param("regnety_400mf", {"zero_gamma": 1}, "zero_gamma must be true or false, not 1", id="type of flag"),
+    pytest.param("densenet121", {"growth_rate": True}, "must be a whole number, not True", id="flag for number"),
+    pytest.param(
+        "densenet121", {"depths": [6, "x"]}, "option depths, item 2 must be a whole number, not 'x'", id="type of item"
+    ),
+    pytest.param("densenet121", {"depths": 6}, "must be a list, each item a whole number", id="list"),
+    pytest.param("densenet121", {"depths": []}, "a DenseNet needs blocks", id="no block"),
+    pytest.param("densenet121", {"dropout": 1.0}, "dropout=1 is a probability", id="probability"),
+    pytest.param("densenet121", {"compression": 0}, "compression=0 must lie in 0..1", id="compression"),
+    pytest.param("densenet121", {"bottleneck": -1}, "bottleneck=-1 is too small", id="bottleneck"),
+    pytest.param("densenet_bc_23_12", {}, "take 22 or 28", id="depth"),
+    pytest.param("densenet_40_0", {}, "growth_rate=0 is too small", id="growth rate"),
+    pytest.param("regnet", {"depth": 5}, "not given: w0, wa, wm, group_width", id="missing options"),
+    pytest.param("regnety_400mf", {"w0": 20}, "w0 a positive multiple of 8", id="w0"),
+    pytest.param("regnety_400mf", {"group_width": 0}, "group_width=0 must be at least 1", id="no group"),
+    pytest.param("regnety_400mf", {"strides": [2, 2]}, "must be 4 numbers, one for each stage", id="strides"),
+    pytest.param("regnety_400mf", {"drop_path": -0.1}, "drop_path=-0.1 is a probability", id="drop path"),
+    pytest.param("regnety_400mf", {"stem_width": 0}, "stem_width=0 must be at least 1", id="stem width"),
+    pytest.param("anynet", {"stages": []}, "needs at least one", id="no stage"),
+    pytest.param("anynet", {"stages": [{"width": 8}]}, "option stages, item 1 needs options that are not given: depth"),
+    pytest.param("anynet", {"stages": [{"depht": 1}]}, "did you mean depth?", id="option of a stage"),
+    pytest.param("anynet", {"stages": [8]}, "option stages, item 1 must be a mapping of depth, width", id="stage"),
+    pytest.param("anynet", {"stages": [{**STAGES[0], "group_width": 6}]}, "group_width=6 does not divide 16"),
+    pytest.param("anynet", {"stages": [{**STAGES[0], "depth": 0}]}, "depth=0 of a stage", id="empty stage"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "answer"), MISTAKES)
+def test_a_mistake_is_answered_in_one_line_with_the_cure(name, options, answer):
+    with pytest.raises(UserError) as error:
+        build(name, **options)
+    assert answer in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_needs_classes():
+    with pytest.raises(UserError, match="num_classes=0 must be at least 1"):
+        build("densenet121", num_classes=0)
+
+
+def test_an_image_too_small_for_a_network_is_refused():
+    with torch.device("meta"), pytest.raises(UserError, match="the image is too small"):
+        count_complexity(build("densenet121"), 8)
+
+
+def test_options_may_be_the_lists_and_mappings_of_yaml_or_the_dataclasses():
+    stages = tuple(StageConfig(**stage) for stage in STAGES)
+    assert configure("anynet", stages=STAGES) == configure("anynet", stages=stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("densenet_40_12", DenseNetConfig((12, 12, 12), 12, 16, "cifar", 0, 1.0)),
+        ("densenet_b_40_12", DenseNetConfig((6, 6, 6), 12, 16, "cifar", 4, 1.0)),
+        ("densenet_c_40_12", DenseNetConfig((12, 12, 12), 12, 16, "cifar", 0, 0.5)),
+        ("densenet_bc_40_12", DenseNetConfig((6, 6, 6), 12, 24, "cifar", 4, 0.5)),
+    ],
+)
+def test_names_of_densenets_tell_variant_depth_and_growth_rate(name, expected):
+    assert configure(name) == expected
+
+
+@pytest.mark.parametrize("name", ["densenet_16_8", "densenet_bc_22_8"])
+def test_the_papers_dropout_follows_every_convolution_but_the_first(name):
+    network = build(name, 10, dropout=0.2)
+    kinds = [type(m) for m in network.modules() if isinstance(m, nn.Conv2d) or getattr(m, "p", 0) == 0.2]
+    assert kinds[1:] == [nn.Conv2d, nn.Dropout] * (len(kinds) // 2)
+
+
+def test_torchvisions_dropout_follows_dense_layers_only():
+    network = build("densenet_bc_22_8", 10, dropout=0.2, dropout_placement="torchvision")
+    assert sum(getattr(module, "p", 0) == 0.2 for module in network.modules()) == 3 * 3
+
+
+@pytest.mark.parametrize("options", [{"drop_path": 0.5}, {"head_dropout": 0.5}])
+def test_randomness_comes_from_torchs_default_generator(options, images):
+    network = build("regnet", 5, depth=4, w0=16, wa=8.0, wm=2.0, group_width=8, stem="cifar", **options)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(network(images))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_dropping_images_zeroes_whole_ones_and_keeps_the_mean():
+    dropped = drop_images(torch.ones(10_000, 2, 1, 1), 0.25)
+    assert {round(value, 5) for value in dropped.unique().tolist()} == {0.0, round(1 / 0.75, 5)}
+    assert torch.equal(dropped[:, 0], dropped[:, 1])
+    assert dropped.mean() == pytest.approx(1, abs=0.02)
+
+
+def test_later_blocks_are_dropped_more_often():
+    assert drop_path_rates(0.2, 5) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_zero_gamma_makes_blocks_begin_as_identities():
+    network = build("anynet", 5, stages=STAGES, zero_gamma=True)
+    maps = torch.rand(2, 32, 4, 4)
+    assert torch.equal(network.stages[1][1](maps), maps)
+
+
+def test_importing_the_models_needs_no_library_but_torch():
+    heavy = ["matplotlib", "rich", "timm", "torchvision", "omegaconf", "safetensors"]
+    code = f"import sys, distrain.models; print(*set({heavy}) & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "\n"

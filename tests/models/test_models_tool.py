@@ -1,0 +1,110 @@
+"""`python -m distrain models` tells a reader which networks there are."""
+
+import argparse
+import re
+
+import pytest
+
+from distrain.errors import UserError
+from distrain.models import PUBLISHED
+from distrain.models.tool import configure
+
+
+@pytest.fixture
+def models(capsys):
+    """Runs the tool and gives the lines it prints."""
+
+    def run(*arguments: str) -> list[str]:
+        parser = argparse.ArgumentParser()
+        configure(parser)
+        args = parser.parse_args(arguments)
+        assert args.run(args) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [(), ("list",)])
+def test_the_list_has_a_line_for_every_published_network(models, arguments):
+    lines = models(*arguments)
+    listed = [line for line in lines if line.split(" ")[0] in PUBLISHED]
+    assert [line.split()[0] for line in listed] == list(PUBLISHED)
+    assert all(f"{PUBLISHED[line.split()[0]].top1:.2f}" in line for line in listed)
+
+
+def test_a_line_of_the_list_holds_cost_and_accuracies(models):
+    line = next(line for line in models() if line.startswith("regnety_16gf "))
+    assert line.split() == [
+        *("regnety_16gf", "15.91", "G", "83.59", "M", "23.04", "M"),
+        *("80.39", "pycls", "80.42", "82.89"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("show", "regnety_32gf"),
+        ("show", "densenet264", "--layers"),
+        ("show", "densenet_bc_100_12"),
+        ("show", "regnety_128gf", "--layers", "--resolution", "384"),
+    ],
+)
+def test_everything_fits_in_100_columns(models, arguments):
+    assert max(len(line) for line in models(*arguments)) <= 100
+
+
+@pytest.mark.parametrize("detail", [(), ("--layers",)])
+@pytest.mark.parametrize("name", ["regnety_400mf", "densenet_bc_100_12", "densenet121"])
+def test_modules_add_up_to_the_published_cost(models, name, detail):
+    lines = models("show", name, *detail)
+    start = next(number for number, line in enumerate(lines) if line.startswith("module "))
+    rows = [line.replace(",", "").split()[-3:] for line in lines[start + 1 : lines.index("", start)]]
+    *modules, total = [tuple(map(int, row)) for row in rows]
+    cost = PUBLISHED[name].cost
+    assert total == (cost.flops, cost.params, cost.activations)
+    assert tuple(map(sum, zip(*modules, strict=True))) == total
+
+
+def test_options_change_the_network_and_are_explained(models):
+    lines = models("show", "regnety_400mf", "stem=cifar", "drop_path=0.1", "strides=[1,2,2,2]")
+    assert "for one image of 32 x 32 pixels, 10 classes" in lines
+    explained = lines.index("  strides=[1, 2, 2, 2]")
+    assert lines[explained + 1].strip() == "Of each stage; empty: 2 everywhere."
+    assert "  drop_path=0.1" in lines
+
+
+def test_every_option_is_explained(models):
+    lines = models("show", "densenet121")
+    options = [line.partition("=")[0].strip() for line in lines if re.match(r"  \w+=", line)]
+    assert options == [
+        *("depths", "growth_rate", "stem_width", "stem", "bottleneck"),
+        *("compression", "dropout", "dropout_placement"),
+    ]
+
+
+def test_the_plot_of_a_regnet_is_an_image(models, tmp_path):
+    path = tmp_path / "widths.png"
+    assert models("plot", "regnetx_4gf", "width_rule=torchvision", "--out", str(path)) == [f"wrote {path}"]
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (("show", "regnetz"), "model 'regnetz' is not known: did you mean regnet?"),
+        (("show", "regnety_400mf", "stem"), "'stem' is not an option: write key=value"),
+        (("show", "regnety_400mf", "stem=[a"), "not readable as key=value"),
+        (("show", "regnety_400mf", "steam=cifar"), "did you mean stem?"),
+        (("show", "densenet121", "--resolution", "8"), "the image is too small"),
+        (("plot", "densenet121", "--out", "x.png"), "has no width rule to draw: plot takes a RegNet"),
+        (("plot", "regnety_4gf", "--out", "missing/x.png"), "missing/x.png: cannot be written"),
+        (("plot", "regnety_4gf", "--out", "x.xyz"), "x.xyz: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(models, arguments, answer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        models(*arguments)
+    assert answer in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,125 @@
+"""Every published network is the published one, to the last parameter."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model_weights
+
+from distrain.models import PUBLISHED, build, configure
+from distrain.models.complexity import Cost, count_complexity, total
+
+REGNETS = [
+    f"regnet{letter}_{size}"
+    for letter in "xy"
+    for size in (
+        *("200mf", "400mf", "600mf", "800mf", "1_6gf", "3_2gf"),
+        *("4gf", "6_4gf", "8gf", "12gf", "16gf", "32gf"),
+    )
+]
+DENSENETS = [
+    *("densenet121", "densenet161", "densenet169", "densenet201", "densenet264", "densenet_cosine_264"),
+    *("densenet_40_12", "densenet_100_12", "densenet_100_24"),
+    *("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40"),
+]
+CIFAR100_PARAMS = {
+    "densenet_40_12": 1_060_132,
+    "densenet_100_12": 7_084_852,
+    "densenet_100_24": 27_457_972,
+    "densenet_bc_100_12": 800_032,
+    "densenet_bc_250_24": 15_480_556,
+    "densenet_bc_190_40": 25_821_620,
+}
+TORCHVISION = {name: entry for name, entry in PUBLISHED.items() if entry.torchvision}
+
+
+def build_on_meta(name: str, num_classes: int, **options: object) -> nn.Module:
+    with torch.device("meta"):
+        return build(name, num_classes, **options)
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_by_running(network: nn.Module, resolution: int) -> Cost:
+    """What hooks see when one image passes through a network on the meta device."""
+    counted = []
+
+    def see_conv(conv: nn.Conv2d, _: object, output: torch.Tensor) -> None:
+        inputs = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
+        flops = output.numel() * inputs + (0 if conv.bias is None else output.numel())
+        counted.append(Cost(flops, 0, output.numel(), output.numel()))
+
+    def see_linear(linear: nn.Linear, _: object, output: torch.Tensor) -> None:
+        counted.append(Cost(output.numel() * (linear.in_features + 1), 0, output.numel()))
+
+    def see_pool(_: nn.Module, __: object, output: torch.Tensor) -> None:
+        counted.append(Cost(activations=output.numel()))
+
+    watchers = {nn.Conv2d: see_conv, nn.Linear: see_linear, nn.MaxPool2d: see_pool}
+    for module in network.modules():
+        module.register_forward_hook(watchers.get(type(module), lambda *_: None))
+    network.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))
+    return sum(counted, Cost(params=count_parameters(network)))
+
+
+def test_all_published_networks_are_in_the_table():
+    assert set(PUBLISHED) == {*REGNETS, "regnety_128gf", *DENSENETS}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_network_has_the_published_flops_params_and_activations(name):
+    published = PUBLISHED[name]
+    network = build_on_meta(name, published.num_classes)
+    assert total(count_complexity(network, published.resolution).values()) == published.cost
+    assert count_parameters(network) == published.cost.params
+
+
+@pytest.mark.parametrize(("name", "params"), CIFAR100_PARAMS.items())
+def test_densenets_for_cifar100_have_the_published_params(name, params):
+    assert count_parameters(build_on_meta(name, 100)) == params
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_networks_of_torchvision_have_the_cost_and_accuracy_torchvision_states(name):
+    weights = get_model_weights(name.replace("regnetx", "regnet_x").replace("regnety", "regnet_y"))
+    options = {"width_rule": "torchvision"} if TORCHVISION[name].torchvision_rule else {}
+    cost = total(count_complexity(build_on_meta(name, 1000, **options), 224).values())
+    stated = weights["IMAGENET1K_V1"].meta
+    assert cost.params == stated["num_params"]
+    assert cost.flops / 1e9 == pytest.approx(stated["_ops"], abs=5e-4)
+    assert TORCHVISION[name].torchvision == {
+        version: weights[f"IMAGENET1K_{version}"].meta["_metrics"]["ImageNet-1K"]["acc@1"]
+        for version in TORCHVISION[name].torchvision
+    }
+
+
+@pytest.mark.parametrize("resolution", [64, 97, 288])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("densenet121", {}),
+        ("densenet_40_12", {}),
+        ("densenet_bc_22_12", {}),
+        ("regnetx_400mf", {"width_rule": "torchvision"}),
+        ("regnety_800mf", {"head_width": 96, "stem": "resnet"}),
+        ("anynet", {"stages": [{"depth": 2, "width": 24, "bottleneck_ratio": 0.5}]}),
+    ],
+)
+def test_counting_equals_what_a_run_on_the_meta_device_shows(name, options, resolution):
+    network = build_on_meta(name, 10, **options)
+    assert total(count_complexity(network, resolution).values()) == count_by_running(network, resolution)
+
+
+def test_every_parameter_belongs_to_exactly_one_counted_layer():
+    network = build_on_meta("regnety_400mf", 1000)
+    counted = count_complexity(network, 224)
+    owners = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+    assert set(counted) == owners
+
+
+def test_five_networks_differ_between_the_width_rules():
+    differing = [
+        name for name in REGNETS if configure(name).stages() != configure(name, width_rule="torchvision").stages()
+    ]
+    assert differing == ["regnetx_400mf", "regnetx_4gf", "regnety_800mf", "regnety_4gf", "regnety_8gf"]
