@@ -60,6 +60,10 @@ class DataConfig:
     train: str = option(MISSING, "index of the training shards, a .parquet file", free=True)
     val: str = option(MISSING, "index of the validation shards, a .parquet file", free=True)
     loader: str = option("torch", "torch", free=True)
+    shuffle: str = option("auto", "global (any order), window (shard by shard), auto: global where reads are local")
+    window_shards: int = option(10, "shuffle=window: shards whose samples are mixed with one another")
+    balanced: bool = option(False, "draw every class equally often instead of every sample once per epoch")
+    repeats: int = option(1, "copies of a sample in a batch, augmented differently (repeated augmentation)")
     image_size: int = option(224, "side of the square the network is given, pixels")
     crop: str = option("resized", "training crop: resized (RandomResizedCrop), pad (shifted), none (centre)")
     crop_scale: list[float] = option([0.08, 1.0], "crop=resized: smallest and largest share of the area")
@@ -74,8 +78,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _one_of("data.loader", self.loader, ("torch",))
+        _one_of("data.shuffle", self.shuffle, ("auto", "global", "window"))
+        if self.shuffle == "window" and (self.balanced or self.repeats > 1):
+            raise UserError(
+                "data.shuffle=window keeps to the order of shards, which data.balanced and data.repeats cannot"
+            )
+        if self.balanced and self.repeats > 1:
+            raise UserError("data.balanced and data.repeats cannot be combined: choose one")
         _one_of("data.crop", self.crop, ("resized", "pad", "none"))
-        for key in ("image_size", "threads", "prefetch"):
+        for key in ("image_size", "threads", "prefetch", "window_shards", "repeats"):
             _at_least(f"data.{key}", getattr(self, key), 1)
         _at_least("data.crop_pad", self.crop_pad, 0)
         if not 0 <= self.flip <= 1:

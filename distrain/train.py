@@ -17,6 +17,7 @@ from distrain.data.augment import draw_windows
 from distrain.data.index import Index
 from distrain.data.loader import Batch, Loader, Request, normalize
 from distrain.data.loaders.torch import TorchLoader
+from distrain.data.order import make_order, resolve_shuffle
 from distrain.data.plan import Plan
 from distrain.data.store import LocalStore
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
@@ -38,7 +39,7 @@ def train(config: Config) -> int:
     """
     logging.basicConfig(format="distrain: %(message)s", level=logging.WARNING)
     train_index, val_index = load_indexes(config)
-    plan = Plan(len(train_index), config.batch.lanes, config.batch.per_lane, config.train.epochs, config.run.seed)
+    plan = make_plan(config, train_index)
     with Group() as group, StopRequest(config.run.folder) as stop:
         try:
             with Tracker(config, group.leads, plan.steps) as tracker:
@@ -86,7 +87,10 @@ def run_steps(
         closing(make_loader(config, train_index, group.device)) as train_loader,
         closing(make_loader(config, val_index, group.device)) as val_loader,
     ):
-        identity = fixed_settings(config) | {"data.train digest": train_index.digest}
+        identity = fixed_settings(config) | {
+            "data.train digest": train_index.digest,
+            "data.shuffle": resolve_shuffle(config.data, train_index),
+        }
         extra = {"identity": identity, "versions": {"distrain": __version__, "torch": torch.__version__}}
         start = 0
         if (snapshot := checkpoints.restore()) is not None:
@@ -158,9 +162,9 @@ def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start
     """What this rank decodes: for every step from `start` on, the share of each of its lanes."""
     for step in range(start, plan.steps):
         for lane in lanes:
-            ids, epochs = plan.lane_batch(step, lane)
-            widths, heights = index.width[ids], index.height[ids]
-            yield Request(ids, draw_windows(config.data, config.run.seed, epochs, ids, widths, heights))
+            batch = plan.lane_batch(step, lane)
+            widths, heights = index.width[batch.ids], index.height[batch.ids]
+            yield Request(batch.ids, draw_windows(config.data, config.run.seed, batch, widths, heights))
 
 
 class Speed:
@@ -201,6 +205,12 @@ def blank_images(config: Config, device: torch.device) -> torch.Tensor:
     size = config.data.image_size
     images = torch.zeros(config.batch.per_lane, 3, size, size, device=device)
     return images.contiguous(memory_format=memory_format(config))
+
+
+def make_plan(config: Config, index: Index) -> Plan:
+    lanes, per_lane = config.batch.lanes, config.batch.per_lane
+    order = make_order(config.data, index, lanes, config.run.seed)
+    return Plan(len(index), lanes, per_lane, config.train.epochs, order)
 
 
 def make_loader(config: Config, index: Index, device: torch.device) -> Loader:

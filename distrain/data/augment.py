@@ -1,4 +1,4 @@
-"""Which part of each image the network sees: a pure function of (seed, epoch, sample id, width, height).
+"""Which part of each image the network sees: a pure function of (seed, sample id, epoch, copy, width, height).
 
 A window is given in pixels of the stored image and may reach outside of it, where it is black. The loaders
 cut it out, resize it to the network's size and mirror it; all of them are given the same windows.
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distrain.config import DataConfig
+from distrain.data.plan import LaneBatch
 from distrain.rng import Stream, uniform
 
 _ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back to the centre
@@ -26,24 +27,17 @@ class Windows(NamedTuple):
 
 
 def draw_windows(
-    data: DataConfig,
-    seed: int,
-    epochs: NDArray[np.int64],
-    ids: NDArray[np.int64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
+    data: DataConfig, seed: int, batch: LaneBatch, widths: NDArray[np.int32], heights: NDArray[np.int32]
 ) -> Windows:
-    """The training windows of samples `ids` in `epochs`."""
-    flip = uniform(seed, Stream.FLIP, epochs, ids) < data.flip
+    """The training windows of a lane's samples, whose images are so wide and high."""
+    flip = uniform(seed, Stream.FLIP, *batch) < data.flip
     if data.crop == "pad":
         shifts = 2 * data.crop_pad + 1
-        top, left = (
-            np.floor(uniform(seed, Stream.CROP, epochs, ids, axis) * shifts) - data.crop_pad for axis in (0, 1)
-        )
+        top, left = (np.floor(uniform(seed, Stream.CROP, *batch, axis) * shifts) - data.crop_pad for axis in (0, 1))
         return _windows(top, left, heights, widths, flip)
     if data.crop == "none":
         return centre_windows(data, widths, heights)._replace(flip=flip)
-    return _draw_resized(data, seed, epochs, ids, widths, heights)._replace(flip=flip)
+    return _draw_resized(data, seed, batch, widths, heights)._replace(flip=flip)
 
 
 def centre_windows(data: DataConfig, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> Windows:
@@ -54,18 +48,13 @@ def centre_windows(data: DataConfig, widths: NDArray[np.int32], heights: NDArray
 
 
 def _draw_resized(
-    data: DataConfig,
-    seed: int,
-    epochs: NDArray[np.int64],
-    ids: NDArray[np.int64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
+    data: DataConfig, seed: int, batch: LaneBatch, widths: NDArray[np.int32], heights: NDArray[np.int32]
 ) -> Windows:
     """A share of the area at a log-uniform aspect ratio (Szegedy et al. 2015, as torchvision draws it)."""
     attempt = np.arange(_ATTEMPTS)[:, None]
 
     def draw(number: int) -> NDArray[np.float64]:
-        return uniform(seed, Stream.CROP, epochs, ids, attempt, number)
+        return uniform(seed, Stream.CROP, *batch, attempt, number)
 
     smallest, largest = data.crop_scale
     area = widths * heights.astype(np.float64) * (smallest + draw(0) * (largest - smallest))
@@ -75,7 +64,7 @@ def _draw_resized(
     h = np.rint(np.sqrt(area / ratio))
     fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
 
-    column = np.arange(len(ids))
+    column = np.arange(len(batch.ids))
     first = np.argmax(fits, axis=0)  # 0 where none fits, mended below
     w, h = w[first, column], h[first, column]
     top = np.floor(draw(2)[first, column] * (heights - h + 1))
@@ -88,7 +77,7 @@ def _draw_resized(
     w, h = np.where(found, w, fallback_w), np.where(found, h, fallback_h)
     top = np.where(found, top, (heights - h) // 2)
     left = np.where(found, left, (widths - w) // 2)
-    return _windows(top, left, h, w, np.zeros(len(ids), bool))
+    return _windows(top, left, h, w, np.zeros(len(batch.ids), bool))
 
 
 def _windows(top: ArrayLike, left: ArrayLike, height: ArrayLike, width: ArrayLike, flip: NDArray[np.bool_]) -> Windows:

@@ -1,51 +1,64 @@
 """The plan of a run: which samples each lane consumes at each step. Pure; knows nothing of I/O or ranks.
 
-Lay the epochs end to end, each in its own random order, and number the positions 0, 1, 2, ... Step s takes
-positions [s G, (s+1) G) for a global batch G = lanes x per_lane, and lane l takes per_lane of them, from
-s G + l per_lane on. So every sample is seen once per epoch whatever the sizes, a step may straddle the end
-of an epoch, nothing is dropped or padded, and all lanes pass from one epoch to the next together.
+Lay the epochs end to end and number the positions 0, 1, 2, ... Step s takes positions [s G, (s+1) G) for a
+global batch G = lanes x per_lane, and lane l takes per_lane of them, from s G + l per_lane on. So every sample
+is seen once per epoch whatever the sizes, a step may straddle the end of an epoch, nothing is dropped or
+padded, and all lanes pass from one epoch to the next together.
+
+Which sample stands at a position is the business of an Order. A lane's own stream numbers its positions 0, 1,
+2, ... too; it is what a window shuffle follows, and where a replacement for a bad sample is found.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.rng import Stream, hash64
+IntArray = NDArray[np.int64]
 
 
 class LaneBatch(NamedTuple):
-    """One lane's share of one step: sample ids and the epoch each belongs to, int64 [per_lane]."""
+    """Samples of one lane: ids, the epoch each belongs to, and the how-manieth time of the epoch this is (0 for
+    the first). int64 [n] each."""
 
-    ids: NDArray[np.int64]
-    epochs: NDArray[np.int64]
+    ids: IntArray
+    epochs: IntArray
+    copies: IntArray
 
 
-@lru_cache(maxsize=2)  # a step that straddles the end of an epoch needs two
-def epoch_order(seed: int, epoch: int, samples: int) -> NDArray[np.int32]:
-    """The order of one epoch: sample ids sorted by a hash of (seed, epoch, id), int32 [samples]."""
-    keys = hash64(seed, Stream.ORDER, epoch, np.arange(samples))
-    return np.argsort(keys, kind="stable").astype(np.int32)
+class Share(NamedTuple):
+    """The positions of one epoch that a lane consumes: `size` of them, after `before` of the lanes before it."""
+
+    before: int
+    size: int
+
+
+class Order(Protocol):
+    """Puts samples on the positions of an epoch."""
+
+    def at(self, epoch: int, lane: int, share: Share, own: IntArray, places: IntArray) -> tuple[IntArray, IntArray]:
+        """Ids and copies of what `lane` consumes: `own` are places in its share, `places` those in the epoch."""
+        ...
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`samples` in the data set, `lanes` x `per_lane` in a step, in an order drawn from `seed`."""
+    """`samples` in an epoch and `lanes` x `per_lane` in a step, for `epochs` epochs."""
 
     samples: int
     lanes: int
     per_lane: int
     epochs: float
-    seed: int
+    order: Order
 
     @property
     def batch(self) -> int:
         """Samples in one step, over all lanes."""
         return self.lanes * self.per_lane
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Steps in the run: epochs x samples / global batch, rounded, at least one."""
         return max(1, self.step_at(self.epochs))
@@ -64,10 +77,31 @@ class Plan:
 
     def lane_batch(self, step: int, lane: int) -> LaneBatch:
         """What `lane` consumes at `step`."""
-        start = step * self.batch + lane * self.per_lane
-        epochs, places = np.divmod(np.arange(start, start + self.per_lane, dtype=np.int64), self.samples)
-        ids = np.empty_like(places)
+        return self.lane_samples(lane, np.arange(step * self.per_lane, (step + 1) * self.per_lane))
+
+    def lane_samples(self, lane: int, stream: IntArray) -> LaneBatch:
+        """What stands at the positions `stream` of a lane's own stream."""
+        steps, inside = np.divmod(stream, self.per_lane)
+        epochs, places = np.divmod(steps * self.batch + lane * self.per_lane + inside, self.samples)
+        ids, copies = np.empty_like(places), np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            ids[here] = epoch_order(self.seed, int(epoch), self.samples)[places[here]]
-        return LaneBatch(ids, epochs)
+            own = stream[here] - self._consumed(int(epoch), lane)
+            share = self.share(int(epoch), lane)
+            ids[here], copies[here] = self.order.at(int(epoch), lane, share, own, places[here])
+        return LaneBatch(ids, epochs, copies)
+
+    def share(self, epoch: int, lane: int) -> Share:
+        """How much of an epoch is the lane's, and how much of it that of the lanes before."""
+        before = self._consumed_before(epoch + 1, lane) - self._consumed_before(epoch, lane)
+        return Share(before, self._consumed(epoch + 1, lane) - self._consumed(epoch, lane))
+
+    def _consumed(self, epoch: int, lane: int) -> int:
+        """How far into its own stream the lane is when `epoch` begins."""
+        steps, rest = divmod(epoch * self.samples, self.batch)
+        return steps * self.per_lane + min(max(rest - lane * self.per_lane, 0), self.per_lane)
+
+    def _consumed_before(self, epoch: int, lane: int) -> int:
+        """How far all lanes before this one together are into theirs."""
+        steps, rest = divmod(epoch * self.samples, self.batch)
+        return steps * self.per_lane * lane + min(rest, lane * self.per_lane)

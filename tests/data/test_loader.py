@@ -12,6 +12,7 @@ from distrain.data import index
 from distrain.data.augment import Windows, draw_windows
 from distrain.data.loader import Request, normalize
 from distrain.data.loaders.torch import TorchLoader
+from distrain.data.plan import LaneBatch
 from distrain.data.store import DataError, LocalStore
 
 CPU = torch.device("cpu")
@@ -34,8 +35,8 @@ def open_loader(data, train_index):
 def requests(data, train_index, start=0):
     for step in range(start, 10):
         ids = np.arange(step * 6, step * 6 + 6)
-        epochs = np.zeros_like(ids)
-        yield Request(ids, draw_windows(data, 0, epochs, ids, train_index.width[ids], train_index.height[ids]))
+        batch = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
+        yield Request(ids, draw_windows(data, 0, batch, train_index.width[ids], train_index.height[ids]))
 
 
 def pixels(train_index, sample):

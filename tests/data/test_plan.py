@@ -1,61 +1,131 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrain.data.plan import Plan, epoch_order
+from distrain.data.order import BalancedOrder, GlobalOrder, RepeatedOrder, WindowOrder
+from distrain.data.plan import Plan
 
-plans = st.builds(
-    Plan,
-    samples=st.integers(1, 200),
-    lanes=st.integers(1, 7),
-    per_lane=st.integers(2, 9),
-    epochs=st.just(3.0),
-    seed=st.integers(0, 2**63),
-)
+seeds = st.integers(0, 2**63)
+lane_counts, lane_sizes = st.integers(1, 7), st.integers(2, 9)
+shard_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
-@given(plans)
+def shards(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+
+
+@st.composite
+def plans(draw):
+    """Any data set, lanes and seed under a global or a window shuffle."""
+    sizes, seed, lanes = draw(shard_sizes), draw(seeds), draw(lane_counts)
+    order = draw(
+        st.sampled_from(
+            [GlobalOrder(sum(sizes), seed), *(WindowOrder(shards(sizes), lanes, window, seed) for window in (1, 3))]
+        )
+    )
+    return Plan(sum(sizes), lanes, draw(lane_sizes), 3.0, order)
+
+
+@given(plans())
 def test_every_epoch_holds_every_sample_once(plan):
     steps = -(-3 * plan.samples // plan.batch)  # enough to end three epochs
     seen = Counter(
         (int(epoch), int(sample))
         for step in range(steps)
         for lane in range(plan.lanes)
-        for sample, epoch in zip(*plan.lane_batch(step, lane), strict=True)
+        for sample, epoch, _ in zip(*plan.lane_batch(step, lane), strict=True)
     )
     whole = {(epoch, sample): 1 for epoch in range(3) for sample in range(plan.samples)}
     assert {key: count for key, count in seen.items() if key[0] < 3} == whole
     assert sum(seen.values()) == steps * plan.batch
 
 
-@given(plans, st.integers(0, 30), st.integers(1, 4))
-def test_the_order_depends_on_nothing_but_seed_and_epoch(plan, step, factor):
+@given(plans(), st.integers(0, 40), st.integers(0, 10**6))
+def test_any_part_of_a_lane_can_be_asked_for_at_any_time(plan, start, lane):
+    """What a resumed run asks for first is what the undisturbed run comes to."""
+    lane %= plan.lanes
+    stream = np.arange(start, start + 3 * plan.per_lane)
+    at_once = plan.lane_samples(lane, stream)
+    one_by_one = [plan.lane_samples(lane, stream[place : place + 1]) for place in reversed(range(len(stream)))]
+    for column in range(3):
+        assert at_once[column].tolist() == [single[column][0] for single in reversed(one_by_one)]
+
+
+@given(st.integers(1, 200), lane_counts, lane_sizes, seeds, st.integers(0, 30), st.integers(1, 4))
+def test_the_global_order_does_not_depend_on_the_lanes(samples, lanes, per_lane, seed, step, factor):
     """Twice as many lanes of half the size are the same steps."""
-    wide = Plan(plan.samples, plan.lanes * factor, plan.per_lane, plan.epochs, plan.seed)
-    deep = Plan(plan.samples, plan.lanes, plan.per_lane * factor, plan.epochs, plan.seed)
+    wide = Plan(samples, lanes * factor, per_lane, 1, GlobalOrder(samples, seed))
+    deep = Plan(samples, lanes, per_lane * factor, 1, GlobalOrder(samples, seed))
     np.testing.assert_array_equal(
         np.concatenate([wide.lane_batch(step, lane).ids for lane in range(wide.lanes)]),
         np.concatenate([deep.lane_batch(step, lane).ids for lane in range(deep.lanes)]),
     )
 
 
-def test_epochs_and_seeds_are_shuffled_differently():
-    orders = [epoch_order(seed, epoch, 1000) for seed in (0, 1) for epoch in (0, 1)]
+@pytest.mark.parametrize(
+    "make",
+    [lambda seed: GlobalOrder(1000, seed), lambda seed: WindowOrder(shards([100] * 10), 4, 2, seed)],
+    ids=["global", "window"],
+)
+def test_epochs_and_seeds_are_shuffled_differently(make):
+    orders = []
+    for seed in (0, 1):
+        plan = Plan(1000, 4, 25, 2, make(seed))
+        for epoch in (0, 1):
+            steps = range(epoch * 10, epoch * 10 + 10)
+            orders.append(np.concatenate([plan.lane_batch(step, lane).ids for step in steps for lane in range(4)]))
     for a in range(4):
         assert sorted(orders[a]) == list(range(1000))
         for b in range(a):
             assert np.mean(orders[a] == orders[b]) < 0.02
 
 
+def test_a_window_shuffle_reads_few_shards_at_a_time_and_mixes_them():
+    shard = shards([50] * 40)
+    plan = Plan(2000, 2, 20, 1, WindowOrder(shard, 2, 10, 0))
+    for lane in range(2):
+        steps = [shard[plan.lane_batch(step, lane).ids] for step in range(50)]
+        assert len(set(np.concatenate(steps))) == 20  # half of the shards each
+        for window in (steps[:25], steps[25:]):
+            assert len(set(np.concatenate(window))) == 10
+        assert np.mean([len(set(step)) for step in steps]) > 7  # of 10, in a batch of 20
+
+
+def test_a_batch_holds_the_copies_of_a_repeated_sample_together():
+    plan = Plan(90, 3, 4, 1, RepeatedOrder(90, 0, 3))
+    for step in range(7):
+        ids, _, copies = (
+            np.concatenate(column) for column in zip(*(plan.lane_batch(step, lane) for lane in range(3)), strict=True)
+        )
+        assert sorted(Counter(ids.tolist()).values()) == [3, 3, 3, 3]
+        assert sorted(copies.tolist()) == sorted([0, 1, 2] * 4)
+
+
+def test_a_balanced_epoch_draws_all_classes_alike_and_its_repetitions_are_told_apart():
+    labels = np.repeat([0, 1, 2], [100, 40, 10]).astype(np.int32)
+    plan = Plan(150, 1, 50, 1, BalancedOrder(labels, 0))
+    ids, _, copies = (np.concatenate(c) for c in zip(*(plan.lane_batch(step, 0) for step in range(3)), strict=True))
+    assert np.bincount(labels[ids]).tolist() == [50, 50, 50]
+    assert len(set(zip(ids, copies, strict=True))) == 150
+    assert set(Counter(ids[labels[ids] == 2].tolist()).values()) == {5}
+    later = np.concatenate([plan.lane_batch(step, 0).ids for step in range(3, 6)])
+    assert set(ids[labels[ids] == 0]) != set(later[labels[later] == 0])
+
+
+def plan_of(samples, lanes, per_lane, epochs):
+    return Plan(samples, lanes, per_lane, epochs, GlobalOrder(samples, 0))
+
+
 def test_steps_are_epochs_times_samples_over_batch_rounded():
-    assert Plan(50_000, 2, 32, 2, 0).steps == 1562  # 1562.5, half to even
-    assert Plan(203, 3, 4, 3, 0).steps == 51  # 50.75
-    assert Plan(10, 8, 32, 1, 0).steps == 1
+    assert plan_of(50_000, 2, 32, 2).steps == 1562  # 1562.5, half to even
+    assert plan_of(203, 3, 4, 3).steps == 51  # 50.75
+    assert plan_of(10, 8, 32, 1).steps == 1
 
 
 def test_boundaries_are_every_so_many_epochs_and_the_end():
-    assert Plan(100, 2, 5, 2.5, 0).steps_every(1) == {10, 20, 25}
-    assert Plan(100, 2, 5, 1, 0).steps_every(0.5) == {5, 10}
-    assert Plan(100, 2, 5, 1, 0).steps_every(3) == {10}
+    assert plan_of(100, 2, 5, 2.5).steps_every(1) == {10, 20, 25}
+    assert plan_of(100, 2, 5, 1).steps_every(0.5) == {5, 10}
+    assert plan_of(100, 2, 5, 1).steps_every(3) == {10}
