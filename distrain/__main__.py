@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from distrain.errors import EXIT_USER, UserError
+from distrain.errors import EXIT_USER, RankError, UserError
 
 
 def main() -> int:
@@ -13,7 +13,7 @@ def main() -> int:
     try:
         return cli.run(sys.argv[1:])
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RankError):
             print(f"distrain: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # torchrun ends all ranks when the first one exits; rank 0 has something to say

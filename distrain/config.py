@@ -70,9 +70,15 @@ class DataConfig:
     crop_ratio: list[float] = option([0.75, 4 / 3], "crop=resized: narrowest and widest width / height")
     crop_pad: int = option(4, "crop=pad: largest shift in either direction, pixels of the source image")
     flip: float = option(0.5, "probability of a horizontal flip in training")
+    interpolation: str = option("bilinear", "bilinear or bicubic, both antialiased")
+    auto_augment: str = option("none", "none or ta_wide (TrivialAugment, wide)")
+    color_jitter: list[float] = option([0.0, 0.0, 0.0], "largest change of brightness, contrast, saturation")
+    lighting: float = option(0.0, "deviation of the shift along the main directions of colour; pycls: 0.1")
+    erase: float = option(0.0, "probability of filling a random box with the mean colour")
     val_resize: int = option(256, "validation: short side before the centre crop of image_size, pixels")
     mean: list[float] = option([0.485, 0.456, 0.406], "per channel, of images in 0..1")
     std: list[float] = option([0.229, 0.224, 0.225], "per channel, of images in 0..1")
+    max_bad: float = option(0.01, "share of samples that may be unusable before the run ends", free=True)
     threads: int = option(2, "decoding threads of each rank", free=True)
     prefetch: int = option(4, "micro-batches of each rank decoded ahead of the step", free=True)
 
@@ -88,9 +94,15 @@ class DataConfig:
         _one_of("data.crop", self.crop, ("resized", "pad", "none"))
         for key in ("image_size", "threads", "prefetch", "window_shards", "repeats"):
             _at_least(f"data.{key}", getattr(self, key), 1)
+        _one_of("data.interpolation", self.interpolation, ("bilinear", "bicubic"))
+        _one_of("data.auto_augment", self.auto_augment, ("none", "ta_wide"))
+        if len(self.color_jitter) != 3 or not all(0 <= strength <= 1 for strength in self.color_jitter):
+            raise UserError(f"data.color_jitter={self.color_jitter} must be three numbers in 0..1")
+        _at_least("data.lighting", self.lighting, 0)
         _at_least("data.crop_pad", self.crop_pad, 0)
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"data.flip={self.flip} is a probability: it must lie in 0..1")
+        for key in ("flip", "erase", "max_bad"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"data.{key}={getattr(self, key)} must lie in 0..1")
         if self.val_resize < self.image_size:
             raise UserError(
                 f"data.val_resize={self.val_resize} is smaller than data.image_size={self.image_size}: "

@@ -15,6 +15,10 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line: what is wrong, where, and the cure."""
 
 
+class RankError(UserError):
+    """A UserError that one rank comes upon while the others do not: it speaks for itself."""
+
+
 def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """A phrase that points from a misspelt name to the closest known one.
 

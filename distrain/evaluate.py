@@ -12,6 +12,7 @@ from distrain.config import Config
 from distrain.data.augment import centre_windows
 from distrain.data.index import Index
 from distrain.data.loader import Loader, Request, normalize
+from distrain.data.plan import LaneBatch
 from distrain.parallel.group import Group
 
 
@@ -86,4 +87,5 @@ def validation_requests(config: Config, index: Index, batches: range) -> Iterato
     for number in batches:
         start = number * config.evaluate.batch
         ids = np.arange(start, min(start + config.evaluate.batch, len(index)))
-        yield Request(ids, centre_windows(config.data, index.width[ids], index.height[ids]))
+        samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
+        yield Request(samples, centre_windows(config.data, index.width[ids], index.height[ids]))

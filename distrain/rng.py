@@ -24,6 +24,7 @@ class Stream(IntEnum):
     CROP = 2
     FLIP = 3
     FORWARD = 4
+    PIXELS = 5
 
 
 def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import CrossEntropyLoss
@@ -18,7 +19,9 @@ from distrain.data.index import Index
 from distrain.data.loader import Batch, Loader, Request, normalize
 from distrain.data.loaders.torch import TorchLoader
 from distrain.data.order import make_order, resolve_shuffle
-from distrain.data.plan import Plan
+from distrain.data.plan import IntArray, Plan
+from distrain.data.quarantine import Quarantine
+from distrain.data.source import Source
 from distrain.data.store import LocalStore
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from distrain.evaluate import Accuracy, evaluate
@@ -84,8 +87,8 @@ def run_steps(
 
     with (
         closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint.keep)) as checkpoints,
-        closing(make_loader(config, train_index, group.device)) as train_loader,
-        closing(make_loader(config, val_index, group.device)) as val_loader,
+        closing(make_loader(config, train_index, "train", group.device)) as train_loader,
+        closing(make_loader(config, val_index, "val", group.device)) as val_loader,
     ):
         identity = fixed_settings(config) | {
             "data.train digest": train_index.digest,
@@ -160,11 +163,21 @@ def train_step(
 
 def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start: int) -> Iterator[Request]:
     """What this rank decodes: for every step from `start` on, the share of each of its lanes."""
+
+    def request(lane: int, stream: IntArray) -> Request:
+        samples = plan.lane_samples(lane, stream)
+        widths, heights = index.width[samples.ids], index.height[samples.ids]
+        windows = draw_windows(config.data, config.run.seed, samples, widths, heights)
+
+        def spare(place: int, attempt: int) -> Request:
+            """The next sample of the lane: known beforehand, so that every run replaces a bad one by the same."""
+            return request(lane, stream[place : place + 1] + attempt)
+
+        return Request(samples, windows, spare, augmented=True)
+
     for step in range(start, plan.steps):
         for lane in lanes:
-            batch = plan.lane_batch(step, lane)
-            widths, heights = index.width[batch.ids], index.height[batch.ids]
-            yield Request(batch.ids, draw_windows(config.data, config.run.seed, batch, widths, heights))
+            yield request(lane, np.arange(step * plan.per_lane, (step + 1) * plan.per_lane))
 
 
 class Speed:
@@ -213,8 +226,9 @@ def make_plan(config: Config, index: Index) -> Plan:
     return Plan(len(index), lanes, per_lane, config.train.epochs, order)
 
 
-def make_loader(config: Config, index: Index, device: torch.device) -> Loader:
-    return TorchLoader(config.data, index, LocalStore(index), device)
+def make_loader(config: Config, index: Index, split: str, device: torch.device) -> Loader:
+    quarantine = Quarantine(config.run.folder / "quarantine.jsonl", split, len(index), config.data.max_bad)
+    return TorchLoader(config.data, config.run.seed, Source(index, LocalStore(index), quarantine), device)
 
 
 def load_indexes(config: Config) -> tuple[Index, Index]:

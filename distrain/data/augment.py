@@ -57,6 +57,7 @@ def _draw_resized(
         return uniform(seed, Stream.CROP, *batch, attempt, number)
 
     smallest, largest = data.crop_scale
+    widths, heights = np.maximum(widths, 1), np.maximum(heights, 1)  # 0 for an unreadable image
     area = widths * heights.astype(np.float64) * (smallest + draw(0) * (largest - smallest))
     narrowest, widest = np.log(data.crop_ratio)
     ratio = np.exp(narrowest + draw(1) * (widest - narrowest))

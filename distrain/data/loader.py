@@ -1,20 +1,24 @@
 """Batches on the device, decoded ahead of the step: what is asked of every loader, and what it gives."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from distrain.data.augment import Windows
+from distrain.data.plan import LaneBatch
 
 
 class Request(NamedTuple):
-    """Which samples to decode, int64 [n], and which part of each."""
+    """n samples to decode, and which part of each."""
 
-    ids: NDArray[np.int64]
+    samples: LaneBatch
     windows: Windows
+    spare: Callable[[int, int], "Request"] | None = None
+    """(place, attempt) -> a request of one, to take instead of the sample at `place` if that cannot be used;
+    attempts count from 1. Without it a bad sample is left out."""
+    augmented: bool = False
+    """Whether the pixels are changed as in training."""
 
 
 class Batch(NamedTuple):
@@ -28,7 +32,7 @@ class Loader(Protocol):
     """Turns requests into batches, in order, working ahead of the consumer."""
 
     def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
-        """Yield one batch per request. Raises DataError for a sample that cannot be decoded."""
+        """Yield one batch per request. Bad samples are quarantined and replaced, or left out."""
         ...
 
     def close(self) -> None: ...

@@ -10,7 +10,9 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from distrain.track.spool import Spool
@@ -18,6 +20,7 @@ from distrain.track.spool import Spool
 _RETRY_S = 10.0
 _METRICS_PER_CALL = 1000  # the REST interface takes no more
 _RUN_TAG = "distrain.run"
+_SQLITE = "sqlite:///"
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # clusters are closed, and it is not ours to tell
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # we try again ourselves
@@ -113,6 +116,8 @@ class _Connection:
 
         for chatty in ("alembic", "mlflow"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
+        if uri.startswith(_SQLITE):
+            _create_database(Path(uri.removeprefix(_SQLITE)))
         self._client = MlflowClient(uri)
         self._run_id = self._find_or_create(experiment, name, folder, uri)
         self._received = self._ask_received()
@@ -136,7 +141,7 @@ class _Connection:
         tag = _identity(folder)
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
-            beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+            beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith(_SQLITE) else None
             experiment_id = self._client.create_experiment(experiment, artifact_location=beside)
         else:
             experiment_id = found.experiment_id
@@ -173,6 +178,21 @@ class _Connection:
         for start in range(0, len(missing), _METRICS_PER_CALL):
             self._client.log_batch(self._run_id, metrics=missing[start : start + _METRICS_PER_CALL])
         self._next += len(entries)
+
+
+def _create_database(path: Path) -> None:
+    """Make MLflow's tables beside their place and move them there whole: MLflow makes them one by one, and never
+    gets over having been killed in between."""
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        MlflowClient(f"{_SQLITE}{draft}").search_experiments()
+        with suppress(FileExistsError):  # another run was faster
+            path.hardlink_to(draft)
 
 
 def _identity(folder: Path) -> str:

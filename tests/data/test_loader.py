@@ -1,5 +1,6 @@
 import io
-from pathlib import Path
+from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from distrain.data.augment import Windows, draw_windows
 from distrain.data.loader import Request, normalize
 from distrain.data.loaders.torch import TorchLoader
 from distrain.data.plan import LaneBatch
-from distrain.data.store import DataError, LocalStore
+from distrain.data.quarantine import Quarantine
+from distrain.data.source import Source
+from distrain.data.store import LocalStore
 
 CPU = torch.device("cpu")
 
@@ -28,15 +31,28 @@ def train_index(dataset):
     return index.load(f"{dataset}/train.parquet")
 
 
-def open_loader(data, train_index):
-    return TorchLoader(data, train_index, LocalStore(train_index), CPU)
+@pytest.fixture
+def load(tmp_path):
+    """Decode requests: load(data, index, requests) -> batches. Bad samples go to tmp_path/quarantine.jsonl."""
+
+    def load_all(data, train_index, wanted):
+        quarantine = Quarantine(tmp_path / "quarantine.jsonl", "train", len(train_index), data.max_bad)
+        source = Source(train_index, LocalStore(train_index), quarantine)
+        with closing(TorchLoader(data, 0, source, CPU)) as loader:
+            return list(loader.stream(wanted))
+
+    return load_all
 
 
-def requests(data, train_index, start=0):
+def samples(*ids):
+    return LaneBatch(np.array(ids), np.zeros(len(ids), int), np.zeros(len(ids), int))
+
+
+def requests(data, train_index, start=0, augmented=False):
     for step in range(start, 10):
-        ids = np.arange(step * 6, step * 6 + 6)
-        batch = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
-        yield Request(ids, draw_windows(data, 0, batch, train_index.width[ids], train_index.height[ids]))
+        wanted = samples(*range(step * 6, step * 6 + 6))
+        widths, heights = train_index.width[wanted.ids], train_index.height[wanted.ids]
+        yield Request(wanted, draw_windows(data, 0, wanted, widths, heights), augmented=augmented)
 
 
 def pixels(train_index, sample):
@@ -44,42 +60,37 @@ def pixels(train_index, sample):
     return torch.from_numpy(np.array(Image.open(io.BytesIO(encoded)))).permute(2, 0, 1)
 
 
-def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data, train_index):
+def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data, train_index, load):
     box = [np.array([value], np.int32) for value in (-2, 1, 8, 8)]
-    request = Request(np.array([5]), Windows(*box, np.array([True])))
-    (batch,) = open_loader(data, train_index).stream([request])
+    (batch,) = load(data, train_index, [Request(samples(5), Windows(*box, np.array([True])))])
     expected = torch.zeros(3, 8, 8, dtype=torch.uint8)
     expected[:, 2:, :7] = pixels(train_index, 5)[:, :6, 1:]
     assert torch.equal(batch.images[0], expected.flip(-1))
     assert batch.labels.tolist() == [train_index.label[5]]
 
 
-def test_a_window_of_another_size_is_resized_as_torchvision_does(data, train_index):
+def test_a_window_of_another_size_is_resized_as_torchvision_does(data, train_index, load):
     box = [np.array([value], np.int32) for value in (1, 2, 5, 6)]
-    request = Request(np.array([9]), Windows(*box, np.array([False])))
-    (batch,) = open_loader(data, train_index).stream([request])
+    (batch,) = load(data, train_index, [Request(samples(9), Windows(*box, np.array([False])))])
     assert torch.equal(batch.images[0], resize(crop(pixels(train_index, 9), 1, 2, 5, 6), [8, 8], antialias=True))
 
 
-def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index):
-    full = list(open_loader(data, train_index).stream(requests(data, train_index)))
-    tail = list(open_loader(data, train_index).stream(requests(data, train_index, start=7)))
+def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index, load):
+    data = replace(data, auto_augment="ta_wide", color_jitter=[0.4, 0.4, 0.4], lighting=0.1, erase=0.5)
+    full = load(data, train_index, requests(data, train_index, augmented=True))
+    tail = load(data, train_index, requests(data, train_index, start=7, augmented=True))
     assert len(full) == 10
     for expected, found in zip(full[7:], tail, strict=True):
         assert torch.equal(expected.images, found.images)
         assert torch.equal(expected.labels, found.labels)
 
 
-def test_bytes_that_are_not_those_indexed_are_an_error_that_names_the_shard(data, train_index, tmp_path):
-    for shard in train_index.shards:
-        (tmp_path / shard.name).write_bytes(Path(train_index.root, shard.name).read_bytes())
-    damaged = tmp_path / train_index.shards[0].name
-    content = bytearray(damaged.read_bytes())
-    content[train_index.offset[3] + 20] ^= 255
-    damaged.write_bytes(content)
-    index.save(train_index, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train-000000\.tar: the \d+ bytes at \d+ are not those that were indexed"):
-        list(open_loader(data, index.load(f"{tmp_path}/train.parquet")).stream(requests(data, train_index)))
+def test_only_training_changes_pixels(data, train_index, load):
+    changing = replace(data, lighting=0.5)
+    plain = load(data, train_index, requests(data, train_index))
+    assert torch.equal(load(changing, train_index, requests(data, train_index))[0].images, plain[0].images)
+    trained = load(changing, train_index, requests(data, train_index, augmented=True))
+    assert not torch.equal(trained[0].images, plain[0].images)
 
 
 def test_normalized_images_have_the_mean_and_deviation_taken_out():

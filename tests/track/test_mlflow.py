@@ -68,6 +68,23 @@ def test_the_end_of_a_run_says_how_to_see_it(restarted):
     assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
 
 
+def test_a_kill_while_the_database_is_made_leaves_no_half_made_one(on_dataset, tmp_path):
+    folder = tmp_path / "early"
+    settings = (*LONGER, *on_dataset, "track.uri=''", "train.epochs=0.5")
+    training = Training(folder, *settings)
+    while not list(tmp_path.glob(".mlflow.db-*/mlflow.db")):
+        assert training.process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.1)
+    training.kill()
+    result = train(folder, *settings)
+    assert result.code == 0
+    assert "training goes on" not in result.output
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (found,) = client.search_runs([client.get_experiment_by_name("distrain").experiment_id])
+    assert found.info.status == "FINISHED"
+
+
 def test_a_dead_server_does_not_stop_training_and_gets_its_metrics_when_it_is_back(on_dataset, tmp_path):
     folder = tmp_path / "offline"
     settings = (*LONGER, *on_dataset, "train.epochs=1")

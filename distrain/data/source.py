@@ -1,0 +1,68 @@
+"""Encoded images fit to be decoded, and what is taken instead of those that are not."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from distrain.data.index import Index
+from distrain.data.loader import Request
+from distrain.data.quarantine import Quarantine
+from distrain.data.store import DataError, Store
+
+MAX_PIXELS = 100_000_000  # a file of some kilobytes can claim more and fill the memory of the machine
+
+T = TypeVar("T")
+
+
+class Found(NamedTuple):
+    """A sample that could be used: where it was asked for, and what its decoder made of it."""
+
+    request: Request
+    place: int
+    decoded: object
+
+    @property
+    def sample(self) -> int:
+        return int(self.request.samples.ids[self.place])
+
+
+class Source:
+    """Reads samples from a store for a loader, vetting them against the index."""
+
+    def __init__(self, index: Index, store: Store, quarantine: Quarantine) -> None:
+        self.index = index
+        self._store = store
+        self._quarantine = quarantine
+
+    def read(self, sample: int) -> bytes:
+        """The encoded image. Raises DataError when it is not one that a decoder should be given."""
+        width, height = int(self.index.width[sample]), int(self.index.height[sample])
+        if not width or not height:
+            raise DataError("not a readable image when it was indexed")
+        if width * height > MAX_PIXELS:
+            raise DataError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
+        return self._store.read(sample)
+
+    def take(self, request: Request, place: int, decode: Callable[[bytes], T]) -> Found | None:
+        """The sample at `place`, decoded, or what replaces it if it is bad; None if nothing does.
+
+        `decode` raises DataError for bytes it can make nothing of.
+        """
+        spare, attempt, wanted, at = request.spare, 0, request, place
+        while True:
+            sample = int(wanted.samples.ids[at])
+            try:
+                return Found(wanted, at, decode(self.read(sample)))
+            except DataError as error:
+                self.reject(sample, str(error))
+            if spare is None:
+                return None
+            attempt += 1
+            wanted, at = spare(place, attempt), 0
+
+    def reject(self, sample: int, reason: str) -> None:
+        """Quarantine a sample. Raises RankError when there are too many."""
+        shard = self.index.shards[int(self.index.shard[sample])].name
+        self._quarantine.report(sample, f"{shard} at {int(self.index.offset[sample])}: {reason}")
+
+    def close(self) -> None:
+        self._store.close()
