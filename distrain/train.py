@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import CrossEntropyLoss
@@ -177,7 +176,7 @@ def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start
 
     for step in range(start, plan.steps):
         for lane in lanes:
-            yield request(lane, np.arange(step * plan.per_lane, (step + 1) * plan.per_lane))
+            yield request(lane, plan.stream(step))
 
 
 class Speed:

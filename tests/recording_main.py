@@ -1,25 +1,25 @@
-"""Runs distrain and writes down which samples each lane of this rank was given: (step, lane, [(epoch, id)])."""
+"""Runs distrain and writes down every training sample that this rank decodes and uses: [epoch, id] by line."""
 
 import json
 import os
 import sys
 
 from distrain import cli, config
-from distrain.data.plan import Plan
+from distrain.data.source import Source
 
-original = Plan.lane_batch
+original = Source.take
 folder = config.load(None, sys.argv[1:]).run.folder
 folder.mkdir(parents=True, exist_ok=True)
 record = (folder / f"consumed-{os.environ.get('RANK', 0)}.jsonl").open("w")
 
 
-def lane_batch(self, step, lane):
-    batch = original(self, step, lane)
-    json.dump([step, lane, list(zip(batch.epochs.tolist(), batch.ids.tolist(), strict=True))], record)
-    record.write("\n")
-    record.flush()
-    return batch
+def take(self, request, place, decode):
+    found = original(self, request, place, decode)
+    if found.request.augmented:
+        record.write(json.dumps([int(found.request.samples.epochs[found.place]), found.sample]) + "\n")
+        record.flush()
+    return found
 
 
-Plan.lane_batch = lane_batch
+Source.take = take
 sys.exit(cli.run(sys.argv[1:]))

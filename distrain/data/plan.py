@@ -77,7 +77,11 @@ class Plan:
 
     def lane_batch(self, step: int, lane: int) -> LaneBatch:
         """What `lane` consumes at `step`."""
-        return self.lane_samples(lane, np.arange(step * self.per_lane, (step + 1) * self.per_lane))
+        return self.lane_samples(lane, self.stream(step))
+
+    def stream(self, step: int) -> IntArray:
+        """The positions of a lane's own stream that it consumes at `step`; the same for every lane."""
+        return np.arange(step * self.per_lane, (step + 1) * self.per_lane)
 
     def lane_samples(self, lane: int, stream: IntArray) -> LaneBatch:
         """What stands at the positions `stream` of a lane's own stream."""
