@@ -59,7 +59,7 @@ class RunConfig:
 class DataConfig:
     train: str = option(MISSING, "index of the training shards, a .parquet file", free=True)
     val: str = option(MISSING, "index of the validation shards, a .parquet file", free=True)
-    loader: str = option("torch", "torch", free=True)
+    loader: str = option("auto", "torch, dali, or auto: the faster one at the first start of the run", free=True)
     shuffle: str = option("auto", "global (any order), window (shard by shard), auto: global where reads are local")
     window_shards: int = option(10, "shuffle=window: shards whose samples are mixed with one another")
     balanced: bool = option(False, "draw every class equally often instead of every sample once per epoch")
@@ -81,9 +81,15 @@ class DataConfig:
     max_bad: float = option(0.01, "share of samples that may be unusable before the run ends", free=True)
     threads: int = option(2, "decoding threads of each rank", free=True)
     prefetch: int = option(4, "micro-batches of each rank decoded ahead of the step", free=True)
+    cache: str = option("", "folder on the node's disk for downloaded shards; default: below TMPDIR", free=True)
+    cache_gb: float = option(100.0, "most that all ranks of a node together keep there, 10^9 bytes", free=True)
+    downloads: int = option(2, "shards that each rank downloads at a time ahead of need", free=True)
+    retries: int = option(8, "further attempts at a download that fails", free=True)
+    retry_wait: float = option(1.0, "seconds before the first of them; doubles with each, up to 60", free=True)
+    stall: float = option(60.0, "seconds without a byte after which a download counts as failed", free=True)
 
     def __post_init__(self) -> None:
-        _one_of("data.loader", self.loader, ("torch",))
+        _one_of("data.loader", self.loader, ("auto", "torch", "dali"))
         _one_of("data.shuffle", self.shuffle, ("auto", "global", "window"))
         if self.shuffle == "window" and (self.balanced or self.repeats > 1):
             raise UserError(
@@ -92,8 +98,11 @@ class DataConfig:
         if self.balanced and self.repeats > 1:
             raise UserError("data.balanced and data.repeats cannot be combined: choose one")
         _one_of("data.crop", self.crop, ("resized", "pad", "none"))
-        for key in ("image_size", "threads", "prefetch", "window_shards", "repeats"):
+        for key in ("image_size", "threads", "prefetch", "window_shards", "repeats", "downloads"):
             _at_least(f"data.{key}", getattr(self, key), 1)
+        for key in ("cache_gb", "retries", "retry_wait"):
+            _at_least(f"data.{key}", getattr(self, key), 0)
+        _at_least("data.stall", self.stall, 0.1)
         _one_of("data.interpolation", self.interpolation, ("bilinear", "bicubic"))
         _one_of("data.auto_augment", self.auto_augment, ("none", "ta_wide"))
         if len(self.color_jitter) != 3 or not all(0 <= strength <= 1 for strength in self.color_jitter):
