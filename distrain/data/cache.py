@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +44,7 @@ class ShardCache:
     def touch(self, name: str) -> bool:
         """Count a shard as just used. Returns whether it is there."""
         try:
-            os.utime(self._whole(name))
+            _stamp(self._whole(name))
         except FileNotFoundError:
             return False
         return True
@@ -96,6 +97,7 @@ class ShardCache:
                 return False
             self._reserve(part, size)
             download(partial(self._write, part))
+            _stamp(part)
             with self._exclusive():  # lest one who counts sees it neither here nor there
                 self._part(name).rename(self._whole(name))
             return True
@@ -112,7 +114,7 @@ class ShardCache:
         if not os.fstat(file).st_nlink:  # removed before it was locked
             os.close(file)
             return None
-        os.utime(file)
+        _stamp(file)
         return file
 
     def _lock_part(self, name: str) -> int:
@@ -217,6 +219,12 @@ def _remove_idle(path: Path) -> bool:
         return idle
     finally:
         os.close(file)
+
+
+def _stamp(file: int | Path) -> None:
+    """Note that a file was used now; the kernel's own time stamps may be some milliseconds old."""
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
 
 
 def _try_lock(file: int) -> bool:

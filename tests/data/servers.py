@@ -1,0 +1,108 @@
+"""Servers on 127.0.0.1 that shards are downloaded from in tests."""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves a folder over http. `faults[name]` are what goes wrong at the next requests for a file:
+    a status, or stall, cut, corrupt, longer. `requests` counts by name. `release` ends all stalls."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.faults: dict[str, list[int | str]] = {}
+        self.requests: Counter[str] = Counter()
+        self.release = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request, client_address):
+        """Say nothing of clients that hang up."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FileServer
+
+    def do_HEAD(self):
+        self._start(200, (self.server.folder / self._name).stat().st_size)
+
+    def do_GET(self):
+        server = self.server
+        server.requests[self._name] += 1
+        pending = server.faults.get(self._name)
+        fault = pending.pop(0) if pending else 200
+        if isinstance(fault, int) and fault != 200:
+            self._start(fault, len(EXPIRED))
+            self.wfile.write(EXPIRED)
+            return
+        if not (server.folder / self._name).exists():
+            self._start(404, 0)
+            return
+        content = bytearray((server.folder / self._name).read_bytes())
+        half = len(content) // 2
+        if fault == "corrupt":
+            content[half + server.requests[self._name]] ^= 255
+        if fault == "longer":
+            content += b"more"
+        self._start(200, len(content))
+        self.wfile.write(content[:half])
+        if fault == "stall":
+            server.release.wait(20)
+        if fault != "cut":
+            self.wfile.write(content[half:])
+
+    def _start(self, status: int, length: int):
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    @property
+    def _name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def log_message(self, *args):
+        """Keep the tests' output free of requests."""
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[FileServer]:
+    server = FileServer(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def serve_s3(folder: Path) -> Iterator[str]:
+    """Put a folder's files into the bucket `shards` of an S3 server. Yields the server's URL."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        url = f"http://{host}:{port}"
+        client = boto3.client(
+            "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="test", aws_secret_access_key="test"
+        )
+        client.create_bucket(Bucket="shards")
+        for path in folder.iterdir():
+            client.upload_file(str(path), "shards", path.name)
+        yield url
+    finally:
+        server.stop()

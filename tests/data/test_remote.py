@@ -1,0 +1,346 @@
+import errno
+import fcntl
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from reading import exit_codes, open_at, start_reader_of, start_readers
+from s3fs import S3FileSystem
+from servers import serve, serve_s3
+
+from distrain.config import DataConfig
+from distrain.data import index
+from distrain.data.remote import RemoteStore
+from distrain.data.store import DataError, LocalStore
+from distrain.data.transfer import Closed, TransferError
+from distrain.errors import RankError, UserError
+
+SAMPLES = 203
+SHARD = "train-000001.tar"  # samples 41 to 81
+IN_SHARD = 50
+
+
+@pytest.fixture
+def folder(dataset, tmp_path) -> Path:
+    return shutil.copytree(dataset, tmp_path / "served")
+
+
+@pytest.fixture
+def server(folder):
+    with serve(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(dataset):
+    with serve_s3(dataset) as url:
+        yield url
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    use_s3(monkeypatch, s3_server)
+    return "s3://shards"
+
+
+def use_s3(monkeypatch, endpoint):
+    S3FileSystem.clear_instance_cache()  # of other servers
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def open_remote(cache):
+    """Opens a store on the training shards behind a URL; closes it in the end."""
+    stores = []
+
+    def open_one(url: str, **settings) -> RemoteStore:
+        stores.append(open_at(url, cache, **settings))
+        return stores[-1]
+
+    yield open_one
+    for store in stores:
+        store.close()
+
+
+def shard_sizes(folder):
+    return [shard.size for shard in index.load(f"{folder}/train.parquet").shards]
+
+
+def read_all(store):
+    return [store.read(sample) for sample in range(SAMPLES)]
+
+
+@pytest.mark.parametrize("protocol", ["http", "s3"])
+def test_samples_behind_a_url_are_those_of_the_local_shards(protocol, dataset, server, s3, open_remote):
+    url = {"http": server.url, "s3": s3}[protocol]
+    assert read_all(open_remote(url)) == read_all(LocalStore(index.load(f"{dataset}/train.parquet")))
+
+
+def test_a_shard_is_downloaded_once_however_many_processes_read_it(server, cache):
+    assert exit_codes(start_readers(3, server.url, cache, SAMPLES)) == [0, 0, 0]
+    assert {name: count for name, count in server.requests.items() if name.endswith(".tar")} == {
+        f"train-00000{number}.tar": 1 for number in range(5)
+    }
+
+
+def test_the_cache_never_exceeds_its_bound(server, folder, cache):
+    bound = max(shard_sizes(folder)) * 2 + 1000
+    seen = []
+    processes = start_readers(3, server.url, cache, SAMPLES, cache_gb=bound / 1e9)
+    while any(process.is_alive() for process in processes):
+        seen.append(cache_bytes(cache))
+        time.sleep(0.001)
+    assert exit_codes(processes) == [0, 0, 0]
+    assert 0 < max(seen) <= bound
+    assert len(set(seen)) > 2
+
+
+def cache_bytes(cache):
+    """What the files take at one moment: without the lock some would be counted that make room for others."""
+    if not (cache / "lock").exists():
+        return 0
+    with (cache / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return sum(path.stat().st_size for path in cache.iterdir())
+
+
+def test_what_was_not_used_for_longest_is_removed_first(server, folder, open_remote):
+    sizes = shard_sizes(folder)
+    store = open_remote(server.url, cache_gb=(sum(sizes[:3]) + 1000) / 1e9)
+    first_samples = [0, 41, 82, 123]
+    for number in (0, 1, 2, 0, 3, 0, 2, 1):
+        store.read(first_samples[number])
+    assert [server.requests[f"train-00000{number}.tar"] for number in range(4)] == [1, 2, 1, 1]
+
+
+def test_a_shard_that_is_being_read_is_not_removed(server, folder, open_remote, cache):
+    sizes = shard_sizes(folder)
+    store = open_remote(server.url, cache_gb=(max(sizes) + 1000) / 1e9)
+    store.read(0)
+    (held,) = cache.glob("*.shard")
+    with lock_as_reader(held):
+        reader = threading.Thread(target=store.read, args=[IN_SHARD])
+        reader.start()
+        reader.join(0.3)
+        assert reader.is_alive()
+        assert held.exists()
+    reader.join(10)
+    assert not held.exists()
+
+
+def lock_as_reader(path):
+    file = path.open("rb")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def test_announced_shards_are_downloaded_before_they_are_read(server, open_remote, cache):
+    store = open_remote(server.url)
+    store.prefetch(np.array([100, 50, 51, 101]))
+    wait_for(lambda: len(list(cache.glob("*.shard"))) == 2)
+    server.faults = {"train-000001.tar": [404], "train-000002.tar": [404]}
+    store.read(50)
+    store.read(100)
+    assert [server.requests[f"train-00000{number}.tar"] for number in range(4)] == [0, 1, 1, 0]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "stall", "cut", "corrupt"])
+def test_every_transient_fault_is_survived(fault, server, open_remote, folder, caplog):
+    server.faults[SHARD] = [fault, fault]
+    store = open_remote(server.url, stall=0.2)
+    assert store.read(IN_SHARD) == LocalStore(index.load(f"{folder}/train.parquet")).read(IN_SHARD)
+    assert server.requests[SHARD] == 3
+    assert len([message for message in caplog.messages if SHARD in message]) == 2
+
+
+def test_a_fault_that_stays_is_one_line_that_names_the_shard(server, open_remote):
+    server.faults[SHARD] = [503] * 9
+    with pytest.raises(TransferError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; see that .*$"):
+        open_remote(server.url).read(IN_SHARD)
+    assert server.requests[SHARD] == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, "there is no such file; put the shard back or index the shards again"),
+        (403, r"access refused \(403, .*\); set or renew the credentials"),
+        (401, r"access refused \(401, .*\); set or renew the credentials"),
+        (400, r"cannot be asked for \(400, .*\); correct the URL or the server's settings"),
+    ],
+)
+def test_a_refusal_is_one_line_that_names_the_shard_and_the_cure(status, message, server, open_remote):
+    server.faults[SHARD] = [status] * 9
+    with pytest.raises(RankError, match=rf"^{server.url}/{SHARD}: {message}$"):
+        open_remote(server.url).read(IN_SHARD)
+    assert server.requests[SHARD] == 1
+
+
+@pytest.mark.parametrize("change", ["corrupt", "longer"])
+def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, folder, open_remote):
+    store = open_remote(server.url)
+    content = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes({"corrupt": content[:-1] + b"x", "longer": content + b"x"}[change])
+    with pytest.raises(RankError, match=rf"/{SHARD}: holds other bytes than were indexed; put the old shard back"):
+        store.read(IN_SHARD)
+    assert server.requests[SHARD] == 2
+
+
+def test_a_shard_missing_from_a_bucket_is_named(s3, open_remote, dataset):
+    built = index.load(f"{dataset}/train.parquet")
+    moved = index.Index(**{**vars(built), "root": f"{s3}/elsewhere"})
+    store = RemoteStore(moved, DataConfig(train="", val="", cache=open_remote(s3)._cache._folder.as_posix()))
+    with pytest.raises(RankError, match=r"^s3://shards/elsewhere/train-000000\.tar: there is no such file; put"):
+        store.read(0)
+    store.close()
+
+
+def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
+    use_s3(monkeypatch, server.url)
+    server.faults["train-000000.tar"] = [400] * 9
+    with pytest.raises(RankError, match=r"^s3://b/train-000000\.tar: access refused \(The provided token has expired"):
+        open_copy(folder, "s3://b", cache).read(0)
+    assert server.requests["train-000000.tar"] == 1
+
+
+def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
+    use_s3(monkeypatch, server.url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(RankError, match=r"^s3://c/train-000000\.tar: access refused \(Unable to locate credentials\)"):
+        open_copy(folder, "s3://c", cache).read(0)
+
+
+def open_copy(folder, root, cache):
+    """A store on the shards of `folder` that takes them to lie at `root`."""
+    built = index.load(f"{folder}/train.parquet")
+    data = DataConfig(train="", val="", cache=str(cache), retries=2, retry_wait=0.01, stall=5.0)
+    return RemoteStore(index.Index(**{**vars(built), "root": root}), data)
+
+
+def test_a_bound_that_holds_no_shard_is_refused_by_name(server, open_remote):
+    with pytest.raises(UserError, match=r"^data\.cache_gb=1e-05 cannot hold train-000000\.tar of .* GB: raise it"):
+        open_remote(server.url, cache_gb=1e-5)
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(server, open_remote, cache, monkeypatch):
+    store = open_remote(server.url)
+    monkeypatch.setattr(os, "posix_fallocate", raise_disk_full)
+    with pytest.raises(RankError, match=rf"^{cache}: the disk is full: .* MB; free some space or set data\.cache"):
+        store.read(0)
+    assert not list(cache.glob("*.part"))
+
+
+def raise_disk_full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_others_fill_makes_the_cache_smaller(server, folder, open_remote, cache, monkeypatch):
+    store = open_remote(server.url)
+    store.read(0)
+    store.read(IN_SHARD)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**12, free_beside_an_empty_cache(cache)))
+    store.read(100)
+    assert len(list(cache.glob("*.shard"))) == 1
+
+
+class Disk(NamedTuple):
+    total: int
+    free: int
+
+
+def free_beside_an_empty_cache(cache):
+    return 0 if list(cache.glob("*.shard")) else 10**12
+
+
+def test_a_folder_that_cannot_be_written_is_named(server, open_remote, cache):
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(RankError, match=rf"^{cache}: cannot hold downloaded shards: File exists; set data\.cache"):
+        open_remote(server.url)
+
+
+def test_what_a_killed_download_left_is_removed_and_living_ones_go_on(server, cache, open_remote):
+    server.faults = {"train-000000.tar": ["stall"], "train-000001.tar": ["stall"]}
+    killed, living = (start_reader_of(sample, server.url, cache) for sample in (0, IN_SHARD))
+    wait_for(lambda: server.requests["train-000000.tar"] == server.requests[SHARD] == 1)
+    assert len(list(cache.glob("*.part"))) == 2
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    store = open_remote(server.url)
+    assert len(list(cache.glob("*.part"))) == 1
+    server.release.set()
+    assert exit_codes([living]) == [0]
+    store.read(IN_SHARD)
+    store.read(0)
+    assert server.requests == Counter(
+        {"train-000000.tar": 2, SHARD: 1, "train.parquet": server.requests["train.parquet"]}
+    )
+
+
+def test_a_shard_damaged_in_the_cache_is_downloaded_again(server, open_remote, cache):
+    store = open_remote(server.url)
+    expected = store.read(IN_SHARD)
+    (cached,) = cache.glob("*.shard")
+    cached.write_bytes(bytes(cached.stat().st_size))
+    assert store.read(IN_SHARD) == expected
+    assert server.requests[SHARD] == 2
+
+
+def test_a_bad_sample_of_a_good_shard_is_an_error_of_that_sample_alone(server, folder, cache):
+    built = index.load(f"{server.url}/train.parquet")
+    built.crc32[IN_SHARD] ^= 1
+    store = RemoteStore(built, DataConfig(train="", val="", cache=str(cache)))
+    with pytest.raises(DataError, match=rf"{SHARD}: the \d+ bytes at \d+ are not those that were indexed"):
+        store.read(IN_SHARD)
+    store.read(IN_SHARD + 1)
+    assert server.requests[SHARD] == 1
+    store.close()
+
+
+def test_closing_ends_what_waits_for_a_download(server, open_remote):
+    server.faults[SHARD] = [503] * 9
+    store = open_remote(server.url, retry_wait=60.0)
+    caught = []
+
+    def read():
+        with pytest.raises(Closed) as error:
+            store.read(IN_SHARD)
+        caught.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: server.requests[SHARD] == 1)
+    store.close()
+    reader.join(5)
+    assert caught
+
+
+def test_an_index_that_is_not_behind_its_url_is_named(server, s3):
+    with pytest.raises(UserError, match=rf"^{server.url}/none\.parquet: no such index"):
+        index.load(f"{server.url}/none.parquet")
+    with pytest.raises(UserError, match=rf"^{s3}/none\.parquet: no such index"):
+        index.load(f"{s3}/none.parquet")

@@ -1,0 +1,77 @@
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+from conftest import write_split
+
+from distrain.data import index
+from distrain.data.store import DataError, LocalStore
+from distrain.errors import UserError
+
+
+@pytest.fixture
+def copy(dataset, tmp_path) -> Path:
+    return copytree(dataset, tmp_path / "copy")
+
+
+@pytest.fixture
+def few_files():
+    """A process that may open hardly any files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def read_directly(built, sample):
+    content = Path(built.location(built.shard[sample])).read_bytes()
+    return content[built.offset[sample] : built.offset[sample] + built.size[sample]]
+
+
+def test_every_sample_is_the_bytes_that_were_indexed(dataset):
+    built = index.load(f"{dataset}/train.parquet")
+    store = LocalStore(built)
+    assert [store.read(sample) for sample in range(203)] == [read_directly(built, sample) for sample in range(203)]
+
+
+def test_threads_read_more_shards_than_files_may_be_open(few_files, tmp_path):
+    write_split(tmp_path, "train", 400, shards=200, size=2)
+    built = index.load(f"{tmp_path}/train.parquet")
+    store = LocalStore(built)
+    samples = np.random.default_rng(0).permutation(np.tile(np.arange(400), 5)).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(store.read, samples))) == 2000
+
+
+def test_a_shard_that_is_missing_fails_the_start_by_name(copy):
+    (copy / "train-000003.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000003\.tar: shard cannot be opened: No such file .*; restore it"):
+        LocalStore(index.load(f"{copy}/train.parquet"))
+
+
+def test_a_shard_of_another_length_fails_the_start_by_name(copy):
+    with (copy / "train-000002.tar").open("r+b") as file:
+        file.truncate(700)
+    with pytest.raises(UserError, match=r"train-000002\.tar: shard of 700 bytes had [\d,]+ when it was indexed"):
+        LocalStore(index.load(f"{copy}/train.parquet"))
+
+
+def test_a_shard_that_goes_away_during_the_run_is_named(copy):
+    store = LocalStore(index.load(f"{copy}/train.parquet"))
+    (copy / "train-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000000\.tar: shard cannot be opened"):
+        store.read(0)
+
+
+def test_a_damaged_sample_is_an_error_that_leaves_the_others_readable(copy):
+    built = index.load(f"{copy}/train.parquet")
+    with (copy / "train-000000.tar").open("r+b") as file:
+        file.seek(built.offset[3] + 20)
+        file.write(b"\0\1\2\3")
+    store = LocalStore(built)
+    with pytest.raises(DataError, match=r"train-000000\.tar: the \d+ bytes at \d+ are not those that were indexed"):
+        store.read(3)
+    assert store.read(4) == read_directly(built, 4)
