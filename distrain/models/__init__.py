@@ -44,7 +44,7 @@ FREE: dict[str, type[Config]] = {"densenet": DenseNetConfig, "regnet": RegNetCon
 _CIFAR_NAME = re.compile(r"densenet(?:_(?P<variant>b|c|bc))?_(?P<depth>\d+)_(?P<growth_rate>\d+)")
 
 
-def build(name: str, num_classes: int = 1000, **options: Any) -> nn.Module:
+def build(name: str, /, num_classes: int = 1000, **options: Any) -> nn.Module:
     """The network `name` with fresh weights, mapping images [n, 3, h, w] to logits [n, num_classes].
 
     `options` change fields of its configuration: DenseNetConfig, RegNetConfig or AnyNetConfig.
@@ -58,7 +58,7 @@ def build(name: str, num_classes: int = 1000, **options: Any) -> nn.Module:
     return AnyNet(config.anynet() if isinstance(config, RegNetConfig) else config, num_classes)
 
 
-def configure(name: str, **options: Any) -> Config:
+def configure(name: str, /, **options: Any) -> Config:
     """The configuration behind a name, changed by `options`.
 
     A name is a published network, `densenet[_b|_c|_bc]_DEPTH_GROWTH` for small images, or `regnet`, `anynet`
@@ -72,5 +72,6 @@ def configure(name: str, **options: Any) -> Config:
     elif name in PUBLISHED:
         config = create(FREE[PUBLISHED[name].family], PUBLISHED[name].config, where)
     else:
-        raise UserError(f"model {name!r} is not known: {nearest(name, [*PUBLISHED, *FREE])}")
+        plain = re.sub(r"[-. ]", "_", name.lower())  # RegNetY-1.6GF, as the paper writes it
+        raise UserError(f"model {name!r} is not known: {nearest(plain, [*PUBLISHED, *FREE])}")
     return replace(config, **check(type(config), options, where))

@@ -1,5 +1,6 @@
 """Options of networks as users write them, checked and made into the dataclasses that hold them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -51,7 +52,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind) and isinstance(value, Mapping):
         return create(kind, value, where)  # type: ignore[arg-type]
     if kind is float and type(value) is int:
-        return float(value)
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be finite, not {value}")
     plain = {Literal: str, tuple: tuple}.get(get_origin(kind), kind)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         raise UserError(f"{where} must be {_describe(kind)}, not {value!r}")

@@ -46,6 +46,6 @@ def plot_widths(name: str, config: RegNetConfig, path: Path) -> None:
     axes.set(title=name, xlabel="block j", ylabel="width (maps)")
     axes.legend(loc="lower right", fontsize=8)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
         raise UserError(f"{path}: cannot be written: {error}") from error

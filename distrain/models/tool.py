@@ -70,7 +70,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="a network, as the list shows it")
-    parser.add_argument("options", metavar="key=value", nargs="*", help="changes to it, such as stem=cifar")
+    parser.add_argument("options", metavar="key=value", nargs="*", default=[], help="changes to it, such as stem=cifar")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -90,9 +90,9 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     options = _parse_options(args.options)
     config = configure_network(args.name, **options)
-    is_small = config.stem == "cifar"
-    resolution = args.resolution or (32 if is_small else 224)
-    num_classes = args.num_classes or (10 if is_small else 1000)
+    usual_resolution, usual_classes = (32, 10) if config.stem == "cifar" else (224, 1000)
+    resolution = usual_resolution if args.resolution is None else args.resolution
+    num_classes = usual_classes if args.num_classes is None else args.num_classes
     with torch.device("meta"):
         network = build(args.name, num_classes, **options)
     layers = count_complexity(network, resolution)

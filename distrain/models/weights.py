@@ -4,7 +4,6 @@ pycls trains on images whose channels are blue, green, red; ours are red, green,
 input channels of the stem are reversed on the way.
 """
 
-import pickle
 import re
 import urllib.error
 import urllib.parse
@@ -201,10 +200,8 @@ def _recognise(network: nn.Module, tensors: Tensors, source: str | Path) -> tupl
         if shared > most:
             best, best_names, most = naming, names, shared
     if 2 * most < len(tensors):
-        example = next(iter(tensors))
-        raise UserError(
-            f"{source}: these are not weights of a {type(network).__name__}: it holds {example} and the like"
-        )
+        family, example = type(network).__name__, next(iter(tensors))
+        raise UserError(f"{source}: these are not weights of any {family}: it holds {example} and the like")
     return best, best_names
 
 
@@ -212,7 +209,7 @@ def _differing_head(own: Tensors, found: Tensors) -> str:
     """Why the classifier cannot be taken from the file, or nothing."""
     if "head.weight" not in found or "head.bias" not in found:
         return "head (the file has none)"
-    classes, ours = len(found["head.weight"]), len(own["head.weight"])
+    classes, ours = found["head.bias"].numel(), own["head.bias"].numel()
     return "" if classes == ours else f"head (the file has {classes} classes, the network {ours})"
 
 
@@ -229,7 +226,7 @@ def _read(source: str | Path) -> Tensors:
         raise UserError(f"{source}: no such file of weights")
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged file makes torch.load raise whatever its bytes lead to
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{source}: cannot be read as weights: {reason}") from error
     for wrapper in _WRAPPERS:
@@ -244,8 +241,10 @@ def _read(source: str | Path) -> Tensors:
 
 
 def _modernise(name: str) -> str:
-    """Drop the prefix of DistributedDataParallel, and write norm1 where old torchvision DenseNets say norm.1."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name.removeprefix("module."))
+    """Drop the prefixes of wrappers (DistributedDataParallel, torch.compile), and write norm1 where old torchvision
+    DenseNets say norm.1."""
+    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _read_torch(path: Path) -> Any:

@@ -16,12 +16,16 @@ STAGES = [{"depth": 1, "width": 16, "group_width": 8}, {"depth": 2, "width": 32,
 
 MISTAKES = [
     pytest.param("regnety_16g", {}, "model 'regnety_16g' is not known: did you mean regnety_16gf?", id="name"),
+    pytest.param("RegNetY-1.6GF", {}, "did you mean regnety_1_6gf?", id="name in the paper"),
     pytest.param("densenet12", {}, "did you mean densenet121?", id="densenet name"),
     pytest.param("regnety_400mf", {"widthrule": "pycls"}, "did you mean width_rule?", id="option"),
+    pytest.param("regnety_400mf", {"name": "regnety_800mf"}, "has no option 'name'", id="name as an option"),
     pytest.param("regnety_400mf", {"width_rule": "timm"}, "one of pycls, torchvision", id="choice"),
     pytest.param("regnety_400mf", {"stem": 3}, "must be imagenet or resnet or cifar, not 3", id="type of choice"),
     pytest.param("regnety_400mf", {"depth": "16"}, "depth must be a whole number, not '16'", id="type"),
     pytest.param("regnety_400mf", {"zero_gamma": 1}, "zero_gamma must be true or false, not 1", id="type of flag"),
+    pytest.param("regnety_400mf", {"wa": float("nan")}, "option wa must be finite, not nan", id="no number"),
+    pytest.param("regnety_400mf", {"wm": float("inf")}, "option wm must be finite, not inf", id="infinity"),
     pytest.param("densenet121", {"growth_rate": True}, "must be a whole number, not True", id="flag for number"),
     pytest.param(
         "densenet121", {"depths": [6, "x"]}, "option depths, item 2 must be a whole number, not 'x'", id="type of item"
@@ -118,6 +122,15 @@ def test_later_blocks_are_dropped_more_often():
     assert drop_path_rates(0.2, 5) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
+@pytest.mark.parametrize("name", ["regnety_1_6gf"])
+def test_convolutions_start_with_a_variance_of_two_over_their_outputs(name):
+    """As the authors of both families do it: kernel area times width out, whatever the groups."""
+    convolutions = [module for module in build(name).modules() if isinstance(module, nn.Conv2d)]
+    outputs = [conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1] for conv in convolutions]
+    scaled = [conv.weight.detach().var() * count / 2 for conv, count in zip(convolutions, outputs, strict=True)]
+    torch.testing.assert_close(torch.stack(scaled), torch.ones(len(scaled)), rtol=0, atol=0.2)
+
+
 def test_zero_gamma_makes_blocks_begin_as_identities():
     network = build("anynet", 5, stages=STAGES, zero_gamma=True)
     maps = torch.rand(2, 32, 4, 4)
@@ -125,7 +138,7 @@ def test_zero_gamma_makes_blocks_begin_as_identities():
 
 
 def test_importing_the_models_needs_no_library_but_torch():
-    heavy = ["matplotlib", "rich", "timm", "torchvision", "omegaconf", "safetensors"]
+    heavy = ["matplotlib", "rich", "timm", "torchvision", "omegaconf", "safetensors", "mlflow"]
     code = f"import sys, distrain.models; print(*set({heavy}) & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "\n"

@@ -89,6 +89,11 @@ def test_the_plot_of_a_regnet_is_an_image(models, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_without_an_ending_is_a_png_where_it_says(models, tmp_path):
+    models("plot", "regnetx_4gf", "--out", str(tmp_path / "widths"))
+    assert (tmp_path / "widths").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
@@ -97,6 +102,8 @@ def test_the_plot_of_a_regnet_is_an_image(models, tmp_path):
         (("show", "regnety_400mf", "stem=[a"), "not readable as key=value"),
         (("show", "regnety_400mf", "steam=cifar"), "did you mean stem?"),
         (("show", "densenet121", "--resolution", "8"), "the image is too small"),
+        (("show", "densenet121", "--resolution", "0"), "the image is too small"),
+        (("show", "densenet121", "--num-classes", "0"), "num_classes=0 must be at least 1"),
         (("plot", "densenet121", "--out", "x.png"), "has no width rule to draw: plot takes a RegNet"),
         (("plot", "regnety_4gf", "--out", "missing/x.png"), "missing/x.png: cannot be written"),
         (("plot", "regnety_4gf", "--out", "x.xyz"), "x.xyz: cannot be written"),

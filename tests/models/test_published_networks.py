@@ -29,6 +29,19 @@ CIFAR100_PARAMS = {
     "densenet_bc_250_24": 15_480_556,
     "densenet_bc_190_40": 25_821_620,
 }
+# flops, params and activations in the RegNet authors' model zoo, and of DenseNets counted from their definition.
+COSTS = {
+    "regnetx_200mf": (199_040_872, 2_684_792, 2_164_056),
+    "regnetx_4gf": (3_964_499_816, 22_118_248, 12_201_608),
+    "regnetx_32gf": (31_735_930_792, 107_811_560, 36_302_160),
+    "regnety_400mf": (401_849_056, 4_344_144, 3_892_496),
+    "regnety_8gf": (7_963_074_196, 39_180_068, 17_968_916),
+    "regnety_16gf": (15_911_534_044, 83_590_140, 23_041_228),
+    "densenet121": (2_834_162_664, 7_978_856, 7_100_904),
+    "densenet161": (7_727_908_072, 28_681_000, 11_365_864),
+    "densenet_cosine_264": (12_850_694_632, 72_686_632, 13_096_936),
+    "densenet_bc_250_24": (5_418_785_734, 15_324_406, 7_382_026),
+}
 TORCHVISION = {name: entry for name, entry in PUBLISHED.items() if entry.torchvision}
 
 
@@ -41,26 +54,34 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count_by_running(network: nn.Module, resolution: int) -> Cost:
-    """What hooks see when one image passes through a network on the meta device."""
-    counted = []
+def count_by_running(network: nn.Module, resolution: int) -> dict[str, tuple[Cost, int, int]]:
+    """What hooks see when one image passes through a network on the meta device: by name, in the order they run, the
+    cost of each layer and the width and area of the map that leaves it."""
+    seen = {}
+    names = {module: name for name, module in network.named_modules()}
+
+    def note(module: nn.Module, output: torch.Tensor, cost: Cost) -> None:
+        seen[names[module]] = cost + Cost(params=count_parameters(module)), output.shape[1], output[0, 0].numel()
 
     def see_conv(conv: nn.Conv2d, _: object, output: torch.Tensor) -> None:
         inputs = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
         flops = output.numel() * inputs + (0 if conv.bias is None else output.numel())
-        counted.append(Cost(flops, 0, output.numel(), output.numel()))
+        note(conv, output, Cost(flops, 0, output.numel(), output.numel()))
 
     def see_linear(linear: nn.Linear, _: object, output: torch.Tensor) -> None:
-        counted.append(Cost(output.numel() * (linear.in_features + 1), 0, output.numel()))
+        note(linear, output, Cost(output.numel() * (linear.in_features + 1), 0, output.numel()))
 
-    def see_pool(_: nn.Module, __: object, output: torch.Tensor) -> None:
-        counted.append(Cost(activations=output.numel()))
+    def see_pool(pool: nn.Module, _: object, output: torch.Tensor) -> None:
+        note(pool, output, Cost(activations=output.numel()))
 
-    watchers = {nn.Conv2d: see_conv, nn.Linear: see_linear, nn.MaxPool2d: see_pool}
+    def see_norm(norm: nn.Module, _: object, output: torch.Tensor) -> None:
+        note(norm, output, Cost())
+
+    watchers = {nn.Conv2d: see_conv, nn.Linear: see_linear, nn.MaxPool2d: see_pool, nn.BatchNorm2d: see_norm}
     for module in network.modules():
         module.register_forward_hook(watchers.get(type(module), lambda *_: None))
     network.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))
-    return sum(counted, Cost(params=count_parameters(network)))
+    return seen
 
 
 def test_all_published_networks_are_in_the_table():
@@ -73,6 +94,12 @@ def test_every_network_has_the_published_flops_params_and_activations(name):
     network = build_on_meta(name, published.num_classes)
     assert total(count_complexity(network, published.resolution).values()) == published.cost
     assert count_parameters(network) == published.cost.params
+
+
+@pytest.mark.parametrize(("name", "cost"), COSTS.items())
+def test_the_table_holds_the_published_numbers(name, cost):
+    table = PUBLISHED[name].cost
+    assert (table.flops, table.params, table.activations) == cost
 
 
 @pytest.mark.parametrize(("name", "params"), CIFAR100_PARAMS.items())
@@ -108,7 +135,9 @@ def test_networks_of_torchvision_have_the_cost_and_accuracy_torchvision_states(n
 )
 def test_counting_equals_what_a_run_on_the_meta_device_shows(name, options, resolution):
     network = build_on_meta(name, 10, **options)
-    assert total(count_complexity(network, resolution).values()) == count_by_running(network, resolution)
+    counted = count_complexity(network, resolution).items()
+    seen = count_by_running(network, resolution)
+    assert {name: (layer.cost, layer.width, layer.size**2) for name, layer in counted} == seen
 
 
 def test_every_parameter_belongs_to_exactly_one_counted_layer():

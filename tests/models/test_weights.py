@@ -110,9 +110,12 @@ def test_old_torchvision_densenets_are_understood(tmp_path):
     assert torch.equal(ours.blocks[1][2].norm1.weight, theirs.features.denseblock2.denselayer3.norm1.weight)
 
 
-@pytest.mark.parametrize("wrapper", ["model", "state_dict", "model_state"])
-def test_training_states_of_other_libraries_are_unwrapped(wrapper, regnet, fresh, tmp_path):
-    tensors = {f"module.{name}": tensor for name, tensor in regnet.state_dict().items()}
+@pytest.mark.parametrize(
+    ("wrapper", "prefix"),
+    [("model", "module."), ("state_dict", "_orig_mod."), ("model_state", "module._orig_mod.")],
+)
+def test_training_states_of_other_libraries_are_unwrapped(wrapper, prefix, regnet, fresh, tmp_path):
+    tensors = {prefix + name: tensor for name, tensor in regnet.state_dict().items()}
     torch.save({wrapper: tensors, "epoch": 90}, tmp_path / "last.pth")
     load_weights(fresh, tmp_path / "last.pth")
     assert differing(fresh, regnet) == set()
@@ -161,10 +164,14 @@ def reshape_a_tensor(tensors: dict) -> dict:
         (lose_a_tensor, "lacks stages.1.0.norm2.bias"),
         (add_a_tensor, "also holds stages.1.0.norm2.gain"),
         (reshape_a_tensor, "has another shape of stem.conv.weight"),
+        (lambda tensors: {**tensors, "head.weight": torch.ones(())}, "has another shape of head.weight"),
         (lambda tensors: {}, "holds no tensors"),
         (lambda tensors: torch.ones(3), "holds a Tensor, not tensors by name"),
         (lambda tensors: build("regnety_400mf", 10).state_dict(), "not weights of this network"),
-        (lambda tensors: build("densenet_bc_22_12").state_dict(), "not weights of a AnyNet"),
+        (
+            lambda tensors: build("densenet_bc_22_12").state_dict(),
+            "not weights of any AnyNet: it holds stem.conv.weight",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_loaded(change, answer, regnet, fresh, tmp_path):
@@ -184,6 +191,18 @@ def test_a_file_that_is_missing_or_no_weights_is_named(name, fresh, tmp_path):
     Path(tmp_path / name).write_text("<html>not found</html>")
     with pytest.raises(UserError, match=f"{name}: cannot be read as weights") as error:
         load_weights(fresh, tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40, 500, 0.5, 0.99])
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "pickle"])
+def test_a_file_cut_short_is_refused_in_one_line(is_zip, kept, regnet, fresh, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(regnet.state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(UserError, match="cannot be read as weights") as error:
+        load_weights(fresh, path)
     assert "\n" not in str(error.value)
 
 
