@@ -9,13 +9,16 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.progress import track
 
+from distrain.data.build import Sample, write_shard
 from distrain.errors import UserError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -31,6 +34,7 @@ BATCH_MD5 = (
     "803d5f7f4d78ea53de84dbe85f74fb6d",
 )
 BATCH_SIZE = 10_000
+_SHARD_SAMPLES = 5_000
 
 
 class Images(NamedTuple):
@@ -67,6 +71,23 @@ def check(images: Images) -> None:
         records = np.concatenate([images.labels[part, None], planes], axis=1)
         if hashlib.md5(records.tobytes()).hexdigest() != expected:
             raise ValueError(f"batch {number + 1} of {len(BATCH_MD5)} is not the published one")
+
+
+def write(out: Path, split: str, images: Images) -> list[str]:
+    """Write images as shards of PNGs and return their names; equal input gives equal bytes."""
+    from PIL import Image
+
+    def sample(number: int) -> Sample:
+        png = BytesIO()
+        Image.fromarray(images.pixels[number]).save(png, "PNG")
+        return Sample(f"{number:06d}", "png", png.getvalue(), int(images.labels[number]))
+
+    names = []
+    for start in track(range(0, len(images.pixels), _SHARD_SAMPLES), description=f"writing {split}"):
+        name = f"{split}-{start // _SHARD_SAMPLES:06d}.tar"
+        write_shard(out / name, map(sample, range(start, min(start + _SHARD_SAMPLES, len(images.pixels)))))
+        names.append(name)
+    return names
 
 
 def _from_torchvision(folder: Path) -> Images:

@@ -1,0 +1,44 @@
+"""What a file says it is, without and with decoding it."""
+
+from io import BytesIO
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # what every loader decodes
+MAX_PIXELS = 100_000_000  # a file of some kilobytes can claim more and fill the memory of the machine
+_SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp"}
+
+
+class ImageError(Exception):
+    """Bytes that are no image we can train on; the message is the reason."""
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels as stored, read from the header alone. Raises ImageError."""
+    return _open(data, decode=False)
+
+
+def check(data: bytes) -> str:
+    """Decode an encoded image and return its customary suffix: jpg, png or webp. Raises ImageError."""
+    _open(data, decode=True)
+    return _SUFFIXES[data[:2]]
+
+
+def _open(data: bytes, decode: bool) -> tuple[int, int]:
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise ImageError("empty file")
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            size = image.size
+            if decode:
+                if size[0] * size[1] > MAX_PIXELS:
+                    raise ImageError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
+                image.draft("L", (1, 1))  # an eighth of the size: all bytes are parsed, most arithmetic is spared
+                image.load()
+            return size
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"not a {', '.join(FORMATS)} image") from error
+    except Exception as error:  # Pillow's parsers raise what they like: SyntaxError, ValueError, struct.error, ...
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
