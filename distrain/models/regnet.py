@@ -114,11 +114,11 @@ class RegNetConfig(FrameConfig):
     wm: float
     """Ratio of the widths of neighbouring stages, before rounding."""
     group_width: int
-    """g, in every stage that is wide enough."""
+    """g: maps in each group of the 3x3 convolution, in every stage that is wide enough."""
     bottleneck_ratio: float = 1.0
-    """b, in every stage."""
+    """b, in every stage: width / width of the 3x3 convolution; below 1 the bottleneck is inverted."""
     se_ratio: float = 0.0
-    """0.25 in RegNetY, 0 in RegNetX."""
+    """Width of the squeeze-and-excitation layer / width that enters the block: 0.25 in RegNetY, 0 (none) in RegNetX."""
     strides: tuple[int, ...] = ()
     """Of each stage; empty: 2 everywhere."""
     width_rule: WidthRule = "pycls"
