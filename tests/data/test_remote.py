@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from launching import SMALL, train
 from reading import exit_codes, open_at, start_reader_of, start_readers
 from s3fs import S3FileSystem
 from servers import serve, serve_s3
@@ -344,3 +345,55 @@ def test_an_index_that_is_not_behind_its_url_is_named(server, s3):
         index.load(f"{server.url}/none.parquet")
     with pytest.raises(UserError, match=rf"^{s3}/none\.parquet: no such index"):
         index.load(f"{s3}/none.parquet")
+
+
+@pytest.fixture(scope="session")
+def run_on(tmp_path_factory, on_dataset):
+    """Trains on the shards behind a URL, their order the same wherever they lie."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(name, root):
+        where = (f"data.train={root}/train.parquet", f"data.val={root}/val.parquet", "data.shuffle=window")
+        steps = ("batch.lanes=2", "batch.per_lane=8", "train.epochs=2", "data.loader=torch")
+        downloads = (f"data.cache={folder}/{name}-cache", "data.retry_wait=0.01", "data.stall=0.3")
+        return train(folder / name, *SMALL, *on_dataset, *where, *steps, *downloads)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def local_digest(run_on, dataset):
+    """Of the weights of a run from local disk."""
+    result = run_on("local", dataset)
+    assert result.code == 0, result.output
+    return result.digest
+
+
+def test_training_over_http_ends_in_the_same_weights_as_from_disk(run_on, local_digest, server):
+    assert run_on("http", server.url).digest == local_digest
+
+
+def test_training_from_s3_ends_in_the_same_weights_as_from_disk(run_on, local_digest, s3):
+    assert run_on("s3", s3).digest == local_digest
+
+
+def test_training_over_a_failing_server_ends_in_the_same_weights_as_from_disk(run_on, local_digest, server):
+    server.faults = {
+        "train-000000.tar": ["corrupt", 503],
+        "train-000001.tar": ["stall", "cut"],
+        "train-000002.tar": [500, 503, 500],
+        "train-000003.tar": ["cut", "corrupt", "stall"],
+        "val-000000.tar": ["stall", 503],
+    }
+    assert run_on("faulty", server.url).digest == local_digest
+    assert not any(server.faults.values())
+
+
+def test_training_without_a_shard_ends_with_one_line(run_on, server, folder):
+    (folder / SHARD).unlink()
+    result = run_on("missing", server.url)
+    assert result.code == 78
+    assert result.output.strip().splitlines()[-1] == (
+        f"distrain: {server.url}/{SHARD}: there is no such file; put the shard back or index the shards again"
+    )
+    assert "Traceback" not in result.output
