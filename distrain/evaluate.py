@@ -1,18 +1,16 @@
 """Exact validation: every sample once, on any number of ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from distrain.config import Config
-from distrain.data.augment import centre_windows
+from distrain.data.feed import validation_requests
 from distrain.data.index import Index
-from distrain.data.loader import Loader, Request, normalize
-from distrain.data.plan import LaneBatch
+from distrain.data.loader import Loader, normalize
 from distrain.parallel.group import Group
 
 
@@ -80,12 +78,3 @@ def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     own = logits.gather(1, labels[:, None])
     return (~(logits < own)).sum(dim=1) - 1
-
-
-def validation_requests(config: Config, index: Index, batches: range) -> Iterator[Request]:
-    """What to decode for these batches of `evaluate.batch` images each; the last one may be smaller."""
-    for number in batches:
-        start = number * config.evaluate.batch
-        ids = np.arange(start, min(start + config.evaluate.batch, len(index)))
-        samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
-        yield Request(samples, centre_windows(config.data, index.width[ids], index.height[ids]))

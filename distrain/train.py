@@ -12,17 +12,19 @@ from torch.nn import CrossEntropyLoss
 from distrain import __version__, models
 from distrain.checkpoint import Checkpointer, check_identity, weights_digest
 from distrain.config import Config, fixed_settings
-from distrain.data import index as data_index
-from distrain.data.augment import draw_windows
+from distrain.data.feed import (
+    choose_loader,
+    load_indexes,
+    make_loader,
+    make_plan,
+    make_quarantine,
+    train_requests,
+)
 from distrain.data.index import Index
-from distrain.data.loader import Batch, Loader, Request, normalize
-from distrain.data.loaders.torch import TorchLoader
-from distrain.data.order import make_order, resolve_shuffle
-from distrain.data.plan import IntArray, Plan
-from distrain.data.quarantine import Quarantine
-from distrain.data.source import Source
-from distrain.data.store import LocalStore
-from distrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
+from distrain.data.loader import Batch, normalize
+from distrain.data.order import resolve_shuffle
+from distrain.data.plan import Plan
+from distrain.errors import EXIT_DONE, EXIT_STOPPED
 from distrain.evaluate import Accuracy, evaluate
 from distrain.parallel.ddp import DDP
 from distrain.parallel.group import Agreement, Group
@@ -84,10 +86,16 @@ def run_steps(
         if agreement.exchange(bool(stop)):
             raise Stopped(stop.reason or "a signal to another rank")
 
+    quarantine, val_quarantine = (
+        make_quarantine(config, index, split) for split, index in (("train", train_index), ("val", val_index))
+    )
+    loader = group.from_leader(
+        choose_loader(config, plan, train_index, group.device, tracker.say) if group.leads else None
+    )
     with (
         closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint.keep)) as checkpoints,
-        closing(make_loader(config, train_index, "train", group.device)) as train_loader,
-        closing(make_loader(config, val_index, "val", group.device)) as val_loader,
+        closing(make_loader(config, loader, train_index, quarantine, group.device)) as train_loader,
+        closing(make_loader(config, loader, val_index, val_quarantine, group.device)) as val_loader,
     ):
         identity = fixed_settings(config) | {
             "data.train digest": train_index.digest,
@@ -123,7 +131,10 @@ def run_steps(
                 if (step + 1) % config.track.every_steps == 0 or step + 1 == plan.steps:
                     loss, top1 = means.tolist()
                     metrics = {"train/loss": loss, "train/top1": top1, "train/lr": lr}
-                    tracker.log(step + 1, metrics | {"train/images_per_second": speed.measure(step + 1)})
+                    metrics["train/images_per_second"] = speed.measure(step + 1)
+                    if bad := quarantine.count() + val_quarantine.count():
+                        metrics["data/quarantined"] = bad
+                    tracker.log(step + 1, metrics)
         except Stopped:
             checkpoints.save(step, strategy.state(), extra)
             raise
@@ -158,25 +169,6 @@ def train_step(
         statistics.end_lane(torch.stack([loss.detach(), hits]))
     strategy.update(lr)
     return statistics.end_step()
-
-
-def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start: int) -> Iterator[Request]:
-    """What this rank decodes: for every step from `start` on, the share of each of its lanes."""
-
-    def request(lane: int, stream: IntArray) -> Request:
-        samples = plan.lane_samples(lane, stream)
-        widths, heights = index.width[samples.ids], index.height[samples.ids]
-        windows = draw_windows(config.data, config.run.seed, samples, widths, heights)
-
-        def spare(place: int, attempt: int) -> Request:
-            """The next sample of the lane: known beforehand, so that every run replaces a bad one by the same."""
-            return request(lane, stream[place : place + 1] + attempt)
-
-        return Request(samples, windows, spare, augmented=True)
-
-    for step in range(start, plan.steps):
-        for lane in lanes:
-            yield request(lane, plan.stream(step))
 
 
 class Speed:
@@ -217,28 +209,3 @@ def blank_images(config: Config, device: torch.device) -> torch.Tensor:
     size = config.data.image_size
     images = torch.zeros(config.batch.per_lane, 3, size, size, device=device)
     return images.contiguous(memory_format=memory_format(config))
-
-
-def make_plan(config: Config, index: Index) -> Plan:
-    lanes, per_lane = config.batch.lanes, config.batch.per_lane
-    order = make_order(config.data, index, lanes, config.run.seed)
-    return Plan(len(index), lanes, per_lane, config.train.epochs, order)
-
-
-def make_loader(config: Config, index: Index, split: str, device: torch.device) -> Loader:
-    quarantine = Quarantine(config.run.folder / "quarantine.jsonl", split, len(index), config.data.max_bad)
-    return TorchLoader(config.data, config.run.seed, Source(index, LocalStore(index), quarantine), device)
-
-
-def load_indexes(config: Config) -> tuple[Index, Index]:
-    """The training and validation index. Raises UserError unless both have the classes the model is to learn."""
-    train_index, val_index = data_index.load(config.data.train), data_index.load(config.data.val)
-    if train_index.classes != val_index.classes:
-        raise UserError(f"{config.data.val} has other classes than {config.data.train}; index both with one list")
-    classes = len(train_index.classes)
-    if classes != config.model.num_classes:
-        raise UserError(
-            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {classes} classes: "
-            f"set model.num_classes={classes}"
-        )
-    return train_index, val_index

@@ -15,6 +15,7 @@ import psutil
 SMALL = (
     "model.name=densenet_bc_10_4",
     "train.precision=fp32",
+    "data.loader=torch",
     "data.threads=1",
     "optimizer.lr=0.05",
     "schedule.warmup_epochs=0",

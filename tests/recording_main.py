@@ -15,7 +15,7 @@ record = (folder / f"consumed-{os.environ.get('RANK', 0)}.jsonl").open("w")
 
 def take(self, request, place, decode):
     found = original(self, request, place, decode)
-    if found.request.augmented:
+    if request.augmented:
         record.write(json.dumps([int(found.request.samples.epochs[found.place]), found.sample]) + "\n")
         record.flush()
     return found

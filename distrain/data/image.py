@@ -1,4 +1,4 @@
-"""What a file says it is, without and with decoding it."""
+"""Whether an encoded image can be decoded, and how large it is."""
 
 from io import BytesIO
 
@@ -11,18 +11,14 @@ class ImageError(Exception):
     """Bytes that are no image we can train on; the message is the reason."""
 
 
-def read_size(data: bytes) -> tuple[int, int]:
-    """Width and height in pixels as stored, read from the header alone. Raises ImageError."""
-    return _open(data, decode=False)
-
-
 def check(data: bytes) -> str:
     """Decode an encoded image and return its customary suffix: jpg, png or webp. Raises ImageError."""
-    _open(data, decode=True)
+    measure(data)
     return _SUFFIXES[data[:2]]
 
 
-def _open(data: bytes, decode: bool) -> tuple[int, int]:
+def measure(data: bytes) -> tuple[int, int]:
+    """Decode an encoded image and return its width and height in pixels as stored. Raises ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -30,11 +26,10 @@ def _open(data: bytes, decode: bool) -> tuple[int, int]:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             size = image.size
-            if decode:
-                if size[0] * size[1] > MAX_PIXELS:
-                    raise ImageError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
-                image.draft("L", (1, 1))  # an eighth of the size: all bytes are parsed, most arithmetic is spared
-                image.load()
+            if size[0] * size[1] > MAX_PIXELS:
+                raise ImageError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
+            image.draft("L", (1, 1))  # an eighth of the size: all bytes are parsed, most arithmetic is spared
+            image.load()
             return size
     except ImageError:
         raise

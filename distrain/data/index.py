@@ -94,6 +94,12 @@ def load(path: str) -> Index:
         raise UserError(f"{path}: index format {header['format']} is not known here (format {_FORMAT} is)")
     if not len(table):
         raise UserError(f"{path}: the index holds no samples")
+    outside = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(header["classes"])))
+    if len(outside):
+        raise UserError(
+            f"{path}: sample {outside[0]} has label {columns['label'][outside[0]]}, outside "
+            f"0..{len(header['classes']) - 1}: index the shards again"
+        )
     root = path.rpartition("/")[0] or "."
     return Index(root, tuple(Shard(*shard) for shard in header["shards"]), tuple(header["classes"]), **columns)
 

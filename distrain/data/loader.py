@@ -14,9 +14,9 @@ class Request(NamedTuple):
 
     samples: LaneBatch
     windows: Windows
-    spare: Callable[[int, int], "Request"] | None = None
-    """(place, attempt) -> a request of one, to take instead of the sample at `place` if that cannot be used;
-    attempts count from 1. Without it a bad sample is left out."""
+    spare: Callable[[int], "Request"] | None = None
+    """place -> a request of one, to take instead of the sample at `place` if that cannot be used. Without it a
+    bad sample is left out."""
     augmented: bool = False
     """Whether the pixels are changed as in training."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.data.forward import ForwardReader, describe_error, read_once
-from distrain.data.image import ImageError, read_size
+from distrain.data.image import ImageError, measure
 from distrain.data.index import COLUMNS, Index, Shard, is_remote, locate
 from distrain.errors import UserError, nearest
 
@@ -179,7 +179,7 @@ def _read_members(tape: ForwardReader, shard: str) -> dict[str, _Members]:
 
 def _describe(offset: int, data: bytes) -> _Image:
     try:
-        width, height = read_size(data)
+        width, height = measure(data)
     except ImageError:
         width = height = 0
     return _Image(offset, len(data), width, height, zlib.crc32(data))

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from distrain.data.image import MAX_PIXELS
 from distrain.data.index import Index
 from distrain.data.loader import Request
 from distrain.data.quarantine import Quarantine
 from distrain.data.store import DataError, Store
-
-MAX_PIXELS = 100_000_000  # a file of some kilobytes can claim more and fill the memory of the machine
 
 T = TypeVar("T")
 
@@ -47,17 +46,19 @@ class Source:
 
         `decode` raises DataError for bytes it can make nothing of.
         """
-        spare, attempt, wanted, at = request.spare, 0, request, place
         while True:
-            sample = int(wanted.samples.ids[at])
+            sample = int(request.samples.ids[place])
             try:
-                return Found(wanted, at, decode(self.read(sample)))
+                return Found(request, place, decode(self.read(sample)))
             except DataError as error:
                 self.reject(sample, str(error))
-            if spare is None:
+            if request.spare is None:
                 return None
-            attempt += 1
-            wanted, at = spare(place, attempt), 0
+            request, place = request.spare(place), 0
+
+    def announce(self, request: Request) -> None:
+        """Let the store fetch ahead what will be read later."""
+        self._store.prefetch(request.samples.ids)
 
     def reject(self, sample: int, reason: str) -> None:
         """Quarantine a sample. Raises RankError when there are too many."""

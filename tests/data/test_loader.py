@@ -1,6 +1,9 @@
 import io
+import json
+import zlib
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from distrain.config import DataConfig
 from distrain.data import index
 from distrain.data.augment import Windows, draw_windows
 from distrain.data.loader import Request, normalize
-from distrain.data.loaders.torch import TorchLoader
+from distrain.data.loaders import open_loader
 from distrain.data.plan import LaneBatch
 from distrain.data.quarantine import Quarantine
 from distrain.data.source import Source
@@ -23,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def data():
-    return DataConfig(train="", val="", image_size=8, val_resize=8, crop="pad", crop_pad=2, threads=2)
+    return DataConfig(train="", val="", image_size=8, val_resize=8, crop="pad", crop_pad=2, threads=2, max_bad=0.5)
 
 
 @pytest.fixture
@@ -31,17 +34,22 @@ def train_index(dataset):
     return index.load(f"{dataset}/train.parquet")
 
 
-@pytest.fixture
-def load(tmp_path):
+@pytest.fixture(params=["torch", "dali"])
+def load(request, tmp_path):
     """Decode requests: load(data, index, requests) -> batches. Bad samples go to tmp_path/quarantine.jsonl."""
 
     def load_all(data, train_index, wanted):
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", "train", len(train_index), data.max_bad)
         source = Source(train_index, LocalStore(train_index), quarantine)
-        with closing(TorchLoader(data, 0, source, CPU)) as loader:
+        with closing(open_loader(request.param, data, 0, 6, source, CPU)) as loader:
             return list(loader.stream(wanted))
 
     return load_all
+
+
+def close(images, expected):
+    """Whether pixels differ by rounding at most: the two loaders resize and pad in their own ways."""
+    return (images.int() - expected.int()).abs().float().mean() <= 1
 
 
 def samples(*ids):
@@ -72,7 +80,7 @@ def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data,
 def test_a_window_of_another_size_is_resized_as_torchvision_does(data, train_index, load):
     box = [np.array([value], np.int32) for value in (1, 2, 5, 6)]
     (batch,) = load(data, train_index, [Request(samples(9), Windows(*box, np.array([False])))])
-    assert torch.equal(batch.images[0], resize(crop(pixels(train_index, 9), 1, 2, 5, 6), [8, 8], antialias=True))
+    assert close(batch.images[0], resize(crop(pixels(train_index, 9), 1, 2, 5, 6), [8, 8], antialias=True))
 
 
 def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index, load):
@@ -91,6 +99,42 @@ def test_only_training_changes_pixels(data, train_index, load):
     assert torch.equal(load(changing, train_index, requests(data, train_index))[0].images, plain[0].images)
     trained = load(changing, train_index, requests(data, train_index, augmented=True))
     assert not torch.equal(trained[0].images, plain[0].images)
+
+
+def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_listed(data, train_index, load, tmp_path):
+    bad = damage(train_index, 3, tmp_path)
+
+    def request(stream):
+        wanted = samples(*stream)
+        windows = draw_windows(data, 0, wanted, train_index.width[wanted.ids], train_index.height[wanted.ids])
+        return Request(wanted, windows, spare=lambda place: request(wanted.ids[place : place + 1] + 1))
+
+    data = replace(data, crop="none", flip=0.0)
+    (batch,) = load(data, bad, [request(range(6))])
+    assert batch.labels.tolist() == train_index.label[[0, 1, 2, 4, 4, 5]].tolist()
+    assert torch.equal(batch.images[3], pixels(train_index, 4))
+    (entry,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert (entry["split"], entry["sample"]) == ("train", 3)
+    assert entry["reason"].startswith("train-000000.tar at ")
+
+
+def test_without_a_spare_a_bad_sample_is_left_out(data, train_index, load, tmp_path):
+    bad = damage(train_index, 3, tmp_path)
+    first = next(requests(data, bad))
+    (batch,) = load(data, bad, [first])
+    assert batch.labels.tolist() == train_index.label[[0, 1, 2, 4, 5]].tolist()
+    assert len(batch.images) == 5
+
+
+def damage(original, sample, folder):
+    """The index of a copy of the data in `folder` in which one image is cut short, as its checksum says."""
+    for shard in original.shards:
+        (folder / shard.name).write_bytes(Path(original.root, shard.name).read_bytes())
+    size, crc32 = original.size.copy(), original.crc32.copy()
+    size[sample] //= 2
+    encoded = LocalStore(original).read(sample)[: size[sample]]
+    crc32[sample] = zlib.crc32(encoded)
+    return replace(original, root=str(folder), size=size, crc32=crc32)
 
 
 def test_normalized_images_have_the_mean_and_deviation_taken_out():

@@ -1,1 +1,20 @@
-"""Ways to decode: each yields the same pixels for the same windows."""
+"""Ways to decode: each gives the same pixels, up to rounding, for the same windows."""
+
+import torch
+
+from distrain.config import DataConfig
+from distrain.data.loader import Loader
+from distrain.data.source import Source
+
+LOADERS = ("torch", "dali")
+
+
+def open_loader(name: str, data: DataConfig, seed: int, batch: int, source: Source, device: torch.device) -> Loader:
+    """The loader `name`, for requests of at most `batch` samples."""
+    if name == "dali":
+        from distrain.data.loaders.dali import DaliLoader
+
+        return DaliLoader(data, seed, batch, source, device)
+    from distrain.data.loaders.torch import TorchLoader
+
+    return TorchLoader(data, seed, source, device)

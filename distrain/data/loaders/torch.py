@@ -34,7 +34,8 @@ class TorchLoader:
         pending: deque[Future[Batch]] = deque()
         try:
             for request in requests:
-                pending.append(self._pool.submit(self._load, request))
+                self._source.announce(request)
+                pending.append(self._pool.submit(self.load, request))
                 if len(pending) > self._ahead:
                     yield to_device(pending.popleft().result(), self._device)
             while pending:
@@ -47,7 +48,8 @@ class TorchLoader:
         self._pool.shutdown(cancel_futures=True)
         self._source.close()
 
-    def _load(self, request: Request) -> Batch:
+    def load(self, request: Request) -> Batch:
+        """Decode one request, on the calling thread and in the memory of the host."""
         size = self._data.image_size
         images = torch.empty(len(request.samples.ids), 3, size, size, dtype=torch.uint8)
         images = images.contiguous(memory_format=torch.channels_last)

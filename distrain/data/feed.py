@@ -1,0 +1,121 @@
+"""Puts the parts of the data plane together for a run: index, plan, store, loader."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+
+import numpy as np
+import torch
+
+from distrain.config import Config
+from distrain.data import index as data_index
+from distrain.data.augment import centre_windows, draw_windows
+from distrain.data.index import Index
+from distrain.data.loader import Loader, Request
+from distrain.data.loaders import LOADERS, open_loader
+from distrain.data.order import make_order
+from distrain.data.plan import IntArray, LaneBatch, Plan
+from distrain.data.quarantine import Quarantine
+from distrain.data.remote import open_store
+from distrain.data.source import Source
+from distrain.errors import UserError
+
+_TRIAL_BATCHES = 4
+_TRIAL_ROUNDS = 2
+
+
+def load_indexes(config: Config) -> tuple[Index, Index]:
+    """The training and validation index. Raises UserError unless both have the classes the model is to learn."""
+    train_index, val_index = data_index.load(config.data.train), data_index.load(config.data.val)
+    if train_index.classes != val_index.classes:
+        raise UserError(f"{config.data.val} has other classes than {config.data.train}; index both with one list")
+    classes = len(train_index.classes)
+    if classes != config.model.num_classes:
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {classes} classes: "
+            f"set model.num_classes={classes}"
+        )
+    return train_index, val_index
+
+
+def make_plan(config: Config, index: Index) -> Plan:
+    """Which samples each lane consumes at each step."""
+    lanes, per_lane = config.batch.lanes, config.batch.per_lane
+    order = make_order(config.data, index, lanes, config.run.seed)
+    return Plan(len(index), lanes, per_lane, config.train.epochs, order)
+
+
+def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start: int = 0) -> Iterator[Request]:
+    """What a rank decodes: for every step from `start` on, the share of each of its lanes."""
+
+    def request(lane: int, stream: IntArray) -> Request:
+        samples = plan.lane_samples(lane, stream)
+        widths, heights = index.width[samples.ids], index.height[samples.ids]
+        windows = draw_windows(config.data, config.run.seed, samples, widths, heights)
+
+        def spare(place: int) -> Request:
+            """The next sample of the lane: known beforehand, so that every run replaces a bad one by the same."""
+            return request(lane, stream[place : place + 1] + 1)
+
+        return Request(samples, windows, spare, augmented=True)
+
+    for step in range(start, plan.steps):
+        for lane in lanes:
+            yield request(lane, plan.stream(step))
+
+
+def validation_requests(config: Config, index: Index, batches: range) -> Iterator[Request]:
+    """What to decode for these batches of `evaluate.batch` images each; the last one may be smaller."""
+    for number in batches:
+        start = number * config.evaluate.batch
+        ids = np.arange(start, min(start + config.evaluate.batch, len(index)))
+        samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
+        yield Request(samples, centre_windows(config.data, index.width[ids], index.height[ids]))
+
+
+def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
+    """The list of bad samples of a split, in the run's folder."""
+    return Quarantine(config.run.folder / "quarantine.jsonl", split, len(index), config.data.max_bad)
+
+
+def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
+    """The loader `name` over an index."""
+    source = Source(index, open_store(index, config.data), quarantine)
+    batch = max(config.batch.per_lane, config.evaluate.batch)
+    return open_loader(name, config.data, config.run.seed, batch, source, device)
+
+
+def choose_loader(config: Config, plan: Plan, index: Index, device: torch.device, say: Callable[[str], None]) -> str:
+    """The loader to use: the configured one, or for `auto` the faster of all on the first batches of this run.
+
+    The choice is kept in the run's folder, because another loader rounds pixels differently and a resumed run
+    is to see the same ones.
+    """
+    if config.data.loader != "auto":
+        return config.data.loader
+    record = config.run.folder / "loader.json"
+    if record.exists():
+        return str(json.loads(record.read_text())["loader"])
+    rates = dict.fromkeys(LOADERS, 0.0)
+    for _ in range(_TRIAL_ROUNDS):
+        for name in LOADERS:
+            rates[name] = max(rates[name], _measure(config, name, plan, index, device))
+    best = max(rates, key=lambda name: rates[name])
+    draft = record.with_suffix(".tmp")
+    draft.write_text(json.dumps({"loader": best, "images_per_second": rates}))
+    draft.replace(record)
+    say(f"data.loader=auto: {best}, of " + ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in rates.items()))
+    return best
+
+
+def _measure(config: Config, name: str, plan: Plan, index: Index, device: torch.device) -> float:
+    """Images per second of one rank over a few batches, after one to warm up."""
+    requests = islice(train_requests(config, plan, index, range(config.batch.lanes)), _TRIAL_BATCHES + 1)
+    with closing(make_loader(config, name, index, make_quarantine(config, index, "train"), device)) as loader:
+        batches = loader.stream(requests)
+        next(batches)
+        began = time.monotonic()
+        images = sum(len(batch.labels) for batch in batches)
+        return images / (time.monotonic() - began)

@@ -1,0 +1,150 @@
+"""Decodes with NVIDIA DALI: on a GPU with nvJPEG, elsewhere the same graph on CPU threads.
+
+DALI is given the encoded images and the windows; nothing in it is random and it keeps no position. It should
+never meet an image that cannot be decoded, because one fails a whole batch, leaves the pipeline unusable, and
+can end the process (seen with DALI 2.4, about one time in two). That is what the index is for: images are
+decoded once when it is built, and their checksums tell that they are still the same. Where DALI refuses an
+image that others decode, torchvision does that batch.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from distrain.config import DataConfig
+from distrain.data.loader import Batch, Request
+from distrain.data.loaders.torch import TorchLoader, to_device
+from distrain.data.pixels import change_pixels, changes_pixels
+from distrain.data.source import Found, Source
+
+
+class DaliLoader:
+    """Batches of `data.image_size` squares, `data.prefetch` of them in the making at any time."""
+
+    def __init__(self, data: DataConfig, seed: int, batch: int, source: Source, device: torch.device) -> None:
+        self._data = data
+        self._seed = seed
+        self._batch = batch
+        self._changes_pixels = changes_pixels(data)
+        self._source = source
+        self._device = device
+        self._other = TorchLoader(data, seed, source, device)
+        self._pipeline = self._make_pipeline()
+        self._readers = ThreadPoolExecutor(data.threads, thread_name_prefix="read")
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="dali")
+
+    def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
+        """Yield one batch per request. Bad samples are quarantined and replaced, or left out."""
+        pending: deque[Future[Batch]] = deque()
+        try:
+            for request in requests:
+                self._source.announce(request)
+                pending.append(self._runner.submit(self._load, request))
+                if len(pending) > self._data.prefetch:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def close(self) -> None:
+        self._runner.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
+        self._other.close()
+
+    def _load(self, request: Request) -> Batch:
+        taken = self._readers.map(lambda place: self._take(request, place), range(len(request.samples.ids)))
+        found = [sample for sample in taken if sample is not None]
+        try:
+            images = self._run(found)
+        except RuntimeError:
+            self._pipeline = self._make_pipeline()
+            return to_device(self._other.load(request), self._device)
+        if request.augmented and self._changes_pixels:
+            changed = [self._change(image, sample) for image, sample in zip(images, found, strict=True)]
+            images = torch.stack(changed).contiguous(memory_format=torch.channels_last)
+        labels = torch.from_numpy(self._source.index.label[[sample.sample for sample in found]].astype(np.int64))
+        return Batch(images, labels.to(self._device))
+
+    def _take(self, request: Request, place: int) -> Found | None:
+        return self._source.take(request, place, lambda encoded: np.frombuffer(encoded, np.uint8))
+
+    def _run(self, found: list[Found]) -> torch.Tensor:
+        """uint8 [n, 3, size, size] in channels_last memory. Raises RuntimeError where DALI cannot decode one of them."""
+        size = self._data.image_size
+        if not found:
+            return torch.empty(0, 3, size, size, dtype=torch.uint8, device=self._device)
+        boxes = np.array([[part[sample.place] for part in sample.request.windows[:4]] for sample in found], np.int32)
+        index = self._source.index
+        ids = [sample.sample for sample in found]
+        limits = np.stack([index.height[ids], index.width[ids]], axis=1)
+        start = np.clip(boxes[:, :2], 0, limits)
+        stop = np.clip(boxes[:, :2] + boxes[:, 2:], 0, limits)
+        flip = np.array([sample.request.windows.flip[sample.place] for sample in found], np.int32)
+        feeds = {
+            "encoded": [sample.decoded for sample in found],
+            "start": start,
+            "shape": stop - start,
+            "offset": boxes[:, :2] - start,
+            "window": boxes[:, 2:],
+            "flip": flip,
+        }
+        for name, values in feeds.items():
+            self._pipeline.feed_input(name, list(values))
+        (output,) = self._pipeline.run()
+        if self._device.type == "cuda":
+            images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()  # DALI reuses its memory
+        else:
+            images = torch.from_numpy(np.array(output.as_array()))
+        return images.permute(0, 3, 1, 2)
+
+    def _change(self, image: torch.Tensor, sample: Found) -> torch.Tensor:
+        key = tuple(int(part[sample.place]) for part in sample.request.samples)
+        return change_pixels(image, self._data, self._seed, key)  # type: ignore[arg-type]
+
+    def _make_pipeline(self) -> Any:
+        from nvidia.dali import fn, pipeline_def, types
+
+        gpu = self._device.type == "cuda"
+        data = self._data
+        interpolation = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}[data.interpolation]
+
+        @pipeline_def
+        def graph() -> Any:
+            def given(name: str, kind: Any, dimensions: int) -> Any:
+                return fn.external_source(name=name, dtype=kind, ndim=dimensions)
+
+            images = fn.decoders.image_slice(
+                given("encoded", types.UINT8, 1),
+                start=given("start", types.INT32, 1),
+                shape=given("shape", types.INT32, 1),
+                axes=[0, 1],
+                device="mixed" if gpu else "cpu",
+                output_type=types.RGB,
+                adjust_orientation=False,  # windows are those of the image as stored
+            )
+            images = fn.slice(
+                images,
+                start=given("offset", types.INT32, 1),
+                shape=given("window", types.INT32, 1),
+                axes=[0, 1],
+                out_of_bounds_policy="pad",
+                fill_values=[0],
+            )
+            images = fn.resize(images, size=[data.image_size] * 2, interp_type=interpolation, antialias=True)
+            return fn.flip(images, horizontal=given("flip", types.INT32, 0))
+
+        pipeline = graph(
+            batch_size=self._batch,
+            num_threads=data.threads,
+            device_id=self._device.index if gpu else None,
+            prefetch_queue_depth=1,
+        )
+        pipeline.build()
+        return pipeline
