@@ -26,7 +26,7 @@ from distrain.errors import UserError
 from distrain.rng import Stream, hash64
 
 _FORMAT = 1
-_HEADERS = 3 * 512  # in a tar, beside each image: its header, that of the label, and the label
+_BLOCK = 512  # of a tar: each image is filled up to whole ones, and has a header, a label and the label's header
 
 
 class Sample(NamedTuple):
@@ -171,7 +171,7 @@ def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
 
 def _cut(sizes: NDArray[np.int64], shard_bytes: int) -> list[int]:
     """Where each shard begins, and the end: the fewest shards that stay near `shard_bytes`, of equal size."""
-    ends = np.cumsum(sizes + _HEADERS)
+    ends = np.cumsum((-(-sizes // _BLOCK) + 3) * _BLOCK)
     shards = max(1, -(-int(ends[-1]) // shard_bytes))
     shard = (ends - 1) * shards // int(ends[-1])
     return [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(sizes)]

@@ -20,6 +20,7 @@ from distrain.data.show import describe, draw_sheet, human_bytes
 from distrain.data.verify import verify
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 
+MEGABYTE = 1_000_000
 _LISTED = 10  # unreadable images named on the console; the file beside the index names all
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -162,7 +163,7 @@ def _build(args: argparse.Namespace) -> int:
             originals,
             out,
             args.split,
-            shard_bytes=args.shard_mb * 1_000_000,
+            shard_bytes=args.shard_mb * MEGABYTE,
             seed=args.shuffle_seed,
             workers=args.workers,
             done=lambda images: progress.advance(building, images),

@@ -1,11 +1,11 @@
 import tarfile
+import tracemalloc
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from distrain.__main__ import main
 from distrain.data import index
 from distrain.data.scan import scan
 from distrain.errors import UserError
@@ -59,27 +59,116 @@ def vars_of(built):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"one.png": png(2, 2)}, r"a\.tar: sample one needs an image .* and a \.cls label"),
-        ({"one.png": png(2, 2), "one.cls": b"2"}, r"a\.tar: sample one has label 2, outside 0\.\.1"),
-        (
-            {"one.png": png(2, 2), "one.cls": b"cat"},
-            r"a\.tar: sample one has label 'cat', which is no number",
-        ),
-        ({"one.png": b"nonsense", "one.cls": b"1"}, r"a\.tar: sample one is not a readable image"),
+        ({"one.png": png(2, 2)}, r"needs an image .* and a \.cls label, or a \.json with one"),
+        ({"one.cls": b"1"}, r"needs an image"),
+        ({"one.png": png(2, 2), "one.json": b"[]"}, r"needs an image .* and a \.cls label"),
+        ({"one.png": png(2, 2), "one.json": b"{"}, r"has a \.json that is not JSON"),
+        ({"one.png": png(2, 2), "one.cls": b"2"}, r"has label 2, outside 0\.\.1"),
+        ({"one.png": png(2, 2), "one.cls": b"-1"}, r"has label '-1', which is no number and no class"),
+        ({"one.png": png(2, 2), "one.cls": b"dgo"}, r"has label 'dgo', .* did you mean dog\?"),
     ],
 )
 def test_a_sample_that_cannot_be_indexed_is_named(tmp_path, members, message):
     write_tar(tmp_path / "a.tar", members)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"a\.tar: sample one {message}"):
         scan(str(tmp_path), ["a.tar"], ["cat", "dog"])
+
+
+def test_an_image_that_cannot_be_read_is_indexed_without_a_size(tmp_path):
+    write_tar(
+        tmp_path / "a.tar",
+        {"one.jpg": b"nonsense", "one.cls": b"1", "two.png": png(3, 2), "two.cls": b"0", "no.png": b"", "no.cls": b"0"},
+    )
+    built = scan(str(tmp_path), ["a.tar"], ["cat", "dog"])
+    assert built.width.tolist() == [0, 3, 0]
+    assert built.height.tolist() == [0, 2, 0]
+    assert built.size.tolist() == [8, len(png(3, 2)), 0]
+
+
+def label_of(tmp_path, members, classes=None, **options):
+    write_tar(tmp_path / "a.tar", {"one.png": png(2, 2), **members})
+    return scan(str(tmp_path), ["a.tar"], classes, **options).label.tolist()
+
+
+def test_labels_are_found_in_text_and_in_json(tmp_path):
+    assert label_of(tmp_path, {"one.cls": b"3", "one.json": b'{"label": 4}'}) == [3]
+    assert label_of(tmp_path, {"one.json": b'{"cls": 5, "label": 4}'}) == [4]
+    assert label_of(tmp_path, {"one.json": b'{"cls": 5}'}) == [5]
+    assert label_of(tmp_path, {"one.cls": b"3", "one.json": b'{"cls": 5, "kind": "6"}'}, label_key="kind") == [6]
+    assert label_of(tmp_path, {"one.cls": b"dog"}, ["cat", "dog"]) == [1]
+
+
+def test_a_label_key_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.tar: sample one needs an image .* and a \.json with 'kind'"):
+        label_of(tmp_path, {"one.cls": b"3", "one.json": b'{"label": 4}'}, label_key="kind")
+
+
+def test_without_a_list_classes_are_named_by_their_numbers(tmp_path):
+    write_tar(tmp_path / "a.tar", {"one.png": png(2, 2), "one.cls": b"0", "two.png": png(2, 2), "two.cls": b"2"})
+    assert scan(str(tmp_path), ["a.tar"]).classes == ("0", "1", "2")
+    with pytest.raises(UserError, match="sample one has label 'cat', which is no number; give the list of classes"):
+        label_of(tmp_path, {"one.cls": b"cat"})
+    with pytest.raises(UserError, match=r"sample one has label 99999999999, outside"):
+        label_of(tmp_path, {"one.cls": b"99999999999"})
 
 
 def test_a_shard_that_is_missing_or_no_tar_is_named(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(UserError, match=r"a\.tar: shard cannot be read"):
-        scan(str(tmp_path), ["a.tar"], ["cat"])
-    with pytest.raises(UserError, match=r"b\.tar: shard cannot be read"):
-        scan(str(tmp_path), ["b.tar"], ["cat"])
+    (tmp_path / "c.tar").mkdir()
+    for name, reason in {"a": "no such file", "b": "bad checksum|invalid header", "c": "Is a directory"}.items():
+        with pytest.raises(UserError, match=rf"{name}\.tar: shard cannot be read: .*({reason})"):
+            scan(str(tmp_path), [f"{name}.tar"], ["cat"])
+    with pytest.raises(UserError, match=r"a\.tar\.gz: a compressed shard cannot be read in place"):
+        scan(str(tmp_path), ["a.tar.gz"], ["cat"])
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A shard of three samples: each member is a block of header and a block of data or two."""
+    write_tar(
+        tmp_path / "a.tar", {f"{key}.{kind}": data for key in "xyz" for kind, data in (("cls", b"0"), ("png", NOISE))}
+    )
+    return tmp_path
+
+
+NOISE = png(2, 2) + bytes(512)
+
+
+@pytest.mark.parametrize("length", [1, 511, 512, 700, 1024, 1600, 2000, 2560, 5000, 7680 - 512, 7680 - 1])
+def test_a_shard_that_is_cut_short_anywhere_is_named(three, length):
+    whole = (three / "a.tar").read_bytes()
+    (three / "a.tar").write_bytes(whole[:length])
+    with pytest.raises(UserError, match=r"a\.tar: (cut short|shard cannot be read)"):
+        scan(str(three), ["a.tar"], ["cat"])
+
+
+def test_a_shard_with_a_damaged_header_is_named_with_the_place(three):
+    damaged = bytearray((three / "a.tar").read_bytes())
+    damaged[2560 + 10] ^= 255  # in the header of the third member
+    (three / "a.tar").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.tar: cut short or damaged after x\.png"):
+        scan(str(three), ["a.tar"], ["cat"])
+
+
+def test_any_number_of_workers_makes_the_same_index(dataset, tmp_path):
+    names = [shard.name for shard in index.load(f"{dataset}/train.parquet").shards]
+    one, four = (scan(str(dataset), names, workers=workers) for workers in (1, 4))
+    assert one.digest == four.digest
+    assert one.shards == four.shards
+    np.testing.assert_array_equal(one.offset, four.offset)
+
+
+def test_scanning_holds_one_image_at_a_time(tmp_path):
+    noise = png(2, 2) + bytes(1_000_000)
+    write_tar(
+        tmp_path / "a.tar",
+        {f"{key}.{kind}": data for key in range(30) for kind, data in (("cls", b"0"), ("png", noise))},
+    )
+    tracemalloc.start()
+    scan(str(tmp_path), ["a.tar"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6_000_000
 
 
 def test_a_file_that_is_no_index_is_named(tmp_path):
@@ -88,21 +177,3 @@ def test_a_file_that_is_no_index_is_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match=r"bad\.parquet: not an index"):
         index.load(f"{tmp_path}/bad.parquet")
-
-
-def test_shards_can_be_indexed_from_the_command_line(tmp_path, monkeypatch, capsys):
-    write_tar(tmp_path / "a.tar", {"one.png": png(5, 7), "one.cls": b"1"})
-    (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    command = [
-        "shards",
-        "index",
-        f"{tmp_path}/a.tar",
-        "--out",
-        f"{tmp_path}/i.parquet",
-        "--classes",
-        f"{tmp_path}/classes.txt",
-    ]
-    monkeypatch.setattr("sys.argv", ["distrain", *command])
-    assert main() == 0
-    assert "1 images, 2 classes, 1 shards" in capsys.readouterr().out
-    np.testing.assert_array_equal(index.load(f"{tmp_path}/i.parquet").label, [1])

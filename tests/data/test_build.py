@@ -1,0 +1,393 @@
+"""Shards made from images."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from distrain.data import build as build_module
+from distrain.data import index
+from distrain.data.build import build
+from distrain.data.originals import DEVKIT, find
+from distrain.data.store import LocalStore
+from distrain.errors import UserError
+
+SYNSETS = ["n02119789", "n01440764", "n03000684"]  # in the order of ILSVRC ids, which is not that of names
+NO_LABELS = {"n01440764": 0, "n02119789": 1, "n03000684": 2}
+
+
+def encoded(seed, format="JPEG", size=(12, 9)):
+    out = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, format)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """120 images in three classes, of all formats and name styles."""
+    root = tmp_path_factory.mktemp("photos")
+    for number in range(120):
+        path = root / ("cat", "dog", "owl")[number % 3] / f"{number}.a b.JPEG"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(encoded(number, ("JPEG", "PNG", "WEBP")[number % 5 % 3]))
+    (root / "dog" / "deep" / "er").mkdir(parents=True)
+    (root / "dog" / "deep" / "er" / "x.png").write_bytes(encoded(1000, "PNG"))
+    (root / ".cache").mkdir()
+    (root / "dog" / ".DS_Store").write_bytes(b"junk")
+    return root
+
+
+def make(source, out, split="train", shard_bytes=20_000, classes=None, **options):
+    return build(find(source, split, classes), out, split, shard_bytes=shard_bytes, **options)
+
+
+def contents(out):
+    """Every file's bytes by name."""
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def images_of(built):
+    """The (encoded image, class) pairs in the shards, sorted."""
+    store = LocalStore(built)
+    return sorted((store.read(sample), built.classes[built.label[sample]]) for sample in range(len(built)))
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def tar_of(files):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            add(tar, name, data)
+    return out.getvalue()
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """The files of ILSVRC2012, with three synsets of 4 images and 6 for validation."""
+    train = {
+        f"{synset}.tar": tar_of({f"{synset}_{image}.JPEG": encoded(hash_of(synset, image)) for image in range(4)})
+        for synset in SYNSETS
+    }
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of(train))
+    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 7)]
+    val = {name: encoded(number) for number, name in enumerate(names, 1)}
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(tar_of(dict(reversed(val.items()))))
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
+    rows = [(number, synset, 0) for number, synset in enumerate(SYNSETS, 1)] + [(4, "n00001740", 3)]
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.array(rows, dtype=fields)})
+    with tarfile.open(tmp_path / DEVKIT, "w:gz") as tar:
+        add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
+        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n3\n2\n1\n")
+    return tmp_path
+
+
+def hash_of(synset, image):
+    return int(synset[1:]) * 10 + image
+
+
+def test_images_keep_their_original_bytes(folder, tmp_path):
+    built = make(folder, tmp_path).whole
+    originals = sorted((path.read_bytes(), path.parts[len(folder.parts)]) for path in folder.rglob("[0-9x]*.*"))
+    assert len(originals) == 121
+    assert images_of(built) == originals
+
+
+def test_the_index_that_is_written_is_that_of_the_shards(folder, tmp_path):
+    built = make(folder, tmp_path).whole
+    loaded = index.load(f"{tmp_path}/train.parquet")
+    assert loaded.digest == built.digest
+    assert loaded.shards == built.shards
+    assert set(loaded.width) == {12}
+    assert set(loaded.height) == {9}
+
+
+def test_the_same_folder_gives_the_same_bytes_with_any_number_of_workers(folder, tmp_path):
+    make(folder, tmp_path / "one", workers=1)
+    make(folder, tmp_path / "five", workers=5)
+    assert len(contents(tmp_path / "one")) > 5
+    assert contents(tmp_path / "one") == contents(tmp_path / "five")
+
+
+def test_every_class_is_spread_over_all_shards(folder, tmp_path):
+    built = make(folder, tmp_path, shard_bytes=100_000).whole
+    assert len(built.shards) == 3
+    counts = np.array([np.bincount(built.label[built.shard == shard], minlength=3) for shard in range(3)])
+    assert counts.min() > len(built) / 9 / 3
+
+
+def test_another_seed_is_another_order_of_the_same_images(folder, tmp_path):
+    first, second = (make(folder, tmp_path / str(seed), seed=seed).whole for seed in (0, 1))
+    assert images_of(first) == images_of(second)
+    assert first.digest != second.digest
+
+
+def test_shards_are_of_equal_size_and_near_the_one_asked_for(folder, tmp_path):
+    sizes = [shard.size for shard in make(folder, tmp_path, shard_bytes=80_000).whole.shards]
+    assert max(sizes) <= 80_000 + 3_000 + 10_240  # at most an image more; a tar is filled up to 10,240 bytes
+    assert max(sizes) - min(sizes) <= 10_240
+
+
+def test_webdataset_reads_the_shards(folder, tmp_path):
+    import webdataset
+
+    built = make(folder, tmp_path).whole
+    shards = [built.location(shard) for shard in range(len(built.shards))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+    assert [int(sample["cls"]) for sample in samples] == built.label.tolist()
+    assert {next(sample[key] for key in ("jpg", "png", "webp") if key in sample).shape for sample in samples} == {
+        (9, 12, 3)
+    }
+    assert len({sample["__key__"] for sample in samples}) == len(built)
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call"), [("", "check", 30), (".os", "fsync", 4), (".index", "save", 1)]
+)
+def test_a_build_killed_midway_is_finished_by_the_second_run(folder, tmp_path, module, function, call):
+    make(folder, tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    script = f"""
+import os, signal, sys
+from distrain.__main__ import main
+from distrain.data import build, tool
+
+def kill_at_last(*arguments):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*arguments)
+
+calls, tool.MEGABYTE, function = 0, 20_000, build{module}.{function}
+build{module}.{function} = kill_at_last
+sys.argv = ["distrain", "shards", "build", {str(folder)!r}, "--out", {str(out)!r}, "--shard-mb", "1", "--workers", "1"]
+main()
+"""
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert not (out / "train.parquet").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("train-*.tar")}
+
+    built = make(folder, out)
+    assert built.reused == len(kept) > 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_a_shard_that_is_cut_lost_or_of_other_images_is_made_again(folder, tmp_path):
+    make(folder, tmp_path)
+    whole = contents(tmp_path)
+    os.truncate(tmp_path / "train-000000.tar", 12_000)
+    (tmp_path / "train-000001.tar").unlink()
+    (tmp_path / "train-000002.tar").write_bytes(whole["train-000003.tar"])
+    assert make(folder, tmp_path).reused == len([name for name in whole if name.endswith(".tar")]) - 3
+    assert contents(tmp_path) == whole
+
+
+def test_what_cannot_be_read_is_kept_out_and_listed(folder, tmp_path, capsys):
+    source, out = tmp_path / "photos", tmp_path / "out"
+    (source / "cat").mkdir(parents=True)
+    (source / "cat" / "good.jpg").write_bytes(encoded(0))
+    (source / "cat" / "cut.jpg").write_bytes(encoded(1, size=(60, 60))[:-900])
+    (source / "cat" / "cut.png").write_bytes(encoded(1, "PNG", size=(60, 60))[:-900])
+    (source / "cat" / "none.jpg").write_bytes(b"")
+    (source / "cat" / "notes.txt").write_bytes(b"not an image")
+    (source / "cat" / "old.gif").write_bytes(encoded(2, "GIF"))
+    built = make(source, out)
+    assert images_of(built.whole) == [(encoded(0), "cat")]
+    listed = (out / "train.unreadable.txt").read_text()
+    assert sorted(line.partition(":")[0] for line in listed.splitlines()) == [
+        "cat/cut.jpg", "cat/cut.png", "cat/none.jpg", "cat/notes.txt", "cat/old.gif",
+    ]  # fmt: skip
+    assert "cat/none.jpg: empty file" in listed
+    again = make(source, out)
+    assert again.reused == 1
+    assert sorted(again.unreadable) == sorted(built.unreadable)
+
+
+def test_an_image_that_claims_to_be_huge_is_kept_out_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.data.image.MAX_PIXELS", 100)
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "big.jpg").write_bytes(encoded(0, size=(11, 10)))
+    (tmp_path / "photos" / "cat" / "good.jpg").write_bytes(encoded(0, size=(10, 10)))
+    built = make(tmp_path / "photos", tmp_path / "out")
+    assert built.unreadable == [("cat/big.jpg", "11 x 10 pixels are more than 100")]
+
+
+def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "notes.txt").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"none of the 1 images can be read; the first is cat/notes\.txt: not a JPEG"):
+        make(tmp_path / "photos", tmp_path / "out")
+    assert not (tmp_path / "out" / "train.parquet").exists()
+
+
+def test_other_images_or_settings_are_not_mixed_with_those_of_an_earlier_build(folder, tmp_path):
+    make(folder, tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"train\.build\.json: .*\(shuffle_seed differ\)"):
+        make(folder, tmp_path, seed=1)
+    with pytest.raises(UserError, match=r"train\.build\.json: .*\(source differ\)"):
+        make(folder, tmp_path, classes=["owl", "dog", "cat"])
+    assert contents(tmp_path) == before
+
+
+def test_the_splits_of_a_folder_must_have_the_same_classes(folder, tmp_path):
+    make(folder, tmp_path / "out")
+    (tmp_path / "val" / "dog").mkdir(parents=True)
+    (tmp_path / "val" / "dog" / "x.jpg").write_bytes(encoded(0))
+    with pytest.raises(UserError, match=r"train\.parquet: has 3 classes, val would have 1: only one has cat, owl"):
+        make(tmp_path / "val", tmp_path / "out", "val")
+    built = make(tmp_path / "val", tmp_path / "out", "val", classes=["cat", "dog", "owl"]).whole
+    assert built.label.tolist() == [1]
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_draft(folder, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build_module.os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        make(folder, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.build.json"]
+
+
+def test_imagenets_tars_are_read_as_they_were_downloaded(imagenet, tmp_path):
+    built = make(imagenet, tmp_path / "out", shard_bytes=4_000).whole
+    assert built.classes == tuple(sorted(SYNSETS))
+    expected = [(encoded(hash_of(synset, image)), synset) for synset in SYNSETS for image in range(4)]
+    assert images_of(built) == sorted(expected)
+
+
+def test_validation_images_get_the_labels_of_the_devkit(imagenet, tmp_path):
+    built = make(imagenet, tmp_path / "out", "val").whole
+    assert built.classes == tuple(sorted(SYNSETS))
+    truth = [SYNSETS[id - 1] for id in (1, 2, 3, 3, 2, 1)]
+    assert images_of(built) == sorted((encoded(number), synset) for number, synset in enumerate(truth, 1))
+
+
+def test_training_labels_are_the_same_with_and_without_the_devkit(imagenet, tmp_path):
+    with_it = make(imagenet, tmp_path / "with").whole
+    (imagenet / DEVKIT).unlink()
+    without = make(imagenet / "ILSVRC2012_img_train.tar", tmp_path / "without").whole
+    assert with_it.digest == without.digest
+    assert with_it.classes == without.classes
+
+
+@pytest.mark.parametrize(
+    ("synset", "message"),
+    [("n09999999", "n09999999 is none of the 3 classes"), ("dogs", r"dogs\.tar is not the tar of a synset")],
+)
+def test_a_wrong_synset_is_named(imagenet, synset, message):
+    (imagenet / "ILSVRC2012_img_train.tar").write_bytes(tar_of({f"{synset}.tar": tar_of({"a.JPEG": encoded(0)})}))
+    with pytest.raises(UserError, match=message):
+        find(imagenet, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_tar_of_imagenet_that_is_cut_short_is_named(imagenet, split):
+    archive = imagenet / f"ILSVRC2012_img_{split}.tar"
+    os.truncate(archive, archive.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"ILSVRC2012_img_{split}\.tar.*: c(ut short or damaged|annot be read)"):
+        find(imagenet, split)
+
+
+def test_a_devkit_that_is_missing_wrong_or_of_other_images_is_named(imagenet):
+    (imagenet / "ILSVRC2012_img_val.tar").write_bytes(tar_of({"ILSVRC2012_val_00000001.JPEG": encoded(1)}))
+    with pytest.raises(UserError, match=r"1 images, but ILSVRC2012_devkit_t12\.tar\.gz has labels for 6"):
+        find(imagenet, "val")
+    (imagenet / DEVKIT).write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz: not the devkit"):
+        find(imagenet, "val")
+    (imagenet / DEVKIT).unlink()
+    with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz: no such file; .* give --devkit"):
+        find(imagenet, "val")
+
+
+@pytest.fixture
+def listing(tmp_path):
+    """Writes a list beside the images a.jpg and b.jpg and returns its path."""
+    for number, name in enumerate("ab"):
+        (tmp_path / f"{name}.jpg").write_bytes(encoded(number))
+
+    def write(text):
+        (tmp_path / "list.csv").write_text(text)
+        return tmp_path / "list.csv"
+
+    return write
+
+
+def test_a_list_may_name_its_classes(listing):
+    found = find(listing("label,path,note\ntiger,a.jpg,x\n\nbear,b.jpg,y\n"), "train")
+    assert found.classes == ("bear", "tiger")
+    assert found.label.tolist() == [1, 0]
+    assert [found.read(image) for image in (0, 1)] == [encoded(0), encoded(1)]
+
+
+def test_a_list_may_number_its_classes(listing):
+    found = find(listing("path,label\na.jpg,2\nb.jpg,0\n"), "train")
+    assert found.classes == ("0", "1", "2")
+    assert found.label.tolist() == [2, 0]
+
+
+def test_a_list_takes_the_order_of_classes_that_is_given(listing):
+    found = find(listing("path,label\na.jpg,tiger\nb.jpg,bear\n"), "train", ["tiger", "lion", "bear"])
+    assert found.label.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1 must name the columns: path,label"),
+        ("path,class\na.jpg,1\n", r"line 1 must name the columns: path,label \(label is missing\)"),
+        ("path,label\n", "lists no images"),
+        ("path,label\na.jpg,1\nb.jpg\n", "line 3 needs a path and a label"),
+        ("path,label\na.jpg,1\n,1\n", "line 3 needs a path and a label"),
+        ("path,label\na.jpg,tiger\nc.jpg,tiger\n", r"line 3: c\.jpg: no such file"),
+        ("path,label\na.jpg,tiger\nb.jpg,tigr\n", "line 3 has label 'tigr', .* did you mean tiger"),
+        ("path,label\na.jpg,tiger\nb.jpg,7\n", r"line 3 has label 7, outside 0\.\.1"),
+    ],
+)
+def test_a_mistake_in_a_list_is_named_with_its_line(listing, text, message):
+    with pytest.raises(UserError, match=rf"list\.csv: {message}"):
+        find(listing(text), "train", ["tiger", "bear"])
+
+
+def test_a_source_that_holds_no_images_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        find(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="has no sub-folders"):
+        find(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=r"holds the splits train, not classes; give one, as .*/train"):
+        find(tmp_path, "train")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UserError, match="its 2 class folders hold no files"):
+        find(tmp_path, "train")
+    with pytest.raises(UserError, match="cat: no class of that name: did you mean cats"):
+        find(tmp_path, "train", ["cats", "train"])
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"neither a folder nor a \.csv or \.tar"):
+        find(tmp_path / "a.zip", "train")
+
+
+def test_what_a_build_was_made_of_is_kept_beside_it(folder, tmp_path):
+    make(folder, tmp_path, seed=3)
+    described = json.loads(Path(tmp_path, "train.build.json").read_text())
+    assert described["images"] == 121
+    assert described["shuffle_seed"] == 3
