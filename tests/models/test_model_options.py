@@ -111,6 +111,18 @@ def test_randomness_comes_from_torchs_default_generator(options, images):
     assert not torch.equal(outputs[0], outputs[2])
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("densenet_bc_22_8", {"dropout": 0.5}),
+        ("anynet", {"stages": STAGES, "drop_path": 0.5, "head_dropout": 0.5}),
+    ],
+)
+def test_nothing_is_dropped_in_evaluation(name, options, images):
+    network = build(name, 5, **options).eval()
+    assert torch.equal(network(images), network(images))
+
+
 def test_dropping_images_zeroes_whole_ones_and_keeps_the_mean():
     dropped = drop_images(torch.ones(10_000, 2, 1, 1), 0.25)
     assert {round(value, 5) for value in dropped.unique().tolist()} == {0.0, round(1 / 0.75, 5)}
@@ -131,8 +143,20 @@ def test_convolutions_start_with_a_variance_of_two_over_their_outputs(name):
     torch.testing.assert_close(torch.stack(scaled), torch.ones(len(scaled)), rtol=0, atol=0.2)
 
 
+def test_classifiers_start_as_in_the_authors_code():
+    """RegNet: N(0, 0.01^2). DenseNet: uniform within 1 / sqrt(width in), torch's default then and now. No bias."""
+    regnet, densenet = build("regnety_400mf").head, build("densenet121").head
+    assert regnet.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert densenet.weight.abs().max().item() == pytest.approx(1024**-0.5, rel=0.02)
+    assert not regnet.bias.any()
+    assert not densenet.bias.any()
+
+
 def test_zero_gamma_makes_blocks_begin_as_identities():
     network = build("anynet", 5, stages=STAGES, zero_gamma=True)
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    at_zero = [name for name, norm in norms.items() if not norm.weight.any()]
+    assert at_zero == ["stages.0.0.norm3", "stages.1.0.norm3", "stages.1.1.norm3"]
     maps = torch.rand(2, 32, 4, 4)
     assert torch.equal(network.stages[1][1](maps), maps)
 
