@@ -221,7 +221,8 @@ class DenseNet(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """Convolutions after He et al. 2015, by fan-in; the classifier's bias at zero."""
+    """Convolutions after He et al. 2015, by fan-in as torchvision has it (the authors' code goes by fan-out); the
+    classifier's bias at zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):

@@ -134,12 +134,12 @@ def test_later_blocks_are_dropped_more_often():
     assert drop_path_rates(0.2, 5) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-@pytest.mark.parametrize("name", ["regnety_1_6gf"])
-def test_convolutions_start_with_a_variance_of_two_over_their_outputs(name):
-    """As the authors of both families do it: kernel area times width out, whatever the groups."""
+@pytest.mark.parametrize(("name", "side"), [("densenet121", "in_channels"), ("regnety_1_6gf", "out_channels")])
+def test_convolutions_start_with_a_variance_of_two_over_their_fan(name, side):
+    """DenseNet by what enters, RegNet by what leaves, whatever the groups."""
     convolutions = [module for module in build(name).modules() if isinstance(module, nn.Conv2d)]
-    outputs = [conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1] for conv in convolutions]
-    scaled = [conv.weight.detach().var() * count / 2 for conv, count in zip(convolutions, outputs, strict=True)]
+    fans = [getattr(conv, side) * conv.kernel_size[0] * conv.kernel_size[1] for conv in convolutions]
+    scaled = [conv.weight.detach().var() * fan / 2 for conv, fan in zip(convolutions, fans, strict=True)]
     torch.testing.assert_close(torch.stack(scaled), torch.ones(len(scaled)), rtol=0, atol=0.2)
 
 

@@ -83,6 +83,12 @@ def test_the_two_rules_round_as_their_libraries_do(width, group, pycls, torchvis
     assert adjust_width(width, 1.0, group, "torchvision") == (torchvision, group)
 
 
+@pytest.mark.parametrize(("width", "ratio", "group", "expected"), [(8, 0.25, 6, 9), (40, 0.5, 5, 40), (24, 0.5, 9, 27)])
+def test_the_authors_rule_keeps_the_outer_width_of_inverted_bottlenecks_whole(width, ratio, group, expected):
+    assert adjust_width(width, ratio, group, "pycls") == (expected, group)
+    assert expected / ratio % group == 0
+
+
 @given(regnets, st.sampled_from([8, 16, 24, 64]), st.sampled_from(RULES))
 def test_every_sampled_regnet_is_a_valid_anynet(numbers, group, rule):
     config = RegNetConfig(**numbers, group_width=group, width_rule=rule)
