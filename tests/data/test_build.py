@@ -93,7 +93,7 @@ def imagenet(tmp_path):
     savemat(meta, {"synsets": np.array(rows, dtype=fields)})
     with tarfile.open(tmp_path / DEVKIT, "w:gz") as tar:
         add(tar, "ILSVRC2012_devkit_t12/data/meta.mat", meta.getvalue())
-        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n3\n2\n1\n")
+        add(tar, "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt", b"1\n2\n3\n3\n1\n2\n")
     return tmp_path
 
 
@@ -199,6 +199,16 @@ def test_a_shard_that_is_cut_lost_or_of_other_images_is_made_again(folder, tmp_p
     assert contents(tmp_path) == whole
 
 
+def test_a_shard_with_an_earlier_version_of_an_image_is_made_again(tmp_path):
+    photo = tmp_path / "photos" / "cat" / "a.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_bytes(encoded(0))
+    make(tmp_path / "photos", tmp_path / "out")
+    photo.write_bytes(encoded(1, size=(20, 20)))
+    (tmp_path / "out" / "train.build.json").unlink()
+    assert images_of(make(tmp_path / "photos", tmp_path / "out").whole) == [(encoded(1, size=(20, 20)), "cat")]
+
+
 def test_what_cannot_be_read_is_kept_out_and_listed(folder, tmp_path, capsys):
     source, out = tmp_path / "photos", tmp_path / "out"
     (source / "cat").mkdir(parents=True)
@@ -277,7 +287,7 @@ def test_imagenets_tars_are_read_as_they_were_downloaded(imagenet, tmp_path):
 def test_validation_images_get_the_labels_of_the_devkit(imagenet, tmp_path):
     built = make(imagenet, tmp_path / "out", "val").whole
     assert built.classes == tuple(sorted(SYNSETS))
-    truth = [SYNSETS[id - 1] for id in (1, 2, 3, 3, 2, 1)]
+    truth = [SYNSETS[id - 1] for id in (1, 2, 3, 3, 1, 2)]
     assert images_of(built) == sorted((encoded(number), synset) for number, synset in enumerate(truth, 1))
 
 
@@ -300,9 +310,12 @@ def test_a_wrong_synset_is_named(imagenet, synset, message):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_tar_of_imagenet_that_is_cut_short_is_named(imagenet, split):
+@pytest.mark.parametrize("shift", [-300, 0, 300, 700])
+def test_a_tar_of_imagenet_that_is_cut_short_is_named(imagenet, split, shift):
     archive = imagenet / f"ILSVRC2012_img_{split}.tar"
-    os.truncate(archive, archive.stat().st_size // 2)
+    with tarfile.open(archive) as tar:
+        third = tar.getmembers()[2].offset
+    os.truncate(archive, third + shift)
     with pytest.raises(UserError, match=rf"ILSVRC2012_img_{split}\.tar.*: c(ut short or damaged|annot be read)"):
         find(imagenet, split)
 

@@ -1,3 +1,4 @@
+import os
 import tarfile
 import tracemalloc
 from io import BytesIO
@@ -139,6 +140,12 @@ def test_a_shard_that_is_cut_short_anywhere_is_named(three, length):
     whole = (three / "a.tar").read_bytes()
     (three / "a.tar").write_bytes(whole[:length])
     with pytest.raises(UserError, match=r"a\.tar: (cut short|shard cannot be read)"):
+        scan(str(three), ["a.tar"], ["cat"])
+
+
+def test_a_shard_that_ends_inside_an_image_is_named_with_it(three):
+    os.truncate(three / "a.tar", 3 * 512 + 100)
+    with pytest.raises(UserError, match=r"a\.tar: cut short inside x\.png"):
         scan(str(three), ["a.tar"], ["cat"])
 
 
