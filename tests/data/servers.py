@@ -1,6 +1,7 @@
 """Servers on 127.0.0.1 that shards are downloaded from in tests."""
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expi
 
 class FileServer(ThreadingHTTPServer):
     """Serves a folder over http. `faults[name]` are what goes wrong at the next requests for a file:
-    a status, or stall, cut, corrupt, longer. `requests` counts by name. `release` ends all stalls."""
+    a status, or stall, cut, corrupt. `requests` counts by name. `release` ends all stalls. Every answer to a
+    request takes `delay` seconds."""
 
     daemon_threads = True
 
@@ -25,6 +27,7 @@ class FileServer(ThreadingHTTPServer):
         self.faults: dict[str, list[int | str]] = {}
         self.requests: Counter[str] = Counter()
         self.release = threading.Event()
+        self.delay = 0.0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
@@ -40,6 +43,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.requests[self._name] += 1
+        time.sleep(server.delay)
         pending = server.faults.get(self._name)
         fault = pending.pop(0) if pending else 200
         if isinstance(fault, int) and fault != 200:
@@ -53,8 +57,6 @@ class _Handler(BaseHTTPRequestHandler):
         half = len(content) // 2
         if fault == "corrupt":
             content[half + server.requests[self._name]] ^= 255
-        if fault == "longer":
-            content += b"more"
         self._start(200, len(content))
         self.wfile.write(content[:half])
         if fault == "stall":

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from distrain.config import DataConfig
 from distrain.data import index
 from distrain.data.remote import RemoteStore
 from distrain.data.store import DataError, LocalStore
-from distrain.data.transfer import Closed, TransferError
+from distrain.data.transfer import Closed, Transfer, TransferError
 from distrain.errors import RankError, UserError
 
 SAMPLES = 203
@@ -93,6 +94,7 @@ def test_samples_behind_a_url_are_those_of_the_local_shards(protocol, dataset, s
 
 
 def test_a_shard_is_downloaded_once_however_many_processes_read_it(server, cache):
+    server.delay = 0.3
     assert exit_codes(start_readers(3, server.url, cache, SAMPLES)) == [0, 0, 0]
     assert {name: count for name, count in server.requests.items() if name.endswith(".tar")} == {
         f"train-00000{number}.tar": 1 for number in range(5)
@@ -142,6 +144,20 @@ def test_a_shard_that_is_being_read_is_not_removed(server, folder, open_remote, 
         assert held.exists()
     reader.join(10)
     assert not held.exists()
+
+
+def test_a_shard_that_is_removed_before_a_reader_has_it_is_downloaded_again(server, open_remote, cache):
+    store = open_remote(server.url)
+    store.read(0)
+    (held,) = cache.glob("*.shard")
+    with held.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        reader = threading.Thread(target=store.read, args=[0])
+        reader.start()
+        reader.join(0.3)
+        held.unlink()
+    reader.join(10)
+    assert server.requests["train-000000.tar"] == 2
 
 
 def lock_as_reader(path):
@@ -209,13 +225,24 @@ def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, fold
     assert server.requests[SHARD] == 2
 
 
-def test_a_shard_missing_from_a_bucket_is_named(s3, open_remote, dataset):
-    built = index.load(f"{dataset}/train.parquet")
-    moved = index.Index(**{**vars(built), "root": f"{s3}/elsewhere"})
-    store = RemoteStore(moved, DataConfig(train="", val="", cache=open_remote(s3)._cache._folder.as_posix()))
+def test_a_shard_that_grew_in_its_bucket_is_named(s3, folder, cache):
+    content = (folder / "train-000000.tar").read_bytes()
+    S3FileSystem().pipe_file("shards/grown/train-000000.tar", content + b"x")
+    with pytest.raises(RankError, match=r"^s3://shards/grown/train-000000\.tar: holds other bytes than were indexed"):
+        open_copy(folder, f"{s3}/grown", cache).read(0)
+
+
+def test_no_more_bytes_are_written_than_were_indexed(server, folder):
+    ends = []
+    transfer = Transfer(1, 0.01, 5.0, threading.Event())
+    with pytest.raises(RankError):
+        transfer.fetch(f"{server.url}/{SHARD}", 5000, 0, lambda data, offset: ends.append(offset + len(data)))
+    assert max(ends, default=0) <= 5000 < (folder / SHARD).stat().st_size
+
+
+def test_a_shard_missing_from_a_bucket_is_named(s3, folder, cache):
     with pytest.raises(RankError, match=r"^s3://shards/elsewhere/train-000000\.tar: there is no such file; put"):
-        store.read(0)
-    store.close()
+        open_copy(folder, f"{s3}/elsewhere", cache).read(0)
 
 
 def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
@@ -322,22 +349,32 @@ def test_a_bad_sample_of_a_good_shard_is_an_error_of_that_sample_alone(server, f
     store.close()
 
 
-def test_closing_ends_what_waits_for_a_download(server, open_remote):
+def test_closing_ends_a_wait_for_the_next_attempt(server, open_remote):
     server.faults[SHARD] = [503] * 9
     store = open_remote(server.url, retry_wait=60.0)
-    caught = []
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(store.read, IN_SHARD)
+        wait_for(lambda: server.requests[SHARD] == 1)
+        store.close()
+        with pytest.raises(Closed):
+            reading.result(5)
 
-    def read():
-        with pytest.raises(Closed) as error:
-            store.read(IN_SHARD)
-        caught.append(error)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    wait_for(lambda: server.requests[SHARD] == 1)
-    store.close()
-    reader.join(5)
-    assert caught
+def test_closing_ends_a_wait_for_the_download_of_another(server, open_remote):
+    server.faults[SHARD] = ["stall"]
+    downloading, waiting = open_remote(server.url), open_remote(server.url)
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(downloading.read, IN_SHARD)
+        wait_for(lambda: server.requests[SHARD] == 1)
+        reading = pool.submit(waiting.read, IN_SHARD)
+        time.sleep(0.2)
+        waiting.close()
+        try:
+            with pytest.raises(Closed):
+                reading.result(2)
+        finally:
+            server.release.set()
+        assert slow.result(5)
 
 
 def test_an_index_that_is_not_behind_its_url_is_named(server, s3):
