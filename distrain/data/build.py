@@ -133,7 +133,8 @@ def _make_shard(originals: Originals, out: Path, name: str, keys: dict[str, int]
     if first is None:
         return _Made(None, False, unreadable)
     write_shard(out / name, _chain(first, samples))
-    return _Made(read_shard(str(out), name, Labels(originals.classes))._replace(keys=[]), False, unreadable)
+    facts = read_shard(str(out), name, Labels(), decode=False)
+    return _Made(facts._replace(keys=[]), False, unreadable)
 
 
 def _read_own(originals: Originals, out: Path, name: str, keys: dict[str, int]) -> ShardFacts | None:
@@ -141,7 +142,7 @@ def _read_own(originals: Originals, out: Path, name: str, keys: dict[str, int]) 
     if not (out / name).exists():
         return None
     try:
-        facts = read_shard(str(out), name, Labels())
+        facts = read_shard(str(out), name, Labels(), decode=False)
     except UserError:
         return None
     held = set(facts.keys)

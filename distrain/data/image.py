@@ -17,8 +17,11 @@ def check(data: bytes) -> str:
     return _SUFFIXES[data[:2]]
 
 
-def measure(data: bytes) -> tuple[int, int]:
-    """Decode an encoded image and return its width and height in pixels as stored. Raises ImageError."""
+def measure(data: bytes, decode: bool = True) -> tuple[int, int]:
+    """The width and height in pixels as stored, of an encoded image that decodes.
+
+    Raises ImageError. Without `decode` only the header is looked at.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if not data:
@@ -28,8 +31,9 @@ def measure(data: bytes) -> tuple[int, int]:
             size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ImageError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
-            image.draft("L", (1, 1))  # an eighth of the size: all bytes are parsed, most arithmetic is spared
-            image.load()
+            if decode:
+                image.draft("L", (1, 1))  # an eighth of the size: all bytes are parsed, most arithmetic is spared
+                image.load()
             return size
     except ImageError:
         raise

@@ -52,7 +52,7 @@ def scan(
     """Index WebDataset shards (NAME.jpg, .png or .webp beside NAME.cls or .json), samples in the order they lie.
 
     `shards` are URLs, absolute paths or paths below `root`; `done` hears of each that has been read. Without
-    `classes` the numbers from 0 to the largest label are their own names. An image whose header cannot be read
+    `classes` the numbers from 0 to the largest label are their own names. An image that cannot be decoded
     gets width and height 0. Raises UserError naming the shard, and the sample where one lacks image or label.
     """
     labels = Labels(classes, label_key)
@@ -80,14 +80,17 @@ def join(root: str, found: Sequence[ShardFacts], classes: Sequence[str]) -> Inde
     return Index(root, tuple(facts.shard for facts in found), tuple(classes), shard=numbers, **columns)
 
 
-def read_shard(root: str, name: str, labels: Labels) -> ShardFacts:
-    """Read one shard. Raises UserError naming it, and the sample where one lacks image or label."""
+def read_shard(root: str, name: str, labels: Labels, decode: bool = True) -> ShardFacts:
+    """Read one shard, of images that are known to decode if not told to `decode` them.
+
+    Raises UserError naming it, and the sample where one lacks image or label.
+    """
     if name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
         raise UserError(f"{name}: a compressed shard cannot be read in place; unpack it to a plain .tar")
 
     def read(tape: ForwardReader) -> dict[str, _Members]:
         try:
-            return _read_members(tape, name)
+            return _read_members(tape, name, decode)
         except tarfile.TarError as error:
             raise UserError(f"{name}: shard cannot be read: {error}") from error
 
@@ -153,7 +156,7 @@ class _Image(NamedTuple):
 _Members = dict[str, _Image | bytes]
 
 
-def _read_members(tape: ForwardReader, shard: str) -> dict[str, _Members]:
+def _read_members(tape: ForwardReader, shard: str, decode: bool) -> dict[str, _Members]:
     """Group images and labels by WebDataset's rule: what stands before the first dot of a file name is the key."""
     samples: dict[str, _Members] = {}
     last = "the beginning"
@@ -169,7 +172,7 @@ def _read_members(tape: ForwardReader, shard: str) -> dict[str, _Members]:
                     raise UserError(f"{shard}: cut short inside {member.name}; fetch or write the shard again")
                 key = os.path.join(folder, stem)  # noqa: PTH118, not a path of this machine
                 samples.setdefault(key, {})[suffix] = (
-                    _describe(member.offset_data, data) if suffix in IMAGE_SUFFIXES else data
+                    _describe(member.offset_data, data, decode) if suffix in IMAGE_SUFFIXES else data
                 )
             last = member.name
     if tape.last != bytes(_BLOCK):  # a tar ends in blocks of zeros; tarfile takes anything odd for the end
@@ -177,9 +180,9 @@ def _read_members(tape: ForwardReader, shard: str) -> dict[str, _Members]:
     return samples
 
 
-def _describe(offset: int, data: bytes) -> _Image:
+def _describe(offset: int, data: bytes, decode: bool) -> _Image:
     try:
-        width, height = measure(data)
+        width, height = measure(data, decode)
     except ImageError:
         width = height = 0
     return _Image(offset, len(data), width, height, zlib.crc32(data))
