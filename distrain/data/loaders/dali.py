@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils.dlpack
+from numpy.typing import NDArray
 
 from distrain.config import DataConfig
 from distrain.data.loader import Batch, Request
@@ -44,7 +45,8 @@ class DaliLoader:
         try:
             for request in requests:
                 self._source.announce(request)
-                pending.append(self._runner.submit(self._load, request))
+                read = self._readers.submit(self._read, request)
+                pending.append(self._runner.submit(self._load, request, read))
                 if len(pending) > self._data.prefetch:
                     yield pending.popleft().result()
             while pending:
@@ -58,9 +60,8 @@ class DaliLoader:
         self._readers.shutdown(cancel_futures=True)
         self._other.close()
 
-    def _load(self, request: Request) -> Batch:
-        taken = self._readers.map(lambda place: self._take(request, place), range(len(request.samples.ids)))
-        found = [sample for sample in taken if sample is not None]
+    def _load(self, request: Request, read: Future[list[Found]]) -> Batch:
+        found = read.result()
         try:
             images = self._run(found)
         except RuntimeError:
@@ -72,11 +73,13 @@ class DaliLoader:
         labels = torch.from_numpy(self._source.index.label[[sample.sample for sample in found]].astype(np.int64))
         return Batch(images, labels.to(self._device))
 
-    def _take(self, request: Request, place: int) -> Found | None:
-        return self._source.take(request, place, lambda encoded: np.frombuffer(encoded, np.uint8))
+    def _read(self, request: Request) -> list[Found]:
+        places = range(len(request.samples.ids))
+        taken = (self._source.take(request, place, _as_array) for place in places)
+        return [sample for sample in taken if sample is not None]
 
     def _run(self, found: list[Found]) -> torch.Tensor:
-        """uint8 [n, 3, size, size] in channels_last memory. Raises RuntimeError where DALI cannot decode one of them."""
+        """uint8 [n, 3, size, size] in channels_last memory. Raises RuntimeError where DALI cannot decode one."""
         size = self._data.image_size
         if not found:
             return torch.empty(0, 3, size, size, dtype=torch.uint8, device=self._device)
@@ -148,3 +151,7 @@ class DaliLoader:
         )
         pipeline.build()
         return pipeline
+
+
+def _as_array(encoded: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(encoded, np.uint8)
