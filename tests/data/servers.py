@@ -47,8 +47,9 @@ class _Handler(BaseHTTPRequestHandler):
         pending = server.faults.get(self._name)
         fault = pending.pop(0) if pending else 200
         if isinstance(fault, int) and fault != 200:
-            self._start(fault, len(EXPIRED))
-            self.wfile.write(EXPIRED)
+            reason = EXPIRED if fault == 400 else b""
+            self._start(fault, len(reason))
+            self.wfile.write(reason)
             return
         if not (server.folder / self._name).exists():
             self._start(404, 0)

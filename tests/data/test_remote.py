@@ -192,6 +192,15 @@ def test_every_transient_fault_is_survived(fault, server, open_remote, folder, c
     assert len([message for message in caplog.messages if SHARD in message]) == 2
 
 
+@pytest.mark.parametrize("fault", [500, 503, "stall", "cut", "corrupt"])
+def test_every_transient_fault_of_s3_is_survived(fault, server, folder, cache, monkeypatch):
+    use_s3(monkeypatch, server.url)
+    server.faults["train-000000.tar"] = [fault, fault]
+    store = open_copy(folder, "s3://a", cache, stall=0.3)
+    assert store.read(0) == LocalStore(index.load(f"{folder}/train.parquet")).read(0)
+    assert server.requests["train-000000.tar"] == 3
+
+
 def test_a_fault_that_stays_is_one_line_that_names_the_shard(server, open_remote):
     server.faults[SHARD] = [503] * 9
     with pytest.raises(TransferError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; see that .*$"):
@@ -263,10 +272,10 @@ def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, ca
         open_copy(folder, "s3://c", cache).read(0)
 
 
-def open_copy(folder, root, cache):
+def open_copy(folder, root, cache, stall=5.0):
     """A store on the shards of `folder` that takes them to lie at `root`."""
     built = index.load(f"{folder}/train.parquet")
-    data = DataConfig(train="", val="", cache=str(cache), retries=2, retry_wait=0.01, stall=5.0)
+    data = DataConfig(train="", val="", cache=str(cache), retries=2, retry_wait=0.01, stall=stall)
     return RemoteStore(index.Index(**{**vars(built), "root": root}), data)
 
 
