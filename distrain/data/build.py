@@ -199,7 +199,7 @@ def _describe(originals: Originals, shard_bytes: int, seed: int) -> dict[str, An
 def _check_same_build(file: Path, described: dict[str, Any]) -> None:
     """Note what is built here, or refuse to mix it with what was built here before."""
     if file.exists():
-        before = json.loads(file.read_text() or "{}")
+        before = json.loads(file.read_text() or "{}")  # a power cut may leave it empty
         changed = [key for key, value in described.items() if before.get(key, value) != value]
         if changed:
             raise UserError(

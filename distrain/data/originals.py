@@ -75,7 +75,10 @@ def find(source: Path, split: str, classes: Sequence[str] | None = None, devkit:
 
 def read_folder(folder: Path, classes: Sequence[str] | None = None) -> Originals:
     """A sub-folder per class, named as it; images anywhere below. Hidden files are passed over."""
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {describe_error(error)}") from error
     if not found:
         raise UserError(f"{folder}: has no sub-folders; there must be one per class, holding its images")
     if _SPLIT_FOLDERS.issuperset(found):
@@ -145,7 +148,7 @@ def read_devkit(devkit: Path) -> tuple[tuple[str, ...], list[int]]:
         classes = sorted(leaves.values())
         number = {name: place for place, name in enumerate(classes)}
         return tuple(classes), [number[leaves[int(line)]] for line in truth.split()]
-    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, IndexError) as error:
+    except Exception as error:  # the readers of tar, gzip and MATLAB files raise what they like
         raise UserError(f"{devkit}: not the devkit of ILSVRC2012: {describe_error(error)}") from error
 
 
@@ -195,13 +198,24 @@ def _read_ilsvrc(archive: Path, split: str, classes: Sequence[str] | None, devki
 
 
 def _list_class(folder: str, name: str, label: int) -> list[_Found]:
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed: {describe_error(error)}") from error
+
     found = []
-    for parent, folders, files in os.walk(f"{folder}/{name}", followlinks=True):
+    for parent, folders, files in os.walk(f"{folder}/{name}", onerror=fail, followlinks=True):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
         for file in sorted(entry for entry in files if not entry.startswith(".")):
             path = f"{parent}/{file}"
-            found.append(_Found(path[len(folder) + 1 :], path, 0, os.stat(path).st_size, label))  # noqa: PTH116
+            found.append(_Found(path[len(folder) + 1 :], path, 0, _size(path), label))
     return found
+
+
+def _size(path: str) -> int:
+    """Of a file; 0 where that cannot be told, such as a link to nothing, which reading it will report."""
+    try:
+        return os.stat(path).st_size  # noqa: PTH116, a million Paths would be slow
+    except OSError:
+        return 0
 
 
 def _list_tar(archive: Path, start: int, where: str = "") -> list[tarfile.TarInfo]:

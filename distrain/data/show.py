@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain import config
 from distrain.config import BatchConfig, Config, DataConfig, RunConfig
 from distrain.data.index import Index
 from distrain.errors import UserError
@@ -30,7 +31,7 @@ def describe(index: Index) -> Iterator[str]:
     )
     unreadable = int(np.count_nonzero(index.width == 0))
     if unreadable:
-        yield f"{unreadable:,} of the images could not be read when they were indexed; training will pass over them"
+        yield f"{unreadable:,} of the images could not be decoded when they were indexed; training will pass over them"
     yield ""
     yield "images" + "".join(f"{_quantile_name(q):>10}" for q in _QUANTILES) + f"{'mean':>10}"
     readable = index.width > 0
@@ -64,11 +65,10 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
 
     count = min(count, len(index))
     with TemporaryDirectory() as folder:
-        config = _sheet_config(index_path, config_file, count, folder)
-        plan = make_plan(config, index)
-        requests = train_requests(config, plan, index, range(1))
-        quarantine = make_quarantine(config, index, "train")
-        with closing(make_loader(config, "torch", index, quarantine, device("cpu"))) as loader:
+        run = _sheet_config(index_path, config_file, count, folder)
+        requests = train_requests(run, make_plan(run, index), index, range(1))
+        quarantine = make_quarantine(run, index, "train")
+        with closing(make_loader(run, "torch", index, quarantine, device("cpu"))) as loader:
             stream = loader.stream(requests)
             batch = next(stream)
             stream.close()
@@ -82,15 +82,11 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
 
 def _sheet_config(index_path: str, config_file: str | None, count: int, folder: str) -> Config:
     batch = BatchConfig(lanes=1, per_lane=max(count, 2))
-    data = DataConfig(train=index_path, val=index_path)
-    run = RunConfig(name="sheet", dir=folder)
     if config_file is None:
-        return Config(run=run, data=data, batch=batch)
-    from distrain import config
-
-    given = config.load(config_file)
-    data = replace(given.data, train=index_path, val=index_path)
-    return replace(given, run=replace(given.run, name="sheet", dir=folder), data=data, batch=batch)
+        data = DataConfig(train=index_path, val=index_path)
+        return Config(run=RunConfig(name="sheet", dir=folder), data=data, batch=batch)
+    paths = [f"data.train={index_path}", f"data.val={index_path}", "run.name=sheet", f"run.dir={folder}"]
+    return replace(config.load(config_file, paths), batch=batch)
 
 
 def _arrange(pixels: NDArray[np.uint8], names: list[str]) -> Any:

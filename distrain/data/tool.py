@@ -47,7 +47,7 @@ SHARDS are paths or URLs (http, https, s3 and what else fsspec knows), with patt
   python -m distrain shards index 'DIR/train-*.tar' --classes classes.txt --out DIR/train.parquet
 
 Shards in the index's folder or below it may move together with the index; others are named by their whole
-path or URL. An image that cannot be read is indexed all the same, and training passes over it."""
+path or URL. An image that cannot be decoded is indexed all the same, and training passes over it."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -195,10 +195,13 @@ def _index(args: argparse.Namespace) -> int:
             workers=args.workers,
             done=lambda shard: progress.advance(task),
         )
-    index.save(built, out)
+    try:
+        index.save(built, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {describe_error(error)}") from error
     print(_summary(out, built))
     if unreadable := int((built.width == 0).sum()):
-        print(f"{unreadable:,} of the images cannot be read; training will pass over them")
+        print(f"{unreadable:,} of the images cannot be decoded; training will pass over them")
     return EXIT_DONE
 
 
@@ -207,8 +210,13 @@ def _verify(args: argparse.Namespace) -> int:
     count = 0
     with _progress() as progress:
         task = progress.add_task("verifying", total=len(loaded))
-        done = lambda samples: progress.advance(task, samples)  # noqa: E731
-        for problem in verify(loaded, decode=args.decode, workers=args.workers, done=done):
+        problems = verify(
+            loaded,
+            decode=args.decode,
+            workers=args.workers,
+            done=lambda samples: progress.advance(task, samples),
+        )
+        for problem in problems:
             print(problem, flush=True)
             count += 1
     if count:

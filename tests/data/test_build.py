@@ -218,13 +218,15 @@ def test_what_cannot_be_read_is_kept_out_and_listed(folder, tmp_path, capsys):
     (source / "cat" / "none.jpg").write_bytes(b"")
     (source / "cat" / "notes.txt").write_bytes(b"not an image")
     (source / "cat" / "old.gif").write_bytes(encoded(2, "GIF"))
+    (source / "cat" / "gone.jpg").symlink_to("nowhere.jpg")
     built = make(source, out)
     assert images_of(built.whole) == [(encoded(0), "cat")]
     listed = (out / "train.unreadable.txt").read_text()
     assert sorted(line.partition(":")[0] for line in listed.splitlines()) == [
-        "cat/cut.jpg", "cat/cut.png", "cat/none.jpg", "cat/notes.txt", "cat/old.gif",
+        "cat/cut.jpg", "cat/cut.png", "cat/gone.jpg", "cat/none.jpg", "cat/notes.txt", "cat/old.gif",
     ]  # fmt: skip
     assert "cat/none.jpg: empty file" in listed
+    assert "cat/gone.jpg: no such file" in listed
     again = make(source, out)
     assert again.reused == 1
     assert sorted(again.unreadable) == sorted(built.unreadable)

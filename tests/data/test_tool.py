@@ -69,12 +69,14 @@ def test_a_folder_becomes_shards_and_an_index(shards, photos, tmp_path):
         (["index", "a.tar", "./a.tar", "--out", "i.parquet"], "a.tar: given more than once"),
         (["index", "a.tar", "--out", "no/i.parquet"], "no: no such folder"),
         (["index", "a.tar", "--out", "i.parquet"], "a.tar: shard cannot be read: no such file"),
+        (["index", "b.tar", "--out", "photos"], "photos: cannot be written: Is a directory"),
         (["verify", "i.parquet"], "i.parquet: no such index"),
         (["show", "i.parquet"], "i.parquet: no such index"),
     ],
 )
-def test_a_mistake_is_one_line(shards, photos, monkeypatch, tmp_path, arguments, message):
+def test_a_mistake_is_one_line(shards, dataset, photos, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
+    shutil.copy(dataset / "train-000000.tar", tmp_path / "b.tar")
     (tmp_path / "twice.txt").write_text("cat\ndog\ncat\n")
     (tmp_path / "empty.txt").write_text("\n")
     code, out, err = shards(*arguments)
@@ -209,7 +211,7 @@ def test_show_sums_up_many_classes_and_unreadable_images(shards, original, tmp_p
     classes = tuple(f"class{number}" for number in range(110))
     index.save(index.Index(original.root, original.shards, classes, **columns), tmp_path / "i.parquet")
     _, out, _ = shards("show", tmp_path / "i.parquet")
-    assert "7 of the images could not be read" in out
+    assert "7 of the images could not be decoded" in out
     assert "images per class: 0 to 2, median 2; 8 classes have none" in out
     assert "fewest: class102 0, class103 0" in out
     assert "most: class100 2" in out
