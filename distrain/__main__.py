@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from distrain.errors import EXIT_USER, RankError, UserError
+from distrain.errors import EXIT_USER, RankError, TemporaryError, UserError
 
 
 def main() -> int:
@@ -18,6 +18,9 @@ def main() -> int:
         else:
             time.sleep(3)  # torchrun ends all ranks when the first one exits; rank 0 has something to say
         return EXIT_USER
+    except TemporaryError as error:
+        print(f"distrain: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ class RankError(UserError):
     """A UserError that one rank comes upon while the others do not: it speaks for itself."""
 
 
+class TemporaryError(Exception):
+    """Something outside failed that may work later. The message is one line; running again may help."""
+
+
 def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """A phrase that points from a misspelt name to the closest known one.
 

@@ -1,6 +1,7 @@
 """Puts the parts of the data plane together for a run: index, plan, store, loader."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -15,7 +16,7 @@ from distrain.data.augment import centre_windows, draw_windows
 from distrain.data.index import Index
 from distrain.data.loader import Loader, Request
 from distrain.data.loaders import LOADERS, open_loader
-from distrain.data.order import make_order
+from distrain.data.order import make_order, resolve_shuffle
 from distrain.data.plan import IntArray, LaneBatch, Plan
 from distrain.data.quarantine import Quarantine
 from distrain.data.remote import open_store
@@ -82,9 +83,17 @@ def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
 
 def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
     """The loader `name` over an index."""
-    source = Source(index, open_store(index, config.data), quarantine)
+    source = Source(index, open_store(index, config.data), quarantine, announced_ahead(config, index))
     batch = max(config.batch.per_lane, config.evaluate.batch)
     return open_loader(name, config.data, config.run.seed, batch, source, device)
+
+
+def announced_ahead(config: Config, index: Index) -> int:
+    """Requests of a window of shards: so far ahead of need the store is told what to download."""
+    if resolve_shuffle(config.data, index) != "window":
+        return 0
+    window = config.data.window_shards * len(index) / len(index.shards)
+    return math.ceil(window / config.batch.per_lane)
 
 
 def choose_loader(config: Config, plan: Plan, index: Index, device: torch.device, say: Callable[[str], None]) -> str:

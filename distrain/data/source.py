@@ -1,6 +1,7 @@
 """Encoded images fit to be decoded, and what is taken instead of those that are not."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 from distrain.data.image import MAX_PIXELS
@@ -27,10 +28,11 @@ class Found(NamedTuple):
 class Source:
     """Reads samples from a store for a loader, vetting them against the index."""
 
-    def __init__(self, index: Index, store: Store, quarantine: Quarantine) -> None:
+    def __init__(self, index: Index, store: Store, quarantine: Quarantine, ahead: int = 0) -> None:
         self.index = index
         self._store = store
         self._quarantine = quarantine
+        self._ahead = ahead
 
     def read(self, sample: int) -> bytes:
         """The encoded image. Raises DataError when it is not one that a decoder should be given."""
@@ -56,9 +58,15 @@ class Source:
                 return None
             request, place = request.spare(place), 0
 
-    def announce(self, request: Request) -> None:
-        """Let the store fetch ahead what will be read later."""
-        self._store.prefetch(request.samples.ids)
+    def announce(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Pass requests on, letting the store know of each of them `ahead` requests before."""
+        waiting: deque[Request] = deque()
+        for request in requests:
+            self._store.prefetch(request.samples.ids)
+            waiting.append(request)
+            if len(waiting) > self._ahead:
+                yield waiting.popleft()
+        yield from waiting
 
     def reject(self, sample: int, reason: str) -> None:
         """Quarantine a sample. Raises RankError when there are too many."""

@@ -4,12 +4,13 @@ import argparse
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from distrain.data import cifar10, index
 from distrain.data.build import build
@@ -17,6 +18,7 @@ from distrain.data.forward import describe_error
 from distrain.data.originals import DEVKIT, find
 from distrain.data.scan import expand, name_below, scan
 from distrain.data.show import describe, draw_sheet, human_bytes
+from distrain.data.simulate import Simulation, simulate
 from distrain.data.verify import verify
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 
@@ -131,6 +133,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     shown.add_argument("--samples", type=_positive, default=24, metavar="N", help="images on it (default: %(default)s)")
     shown.add_argument("--config", metavar="FILE", help="configuration of the run (default: the defaults)")
 
+    simulated = add(
+        "simulate",
+        _simulate,
+        "what a cluster of any size would do with this data",
+        "Follow one epoch on NODES x GPUS ranks of one lane each, under both shuffles, without a cluster.",
+    )
+    simulated.add_argument("index", metavar="INDEX", help="a .parquet file, path or URL")
+    simulated.add_argument("--nodes", type=_positive, default=4, metavar="N", help="(default: %(default)s)")
+    simulated.add_argument("--gpus", type=_positive, default=8, metavar="N", help="per node (default: %(default)s)")
+    simulated.add_argument("--per-lane", type=_positive, default=32, metavar="N", help="(default: %(default)s)")
+    simulated.add_argument("--window-shards", type=_positive, default=10, metavar="N", help="(default: %(default)s)")
+
 
 def fetch_cifar10(out: Path) -> None:
     """Make `out` hold all of CIFAR-10 as shards with their indexes. Raises UserError if no source answers."""
@@ -232,6 +246,31 @@ def _show(args: argparse.Namespace) -> int:
     if args.sheet:
         draw_sheet(args.index, loaded, args.sheet, args.config, args.samples)
         print(f"\n{args.sheet}: {min(args.samples, len(loaded))} samples as training sees them")
+    return EXIT_DONE
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    loaded = index.load(args.index)
+    window, mixed = (
+        simulate(loaded, shuffle, args.nodes, args.gpus, args.per_lane, args.window_shards)
+        for shuffle in ("window", "global")
+    )
+    what = f"{len(loaded):,} images in {len(loaded.shards):,} shards"
+    table = Table(title=f"one epoch of {what} on {args.nodes} x {args.gpus} ranks")
+    table.add_column("")
+    for shuffle in ("window", "global"):
+        table.add_column(f"shuffle={shuffle}", justify="right")
+    rows: list[tuple[str, Callable[[Simulation], str]]] = [
+        ("steps", lambda s: f"{s.steps:,}"),
+        ("each rank plans it in", lambda s: f"{s.plan_seconds:.2f} s, {human_bytes(s.plan_bytes)}"),
+        ("shards a node reads", lambda s: f"{s.node_shards:,}"),
+        ("downloaded / used", lambda s: f"{s.node_share:.2f}"),
+        ("cache for no second download", lambda s: human_bytes(s.cache_bytes)),
+        ("pairs in a batch from one shard", lambda s: f"{s.same_shard:.3%}"),
+    ]
+    for name, show in rows:
+        table.add_row(name, show(window), show(mixed))
+    Console().print(table)
     return EXIT_DONE
 
 

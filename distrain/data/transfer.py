@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
-from distrain.errors import RankError, UserError
+from distrain.errors import RankError, TemporaryError, UserError
 
 _CHUNK = 16 * 2**20
 _LONGEST_WAIT = 60.0
@@ -25,7 +25,7 @@ _CREDENTIAL_ERRORS = (
 _log = logging.getLogger(__name__)
 
 
-class TransferError(Exception):
+class TransferError(TemporaryError):
     """A download that failed at every attempt, for a reason that may pass. One line that names the URL."""
 
 

@@ -43,8 +43,7 @@ class DaliLoader:
         """Yield one batch per request. Bad samples are quarantined and replaced, or left out."""
         pending: deque[Future[Batch]] = deque()
         try:
-            for request in requests:
-                self._source.announce(request)
+            for request in self._source.announce(requests):
                 read = self._readers.submit(self._read, request)
                 pending.append(self._runner.submit(self._load, request, read))
                 if len(pending) > self._data.prefetch:
@@ -56,9 +55,9 @@ class DaliLoader:
                 future.cancel()
 
     def close(self) -> None:
-        self._runner.shutdown(cancel_futures=True)
+        self._other.close()  # first: a thread may be waiting for a download
         self._readers.shutdown(cancel_futures=True)
-        self._other.close()
+        self._runner.shutdown(cancel_futures=True)
 
     def _load(self, request: Request, read: Future[list[Found]]) -> Batch:
         found = read.result()

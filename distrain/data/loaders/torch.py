@@ -33,8 +33,7 @@ class TorchLoader:
         """Yield one batch per request. Bad samples are quarantined and replaced, or left out."""
         pending: deque[Future[Batch]] = deque()
         try:
-            for request in requests:
-                self._source.announce(request)
+            for request in self._source.announce(requests):
                 pending.append(self._pool.submit(self.load, request))
                 if len(pending) > self._ahead:
                     yield to_device(pending.popleft().result(), self._device)
@@ -45,8 +44,8 @@ class TorchLoader:
                 future.cancel()
 
     def close(self) -> None:
+        self._source.close()  # first: a thread may be waiting for a download
         self._pool.shutdown(cancel_futures=True)
-        self._source.close()
 
     def load(self, request: Request) -> Batch:
         """Decode one request, on the calling thread and in the memory of the host."""

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from distrain.__main__ import main
+from distrain.data import index
+from distrain.data.index import Index, Shard
+from distrain.data.simulate import peak_cache, simulate
+
+
+@pytest.fixture
+def shards():
+    """4,000 samples of 10 bytes in 200 shards."""
+    zeros = np.zeros(4000, np.int32)
+    return Index(
+        root="/nowhere",
+        shards=tuple(Shard(f"{number}.tar", 200, 0) for number in range(200)),
+        classes=("a",),
+        shard=np.repeat(np.arange(200), 20).astype(np.int32),
+        offset=zeros.astype(np.int64),
+        size=zeros + 10,
+        label=zeros,
+        width=zeros + 1,
+        height=zeros + 1,
+        crc32=zeros.astype(np.uint32),
+    )
+
+
+def test_a_window_shuffle_spares_downloads_and_cache(shards):
+    window, mixed = (simulate(shards, shuffle, 4, 2, 10, 10) for shuffle in ("window", "global"))
+    assert window.steps == mixed.steps == 50
+    assert 50 <= window.node_shards <= 52  # a quarter of the shards, and one cut at either end
+    assert mixed.node_shards > 190
+    assert window.node_share < 1.05 < mixed.node_share
+    assert window.cache_bytes <= 21 * 2 * 200  # two lanes' windows of ten, one on its way out, twice
+    assert mixed.cache_bytes > 150 * 200
+    assert window.same_shard < 0.1
+
+
+def test_a_shard_takes_cache_from_its_first_to_its_last_read():
+    read = np.array([0, 1, 0, 2], np.int32)
+    steps = np.array([0, 1, 2, 3])
+    assert peak_cache(read, steps, np.array([5, 7, 100])) == 100
+    assert peak_cache(read[:3], steps[:3], np.array([5, 7, 100])) == 12
+
+
+def test_the_command_prints_both_shuffles(shards, tmp_path, monkeypatch, capsys):
+    index.save(shards, tmp_path / "i.parquet")
+    monkeypatch.setattr("sys.argv", ["distrain", "shards", "simulate", f"{tmp_path}/i.parquet", "--nodes", "4"])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert "4,000 images in 200 shards on 4 x 8 ranks" in shown
+    assert "shuffle=window" in shown
