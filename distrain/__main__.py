@@ -13,14 +13,25 @@ def main() -> int:
     try:
         return cli.run(sys.argv[1:])
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0 or isinstance(error, RankError):
-            print(f"distrain: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # torchrun ends all ranks when the first one exits; rank 0 has something to say
+        if not isinstance(error, RankError):
+            leave_it_to_the_leader()
+        say(error)
         return EXIT_USER
     except TemporaryError as error:
-        print(f"distrain: {error}", file=sys.stderr, flush=True)
+        say(error)
         return 1
+
+
+def leave_it_to_the_leader() -> None:
+    """Most mistakes are found by all ranks alike. Rank 0 tells them at once, and torchrun ends the others while
+    they wait here; a rank that is still there after some seconds was the only one."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(5)
+
+
+def say(error: Exception) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    print(f"distrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
