@@ -198,9 +198,9 @@ def remove(path: Path) -> None:
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the weights and buffers of a state, by name: equal for equal bits."""
+    """SHA-256 over the weights, their average and the buffers of a state, by name: equal for equal bits."""
     hasher = sha256()
-    for name in sorted(name for name in tensors if name.startswith("model/")):
+    for name in sorted(name for name in tensors if name.startswith(("model/", "average/"))):
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.numpy().tobytes())

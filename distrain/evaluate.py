@@ -10,7 +10,7 @@ from torch import nn
 from distrain.config import Config
 from distrain.data.feed import validation_requests
 from distrain.data.index import Index
-from distrain.data.loader import Loader, normalize
+from distrain.data.loader import Batch, Loader, normalize
 from distrain.parallel.group import Group
 
 
@@ -50,16 +50,15 @@ def evaluate(
     loss = torch.zeros(1, dtype=torch.float64, device=group.device)
     total_batches = -(-len(index) // config.evaluate.batch)
     batches = loader.stream(validation_requests(config, index, range(group.rank, total_batches, group.world)))
+    nothing = empty_batch(config.data.image_size, group.device)
     network.eval()
     try:
         for _ in range(0, total_batches, group.world):
             before_batch()
-            batch = next(batches, None)
-            if batch is None:  # the last round may be too short for all ranks
-                continue
+            # The last round may be too short for all ranks, but a network that they share needs every one of them.
+            batch = next(batches, nothing)
             images = normalize(batch.images, config.data.mean, config.data.std)
-            with torch.autocast(group.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-                logits = network(images).float()
+            logits = network(images).float()
             rank = rank_of_label(logits, batch.labels)
             counts += torch.stack([torch.ones_like(rank), rank < 1, rank < 5]).sum(dim=1)
             loss += F.cross_entropy(logits, batch.labels, reduction="sum")
@@ -68,6 +67,12 @@ def evaluate(
         batches.close()
     images_seen, top1, top5 = group.sum(counts).tolist()
     return Accuracy(images_seen, top1, top5, group.sum(loss).item() / images_seen)
+
+
+def empty_batch(size: int, device: torch.device) -> Batch:
+    """A batch of no images."""
+    images = torch.empty(0, 3, size, size, dtype=torch.uint8, device=device)
+    return Batch(images, torch.empty(0, dtype=torch.int64, device=device))
 
 
 def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,12 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 
 import torch
-from torch import nn
-from torch.nn import CrossEntropyLoss
 
-from distrain import __version__, models
+from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, weights_digest
 from distrain.config import Config, fixed_settings
 from distrain.data.feed import (
@@ -26,10 +24,9 @@ from distrain.data.order import resolve_shuffle
 from distrain.data.plan import Plan
 from distrain.errors import EXIT_DONE, EXIT_STOPPED
 from distrain.evaluate import Accuracy, evaluate
-from distrain.parallel.ddp import DDP
+from distrain.learner import Learner
 from distrain.parallel.group import Agreement, Group
-from distrain.parallel.statistics import LaneStatistics
-from distrain.recipe.optimizers import build_optimizer
+from distrain.parallel.strategy import Update
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.stopping import Stopped, StopRequest
 from distrain.rng import Stream, torch_seed
@@ -72,14 +69,6 @@ def run_steps(
 
     Raises Stopped, with everything saved, once any rank was asked to stop.
     """
-    lanes = group.lanes(config.batch.lanes)
-    network = build_network(config, group.device)
-    statistics = LaneStatistics(network, group, config.batch.lanes, reported=2)
-    strategy = DDP(network, build_optimizer(network, config.optimizer), group, config.batch.lanes)
-    criterion = CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
-    with autocast(config, group.device):
-        strategy.settle(blank_images(config, group.device))
-
     agreement = Agreement(group)
 
     def stop_if_asked() -> None:
@@ -102,41 +91,48 @@ def run_steps(
             "data.shuffle": resolve_shuffle(config.data, train_index),
         }
         extra = {"identity": identity, "versions": {"distrain": __version__, "torch": torch.__version__}}
-        start = 0
+        start, saved = 0, None
         if (snapshot := checkpoints.restore()) is not None:
             check_identity(snapshot.extra["identity"], identity)
-            strategy.load_state(snapshot.tensors)
-            start = snapshot.step
+            start, saved = snapshot.step, snapshot.tensors
             tracker.say(f"resuming at step {start} of {plan.steps}")
+        learner = Learner(config, group, saved, tracker.say)
 
         evaluation_steps = plan.steps_every(config.evaluate.every_epochs)
-        batches = train_loader.stream(train_requests(config, plan, train_index, lanes, start))
+        requests = train_requests(config, plan, train_index, group.lanes(config.batch.lanes), start)
+        batches = cut(train_loader.stream(requests), learner.parts)
         speed = Speed(plan.batch, start)
+        skipped = torch.zeros((), dtype=torch.int64, device=group.device)
         try:
             for step in range(start, plan.steps + 1):
                 if step == plan.steps or (step % config.checkpoint.every_steps == 0 and step > start):
-                    checkpoints.save(step, strategy.state(), extra)
+                    checkpoints.save(step, learner.state(), extra)
                 if step in evaluation_steps:
-                    accuracy = evaluate(network, val_index, val_loader, config, group, stop_if_asked)
+                    accuracy = evaluate(learner.judged, val_index, val_loader, config, group, stop_if_asked)
                     tracker.log(step, accuracy.metrics())
                     speed.restart(step)
                 if step == plan.steps:
-                    return accuracy, weights_digest(strategy.state())
+                    return accuracy, weights_digest(learner.state())
                 stop_if_asked()
 
                 lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
-                means = train_step(config, step, lanes, batches, strategy, criterion, statistics, lr)
+                means, update = train_step(learner, step, batches, lr)
+                learner.update_average(step + 1)
+                skipped += ~update.applied
 
                 tracker.advance(step + 1)
                 if (step + 1) % config.track.every_steps == 0 or step + 1 == plan.steps:
                     loss, top1 = means.tolist()
                     metrics = {"train/loss": loss, "train/top1": top1, "train/lr": lr}
+                    metrics["train/grad_norm"] = update.norm.item()
                     metrics["train/images_per_second"] = speed.measure(step + 1)
+                    if times := skipped.item():
+                        metrics["train/skipped_updates"] = times
                     if bad := quarantine.count() + val_quarantine.count():
                         metrics["data/quarantined"] = bad
                     tracker.log(step + 1, metrics)
         except Stopped:
-            checkpoints.save(step, strategy.state(), extra)
+            checkpoints.save(step, learner.state(), extra)
             raise
         finally:
             agreement.settle()
@@ -145,30 +141,31 @@ def run_steps(
 
 
 def train_step(
-    config: Config,
-    step: int,
-    lanes: range,
-    batches: Iterator[Batch],
-    strategy: DDP,
-    criterion: nn.Module,
-    statistics: LaneStatistics,
-    lr: float,
-) -> torch.Tensor:
-    """One update from one micro-batch of every lane. Returns loss and top-1 accuracy, means over all lanes. [2]"""
+    learner: Learner, step: int, batches: Generator[Batch, None, None], lr: float
+) -> tuple[torch.Tensor, Update]:
+    """One update from one batch of every lane. Returns loss and top-1 accuracy, means over all lanes [2], and what
+    came of the update."""
+    config, strategy, statistics = learner.config, learner.strategy, learner.statistics
     statistics.begin_step()
-    for number, lane in enumerate(lanes):
+    for number, (lane, part) in enumerate(learner.micro_batches):
         batch = next(batches)
         images = normalize(batch.images, config.data.mean, config.data.std)
-        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane))
-        with strategy.lane(number):
-            with autocast(config, images.device):
-                logits = strategy.forward(images.contiguous(memory_format=memory_format(config)))
-                loss = criterion(logits.float(), batch.labels)
+        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, part))
+        with strategy.micro_batch(number):
+            logits = strategy.forward(images.contiguous(memory_format=learner.memory_format))
+            loss = learner.criterion(logits, batch.labels)
             strategy.backward(loss)
         hits = (logits.detach().argmax(dim=1) == batch.labels).float().mean()
         statistics.end_lane(torch.stack([loss.detach(), hits]))
-    strategy.update(lr)
-    return statistics.end_step()
+    update = strategy.update(lr)
+    return statistics.end_step(update.applied), update
+
+
+def cut(batches: Generator[Batch, None, None], parts: int) -> Generator[Batch, None, None]:
+    """Each batch as so many smaller ones."""
+    with closing(batches):
+        for images, labels in batches:
+            yield from map(Batch, images.chunk(parts), labels.chunk(parts))
 
 
 class Speed:
@@ -186,26 +183,3 @@ class Speed:
         rate = (step - self._step) * self._batch / (time.monotonic() - self._time)
         self.restart(step)
         return rate
-
-
-def build_network(config: Config, device: torch.device) -> nn.Module:
-    """The configured network with its initial weights, the same on every rank."""
-    torch.use_deterministic_algorithms(config.train.deterministic)
-    torch.manual_seed(torch_seed(config.run.seed, Stream.INIT))
-    network = models.build(config.model.name, config.model.num_classes, **config.model.options)
-    return network.to(device).to(memory_format=memory_format(config))
-
-
-def memory_format(config: Config) -> torch.memory_format:
-    return torch.channels_last if config.train.channels_last else torch.contiguous_format
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
-
-
-def blank_images(config: Config, device: torch.device) -> torch.Tensor:
-    """A micro-batch as the network gets it, but black."""
-    size = config.data.image_size
-    images = torch.zeros(config.batch.per_lane, 3, size, size, device=device)
-    return images.contiguous(memory_format=memory_format(config))

@@ -15,6 +15,7 @@ import psutil
 SMALL = (
     "model.name=densenet_bc_10_4",
     "train.precision=fp32",
+    "train.memory_format=channels_last",
     "data.loader=torch",
     "data.threads=1",
     "optimizer.lr=0.05",

@@ -60,6 +60,12 @@ class Group:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank, on every rank."""
+        raised = torch.tensor(float(flag))
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(raised.item())
+
     def barrier(self) -> None:
         dist.barrier(group=self.control)
 

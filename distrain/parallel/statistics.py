@@ -1,4 +1,7 @@
-"""BatchNorm over lanes: each lane normalises by its own batch, and running statistics take the lanes' mean."""
+"""BatchNorm over lanes: each lane normalises by its own batch, and running statistics take the lanes' mean.
+
+A lane that is cut into parts counts as so many lanes.
+"""
 
 import torch
 from torch import nn
@@ -36,12 +39,13 @@ class LaneStatistics:
         self._total[size:] += reported
         self._running.copy_(self._before)
 
-    def end_step(self) -> torch.Tensor:
-        """Set the running statistics to the mean over all lanes; return the mean of the reported numbers."""
+    def end_step(self, applied: torch.Tensor) -> torch.Tensor:
+        """Set the running statistics to the mean over all lanes, unless the step was not `applied`, bool []; return
+        the mean of the reported numbers."""
         size = len(self._running)
         mean = self._group.sum(self._total) / self._lanes
-        self._running.copy_(mean[:size])
-        self._seen.copy_(self._seen_before + 1)  # every lane of this rank has counted itself
+        self._running.copy_(torch.where(applied, mean[:size], self._before))
+        self._seen.copy_(self._seen_before + applied)  # every lane of this rank has counted itself
         return mean[size:]
 
 

@@ -1,17 +1,11 @@
-"""The schema of a run: one dataclass per section, read from YAML, overridden from the command line.
+"""The schema of a run: one dataclass per section, every field with its default and its meaning."""
 
-A YAML file holds only what differs from the defaults here, or from the file its `extends:` names.
-"""
-
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import MISSING
 
 from distrain.errors import UserError, nearest
 
@@ -152,29 +146,69 @@ class BatchConfig:
 @dataclass
 class TrainConfig:
     epochs: float = option(100.0, "length of the run; steps = epochs x samples / global batch, rounded")
-    precision: str = option("bf16", "bf16 (autocast) or fp32")
-    channels_last: bool = option(True, "memory format of images and weights")
+    precision: str = option("bf16", "bf16, fp16 (both by autocast; fp16 with a loss scale) or fp32")
+    tf32: bool = option(True, "on GPUs, TF32 for what is left in fp32", free=True)
+    memory_format: str = option("auto", "channels_last, contiguous, or auto: the faster, measured once", free=True)
+    recompute: str = option(
+        "none", "activations computed again, not kept: none, selective, block, auto (least that fits)", free=True
+    )
+    activation_gb: float = option(0.0, "recompute=auto: memory a rank's activations may take, 10^9 bytes", free=True)
+    compile: bool = option(False, "compile the network's blocks by torch.compile", free=True)
     deterministic: bool = option(False, "on GPUs, bit-for-bit repeatable at some cost; CPUs always are", free=True)
 
     def __post_init__(self) -> None:
-        _one_of("train.precision", self.precision, ("bf16", "fp32"))
+        _one_of("train.precision", self.precision, ("bf16", "fp16", "fp32"))
+        _one_of("train.memory_format", self.memory_format, ("auto", "channels_last", "contiguous"))
+        _one_of("train.recompute", self.recompute, ("none", "selective", "block", "auto"))
+        if self.recompute == "auto" and self.activation_gb <= 0:
+            raise UserError("train.recompute=auto needs train.activation_gb: the memory that activations may take")
         if self.epochs <= 0:
             raise UserError(f"train.epochs={self.epochs} must be positive")
 
 
 @dataclass
-class OptimizerConfig:
-    name: str = option("sgd", "sgd")
-    lr: float = option(0.1, "peak learning rate at this global batch")
-    momentum: float = option(0.9, "sgd: momentum")
-    nesterov: bool = option(True, "sgd: Nesterov momentum")
-    weight_decay: float = option(5e-5, "added to the gradient, times the weight")
-    decay_norms: bool = option(True, "whether normalisation weights and all biases decay too")
+class ParallelConfig:
+    strategy: str = option("ddp", "ddp, or DeepSpeed's zero0, zero1, zero2, zero3: ever less state per rank", free=True)
+    offload: bool = option(False, "zero1 to zero3: keep optimizer state in host memory and update it there", free=True)
+    bucket_mb: float = option(25.0, "ddp: gradients that travel together, 2^20 bytes", free=True)
+    batch_norm: str = option("lane", "lane: each by its own micro-batch; sync: by those of all ranks (GPUs)")
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.name", self.name, ("sgd",))
-        if self.nesterov and self.momentum <= 0:
+        _one_of("parallel.strategy", self.strategy, ("ddp", "zero0", "zero1", "zero2", "zero3"))
+        _one_of("parallel.batch_norm", self.batch_norm, ("lane", "sync"))
+        _at_least("parallel.bucket_mb", self.bucket_mb, 0.1)
+        if self.offload and not self.partitions:
+            raise UserError(
+                f"parallel.offload=true works with parallel.strategy=zero1, zero2 or zero3, not with {self.strategy}"
+            )
+
+    @property
+    def partitions(self) -> bool:
+        """Whether ranks share the optimizer state among them."""
+        return self.strategy in ("zero1", "zero2", "zero3")
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = option("sgd", "sgd, adamw, lars or lamb")
+    lr: float = option(0.1, "peak learning rate at this global batch")
+    momentum: float = option(0.9, "sgd, lars: momentum")
+    nesterov: bool = option(True, "sgd, lars: Nesterov momentum")
+    betas: list[float] = option([0.9, 0.999], "adamw, lamb: decay of the means of gradient and square")
+    eps: float = option(1e-8, "adamw, lamb: added to the root of the mean square")
+    trust: float = option(0.001, "lars: length of a step / length of the layer's weights, at lr=1")
+    weight_decay: float = option(5e-5, "sgd, lars: added to the gradient, times the weight; adamw, lamb: to the step")
+    decay_norms: bool = option(True, "whether normalisation weights and all biases decay too")
+    clip_norm: float = option(0.0, "longest gradient, over all parameters; 0: any")
+
+    def __post_init__(self) -> None:
+        _one_of("optimizer.name", self.name, ("sgd", "adamw", "lars", "lamb"))
+        if self.name in ("sgd", "lars") and self.nesterov and self.momentum <= 0:
             raise UserError("optimizer.nesterov=true needs optimizer.momentum above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas={self.betas} must be two numbers in 0..1, 1 excluded")
+        for key in ("lr", "momentum", "eps", "trust", "weight_decay", "clip_norm"):
+            _at_least(f"optimizer.{key}", getattr(self, key), 0)
 
 
 @dataclass
@@ -196,6 +230,17 @@ class LossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"loss.label_smoothing={self.label_smoothing} must lie in 0..1, 1 excluded")
+
+
+@dataclass
+class AverageConfig:
+    decay: float = option(0.0, "share of the average of weights that each update keeps; 0: no average")
+    every_steps: int = option(32, "steps between updates of the average")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise UserError(f"average.decay={self.decay} must lie in 0..1, 1 excluded")
+        _at_least("average.every_steps", self.every_steps, 1)
 
 
 @dataclass
@@ -240,9 +285,11 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -253,130 +300,17 @@ class Config:
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than "
                 f"train.epochs={self.train.epochs}: shorten the warm-up or train longer"
             )
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and what it extends, apply `key=value` overrides, check everything.
-
-    Raises UserError naming the file or override and the key, with the nearest valid key or the cure.
-    """
-    merged = OmegaConf.structured(Config)
-    for source, layer in [*_read_layers(Path(path))] if path else []:
-        merged = _merge(merged, layer, source)
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r} is not an override: write key=value, such as batch.lanes=4")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{override}: not readable as key=value: {_first_line(error)}") from error
-        merged = _merge(merged, layer, override)
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        where = f"{path}: " if path else ""
-        raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config
-
-
-def check_ranks(config: Config, world: int) -> None:
-    """Refuse more ranks than lanes: a rank without a lane would have nothing to do."""
-    if config.batch.lanes < world:
-        raise UserError(
-            f"batch.lanes={config.batch.lanes} does not fit {world} ranks: every rank needs at least one lane; "
-            f"start at most {config.batch.lanes} ranks or set batch.lanes={world} (a new run)"
-        )
-
-
-def tracking_uri(config: Config) -> str:
-    """Where MLflow reports go: the configured server, the environment's, or a file beside the runs."""
-    default = f"sqlite:///{Path(config.run.dir).resolve()}/mlflow.db"
-    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dictionaries and lists, as YAML and JSON hold them."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"batch": {"lanes": 8}} -> {"batch.lanes": 8}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that make a run what it is, by dotted key: resuming with others would be another run."""
-    values = to_dict(config)
-    return {
-        f"{section.name}.{entry.name}": values[section.name][entry.name]
-        for section in fields(config)
-        for entry in fields(getattr(config, section.name))
-        if not entry.metadata["free"]
-    }
-
-
-def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that can be read back, every key with its meaning beside it."""
-    lines = []
-    for section in fields(config):
-        values = getattr(config, section.name)
-        lines.append(f"{section.name}:")
-        for entry in fields(values):
-            value = yaml.safe_dump([getattr(values, entry.name)], default_flow_style=True, width=1000).strip()
-            lines.append(f"  {f'{entry.name}: {value[1:-1]}':<36}  # {entry.metadata['help']}")
-    return "\n".join(lines) + "\n"
-
-
-def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
-    """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself, by way of {', '.join(str(p) for p in seen)}")
-    try:
-        content = OmegaConf.load(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such configuration file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: must hold keys and values")
-    base = content.pop("extends", None)
-    if base is not None:
-        yield from _read_layers(path.parent / str(base), (*seen, path.resolve()))
-    yield str(path), content
-
-
-def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
-    try:
-        merged = OmegaConf.merge(config, layer)
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        hint = nearest(key, _known_keys(Config), shown=[section.name for section in fields(Config)])
-        raise UserError(f"{source}: unknown key {key}: {hint}") from error
-    except OmegaConfBaseException as error:
-        where = f"{source}: {error.full_key}" if error.full_key else source
-        raise UserError(f"{where}: {_first_line(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    for entry in fields(schema):
-        if isinstance(entry.type, type) and is_dataclass(entry.type):
-            yield prefix + entry.name
-            yield from _known_keys(entry.type, f"{prefix}{entry.name}.")
-        else:
-            yield prefix + entry.name
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[0].split())
+        if self.parallel.partitions and self.optimizer.name in ("lars", "lamb"):
+            raise UserError(
+                f"optimizer.name={self.optimizer.name} looks at whole layers, which "
+                f"parallel.strategy={self.parallel.strategy} cuts up: take ddp or zero0, or optimizer.name=adamw"
+            )
+        if self.parallel.batch_norm == "sync" and self.train.recompute != "none":
+            raise UserError(
+                f"train.recompute={self.train.recompute} would gather the statistics of parallel.batch_norm=sync "
+                "twice: set one of them to none or lane"
+            )
+        if self.parallel.strategy == "zero3" and self.train.compile:
+            raise UserError(
+                "train.compile=true cannot follow the weights that parallel.strategy=zero3 moves: take zero2 or less"
+            )

@@ -1,0 +1,48 @@
+"""The configuration of a run: its schema, read from YAML, overridden from the command line.
+
+A YAML file holds only what differs from the defaults, or from the file its `extends:` names.
+"""
+
+from distrain.config.files import (
+    check_ranks,
+    fixed_settings,
+    flatten,
+    load,
+    to_dict,
+    to_yaml,
+    tracking_uri,
+)
+from distrain.config.schema import (
+    NO_MLFLOW,
+    AverageConfig,
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "NO_MLFLOW",
+    "AverageConfig",
+    "BatchConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check_ranks",
+    "fixed_settings",
+    "flatten",
+    "load",
+    "to_dict",
+    "to_yaml",
+    "tracking_uri",
+]

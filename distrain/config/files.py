@@ -1,0 +1,153 @@
+"""Reading a run's configuration from YAML files and the command line, and writing it down."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from distrain.config.schema import Config
+from distrain.errors import UserError, nearest
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and what it extends, apply `key=value` overrides, check everything.
+
+    Raises UserError naming the file or override and the key, with the nearest valid key or the cure.
+    """
+    merged = OmegaConf.structured(Config)
+    for source, layer in [*_read_layers(Path(path))] if path else []:
+        merged = _merge(merged, layer, source)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is not an override: write key=value, such as batch.lanes=4")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{override}: not readable as key=value: {_first_line(error)}") from error
+        merged = _merge(merged, layer, override)
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        where = f"{path}: " if path else ""
+        raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config
+
+
+def check_ranks(config: Config, world: int) -> None:
+    """Refuse a number of ranks that the lanes cannot be dealt to."""
+    lanes, strategy = config.batch.lanes, config.parallel.strategy
+    if lanes < world:
+        raise UserError(
+            f"batch.lanes={lanes} does not fit {world} ranks: every rank needs at least one lane; "
+            f"start at most {lanes} ranks or set batch.lanes={world} (a new run)"
+        )
+    if strategy != "ddp" and lanes % world:
+        fitting = [ranks for ranks in range(1, world) if lanes % ranks == 0]
+        raise UserError(
+            f"parallel.strategy={strategy} needs as many lanes on every rank, and batch.lanes={lanes} does not "
+            f"divide by {world} ranks: start {fitting[-1]} ranks or set parallel.strategy=ddp"
+        )
+    if config.parallel.batch_norm == "sync" and lanes != world:
+        raise UserError(
+            f"parallel.batch_norm=sync needs one lane per rank, and there are batch.lanes={lanes} on {world} ranks: "
+            f"start {lanes} ranks or set parallel.batch_norm=lane (a new run)"
+        )
+
+
+def tracking_uri(config: Config) -> str:
+    """Where MLflow reports go: the configured server, the environment's, or a file beside the runs."""
+    default = f"sqlite:///{Path(config.run.dir).resolve()}/mlflow.db"
+    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dictionaries and lists, as YAML and JSON hold them."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config))
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"batch": {"lanes": 8}} -> {"batch.lanes": 8}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that make a run what it is, by dotted key: resuming with others would be another run."""
+    values = to_dict(config)
+    return {
+        f"{section.name}.{entry.name}": values[section.name][entry.name]
+        for section in fields(config)
+        for entry in fields(getattr(config, section.name))
+        if not entry.metadata["free"]
+    }
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that can be read back, every key with its meaning beside it."""
+    lines = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        lines.append(f"{section.name}:")
+        for entry in fields(values):
+            value = yaml.safe_dump([getattr(values, entry.name)], default_flow_style=True, width=1000).strip()
+            lines.append(f"  {f'{entry.name}: {value[1:-1]}':<36}  # {entry.metadata['help']}")
+    return "\n".join(lines) + "\n"
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
+    """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself, by way of {', '.join(str(p) for p in seen)}")
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such configuration file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: must hold keys and values")
+    base = content.pop("extends", None)
+    if base is not None:
+        yield from _read_layers(path.parent / str(base), (*seen, path.resolve()))
+    yield str(path), content
+
+
+def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(config, layer)
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        hint = nearest(key, _known_keys(Config), shown=[section.name for section in fields(Config)])
+        raise UserError(f"{source}: unknown key {key}: {hint}") from error
+    except OmegaConfBaseException as error:
+        where = f"{source}: {error.full_key}" if error.full_key else source
+        raise UserError(f"{where}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    for entry in fields(schema):
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            yield prefix + entry.name
+            yield from _known_keys(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())

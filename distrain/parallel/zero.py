@@ -1,0 +1,147 @@
+"""Data parallelism by DeepSpeed: ZeRO stages 0 to 3 (Rajbhandari et al. 2020).
+
+Stage 0 is plain data parallelism; from 1 on ranks share the optimizer state among them, from 2 on the gradients,
+in 3 the weights too.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from distrain.config import Config
+from distrain.parallel import deepspeed_state
+from distrain.parallel.group import Group
+from distrain.parallel.precision import Autocast, LossScale
+from distrain.parallel.strategy import State, Update, take_model, take_slots
+from distrain.recipe.optimizers import build_optimizer, prime, set_lr, update_clipped
+
+
+class Zero:
+    """Runs micro-batches, as many on every rank, under DeepSpeed's engine."""
+
+    def __init__(
+        self, config: Config, network: nn.Module, group: Group, micro_batches: int, saved: State | None
+    ) -> None:
+        self._plain = network
+        self._group = group
+        self._parameters = dict(network.named_parameters())
+        self._buffers = dict(network.named_buffers())
+        self._mine = micro_batches // group.world
+        self._stage = int(config.parallel.strategy.removeprefix("zero"))
+        self._clip_norm = config.optimizer.clip_norm
+        self._scale = LossScale(config.train.precision, group.device)
+        # Before DeepSpeed takes the weights apart: what it offers for putting new ones in afterwards did not reach
+        # the next forward pass.
+        if saved is not None:
+            network.load_state_dict(take_model(saved))
+            self._scale.load(saved)
+        network.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens weights by their views
+        self.network: nn.Module = Autocast(network, config.train.precision)
+        self._engine = _open_engine(
+            self.network, build_optimizer(network, config.optimizer), self._settings(config), group
+        )
+        if self._stage:
+            self._zero = self._engine.optimizer
+            deepspeed_state.prime_parts(self._zero)
+        else:
+            self._optimizer = self._engine.optimizer
+            prime(self._optimizer)
+        if saved is not None:
+            self._load_slots(saved)
+
+    def _settings(self, config: Config) -> dict[str, Any]:
+        sharing: dict[str, Any] = {"stage": self._stage}
+        if config.parallel.offload:
+            sharing["offload_optimizer"] = {"device": "cpu", "pin_memory": self._group.device.type == "cuda"}
+        return {
+            "train_micro_batch_size_per_gpu": config.batch.per_lane,
+            "gradient_accumulation_steps": self._mine,
+            "gradient_clipping": self._clip_norm,  # 1.0 unless it is said
+            "zero_allow_untested_optimizer": True,  # SGD
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": sharing,
+            "steps_per_print": 1 << 60,
+        }
+
+    @contextmanager
+    def micro_batch(self, number: int) -> Iterator[None]:
+        """Stages 0 and 1 exchange gradients in the last micro-batch of a step, 2 and 3 in each, as they keep none."""
+        self._engine.set_gradient_accumulation_boundary(number == self._mine - 1)
+        yield
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._engine(images)
+        return logits
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if self._stage:
+            self._zero.override_loss_scale(float(self._scale.value))
+        else:
+            loss = loss * self._scale.value
+        self._engine.backward(loss)
+
+    def update(self, lr: float) -> Update:
+        if self._stage:
+            set_lr(self._zero, lr)
+            self._engine.step()
+            norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
+            update = Update(norm, torch.tensor(self._engine.was_step_applied(), device=self._group.device))
+        else:
+            parameters = list(self._parameters.values())
+            update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
+            self._engine.zero_grad()
+        self._scale.adapt(update.applied)
+        return update
+
+    def weights(self) -> State:
+        if self._stage < 3:
+            return dict(self._plain.state_dict())
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return self._buffers | {
+            name: safe_get_full_fp32_param(parameter) for name, parameter in self._parameters.items()
+        }
+
+    def state(self) -> State:
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        for name, parameter in self._parameters.items():
+            for slot, value in self._slots(parameter):
+                tensors[f"optimizer/{name}/{slot}"] = value
+        return tensors | self._scale.state()
+
+    def _slots(self, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._stage:
+            return deepspeed_state.read_slots(self._zero, parameter)
+        return iter(self._optimizer.state[parameter].items())
+
+    def _load_slots(self, saved: State) -> None:
+        for name, parameter in self._parameters.items():
+            for slot, value in take_slots(saved, name).items():
+                if self._stage:
+                    rank, world = self._group.rank, self._group.world
+                    deepspeed_state.write_slot(self._zero, parameter, slot, value, rank, world)
+                else:
+                    self._optimizer.state[parameter][slot].copy_(value)
+
+
+def _open_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], group: Group) -> Any:
+    """DeepSpeed's engine, in the process group there is, without what it has to say."""
+    if group.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It calls collectives by names that torch has replaced, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # An operation for inference that it would compile for a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo" if group.device.type == "cpu" else "nccl")
+        return deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
