@@ -19,6 +19,11 @@ torch.set_num_threads(1)
 CLASSES = ["red", "green", "blue"]
 
 
+def pytest_runtest_setup(item):
+    if "gpu" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_random_numbers():
     torch.manual_seed(0)

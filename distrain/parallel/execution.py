@@ -64,11 +64,14 @@ def prepare(config: Config, network: nn.Module, group: Group, say: Callable[[str
         rung = decide("recompute", partial(_least_recomputation, config, network, group.device, say))
     climb(blocks, rung)
 
-    parts = 1
+    parts = int(decide("parts", lambda: 1))
     # Elsewhere a process that asks for too much memory is killed, and not told.
     if group.device.type == "cuda" and config.parallel.batch_norm == "lane":
         images = example_images(config, group.device, _FORMATS[layout])
-        parts = fit_memory(config, network, images, group, choices, say)
+        trial = partial(_attempt, precision=config.train.precision)
+        parts = fit_memory(network, images, parts, group, trial, say)
+        if group.leads:
+            choices.set("parts", parts)
     if config.train.compile:
         for region in regions(network):
             region.compile()
@@ -108,27 +111,24 @@ def count_kept_bytes(network: nn.Module, images: torch.Tensor) -> int:
 
 
 def fit_memory(
-    config: Config,
     network: nn.Module,
     images: torch.Tensor,
+    parts: int,
     group: Group,
-    choices: Choices,
+    attempt: Callable[[nn.Module, torch.Tensor], None],
     say: Callable[[str], None],
-    attempt: Callable[[nn.Module, torch.Tensor], None] | None = None,
 ) -> int:
-    """Into how many parts a lane's batch `images` has to be cut for every rank to have the memory for it.
+    """Into how many parts, `parts` or more, a lane's batch `images` is to be cut so that every rank has the memory.
 
     Where it does not fit, blocks are first computed again, which changes no result; then lanes are halved, which
-    changes the batch that BatchNorm sees, and is said and kept. `attempt` raises torch.OutOfMemoryError. Raises
-    UserError where nothing helps.
+    changes the batch that BatchNorm sees. `attempt` takes a training step on a copy of the network, or raises
+    torch.OutOfMemoryError. Raises UserError where nothing helps.
     """
-    attempt = attempt or _attempt
     blocks = [module for module in network.modules() if isinstance(module, Block)]
-    parts = int(group.from_leader(choices.get("parts", lambda: 1) if group.leads else None))
-    while not _all_fit(network, images[: len(images) // parts], config.train.precision, group, attempt):
+    while not _all_fit(network, images[: len(images) // parts], group, attempt):
         if any(block.recomputation != "block" for block in blocks):
             climb(blocks, 2 * len(blocks))
-            say("out of memory: train.recompute=block from here on, with the same results")
+            say("out of memory: all blocks are computed again, as with train.recompute=block; results do not change")
             continue
         parts *= 2
         if len(images) % parts or len(images) // parts < 2:
@@ -136,30 +136,25 @@ def fit_memory(
                 f"batch.per_lane={len(images)} does not fit the memory of the device, and cannot be cut any further: "
                 "start a new run with a smaller batch.per_lane and more batch.lanes"
             )
-        say(f"out of memory: each lane is cut into {parts} parts, and normalised by each for itself")
-        if group.leads:
-            choices.set("parts", parts)
+        say(f"out of memory: each lane is cut into {parts} parts from now on, and each part normalised for itself")
     return parts
 
 
 def _all_fit(
-    network: nn.Module,
-    images: torch.Tensor,
-    precision: str,
-    group: Group,
-    attempt: Callable[[nn.Module, torch.Tensor], None],
+    network: nn.Module, images: torch.Tensor, group: Group, attempt: Callable[[nn.Module, torch.Tensor], None]
 ) -> bool:
     try:
-        attempt(_throwaway(network, precision), images)
-        failed = False
+        attempt(copy.deepcopy(network), images)
+        fits = True
     except torch.OutOfMemoryError:
-        failed = True
-    torch.cuda.empty_cache()
-    return not group.any(failed)
+        fits = False
+    if images.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return not group.any(not fits)
 
 
-def _attempt(network: nn.Module, images: torch.Tensor) -> None:
-    network(images).sum().backward()
+def _attempt(network: nn.Module, images: torch.Tensor, precision: str) -> None:
+    Autocast(network, precision)(images).sum().backward()
 
 
 def _share_batch_statistics(network: nn.Module, group: Group) -> None:
@@ -177,7 +172,8 @@ def _faster_format(config: Config, network: nn.Module, device: torch.device, say
     runs = {}
     for name, memory_format in _FORMATS.items():
         images = example_images(config, device, memory_format)
-        runs[name] = partial(_attempt, _throwaway(network, config.train.precision, memory_format), images)
+        trial = copy.deepcopy(network).to(memory_format=memory_format)
+        runs[name] = partial(_attempt, trial, images, config.train.precision)
         runs[name]()
     for _ in range(_ROUNDS):
         for name, run in runs.items():
@@ -200,7 +196,7 @@ def _time(run: Callable[[], None], device: torch.device) -> float:
 
 def _least_recomputation(config: Config, network: nn.Module, device: torch.device, say: Callable[[str], None]) -> int:
     """The lowest rung of `climb` whose activations fit train.activation_gb."""
-    trial = _throwaway(network, config.train.precision)
+    trial = Autocast(copy.deepcopy(network), config.train.precision)
     blocks = [module for module in trial.modules() if isinstance(module, Block)]
     images = example_images(config, device, torch.contiguous_format)[:_FEW]
 
@@ -221,12 +217,6 @@ def _least_recomputation(config: Config, network: nn.Module, device: torch.devic
     whole = f", {max(0, low - len(blocks))} of them whole" if low > len(blocks) else ""
     say(f"train.recompute=auto: {again} are computed again{whole}, for {needed(low):.3g} GB of activations")
     return low
-
-
-def _throwaway(network: nn.Module, precision: str, memory_format: torch.memory_format | None = None) -> nn.Module:
-    """A copy to try things on, whose statistics nobody reads."""
-    trial = copy.deepcopy(network)
-    return Autocast(trial if memory_format is None else trial.to(memory_format=memory_format), precision)
 
 
 class _Results(TorchDispatchMode):

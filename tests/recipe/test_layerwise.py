@@ -1,0 +1,73 @@
+"""Layer-wise optimizers against timm's."""
+
+import copy
+
+import pytest
+import torch
+from timm.optim import Lamb, Lars
+
+from distrain.config import OptimizerConfig
+from distrain.recipe.optimizers import build_optimizer, prime, set_lr, update_clipped
+
+NETWORK = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.Tanh(), torch.nn.Linear(5, 3, bias=False))
+
+
+def train(network: torch.nn.Module, step) -> list[torch.Tensor]:
+    for number in range(5):
+        network.zero_grad()
+        generator = torch.Generator().manual_seed(number)
+        network(torch.randn(8, 6, generator=generator)).square().sum().backward()
+        step()
+    return [parameter.detach() for parameter in network.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (
+            {"name": "lars", "momentum": 0.9, "nesterov": True, "trust": 0.01, "weight_decay": 0.1},
+            lambda parameters: Lars(
+                parameters, lr=0.5, momentum=0.9, nesterov=True, trust_coeff=0.01, weight_decay=0.1, always_adapt=True
+            ),
+        ),
+        (
+            {"name": "lamb", "betas": [0.9, 0.99], "eps": 1e-6, "weight_decay": 0.1},
+            lambda parameters: Lamb(
+                parameters, lr=0.5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, max_grad_norm=None
+            ),
+        ),
+    ],
+)
+def test_layerwise_optimizers_move_as_timms(ours, theirs):
+    mine, other = copy.deepcopy(NETWORK), copy.deepcopy(NETWORK)
+    optimizer = build_optimizer(mine, OptimizerConfig(**ours))
+    prime(optimizer)
+    set_lr(optimizer, 0.5)
+    reference = theirs(other.parameters())
+    for found, expected in zip(train(mine, optimizer.step), train(other, reference.step), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_gradients_are_unscaled_clipped_and_dropped_where_they_are_not_finite(name):
+    scaled, plain = copy.deepcopy(NETWORK), copy.deepcopy(NETWORK)
+    optimizers = [build_optimizer(network, OptimizerConfig(name=name)) for network in (scaled, plain)]
+    for optimizer in optimizers:
+        prime(optimizer)
+    images = torch.randn(8, 6)
+    (scaled(images).square().sum() * 64).backward()
+    plain(images).square().sum().backward()
+    length = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    set_lr(optimizers[1], 0.1)
+    optimizers[1].step()
+    norm, finite = update_clipped(optimizers[0], list(scaled.parameters()), 0.1, torch.tensor(64.0), 0.5)
+    assert finite
+    torch.testing.assert_close(norm, length)
+    for found, expected in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+    before = [parameter.detach().clone() for parameter in scaled.parameters()]
+    next(scaled.parameters()).grad[0, 0] = torch.inf
+    _, finite = update_clipped(optimizers[0], list(scaled.parameters()), 0.1, torch.tensor(64.0), 0.5)
+    assert not finite
+    assert all(torch.equal(old, new) for old, new in zip(before, scaled.parameters(), strict=True))
