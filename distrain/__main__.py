@@ -1,32 +1,59 @@
 """The entry of every process: runs the command line and turns what happened into an exit code."""
 
 import os
+import select
+import signal
 import sys
 import time
 
-from distrain.errors import EXIT_USER, RankError, TemporaryError, UserError
+from distrain.errors import EXIT_USER, LostRankError, RankError, TemporaryError, UserError
 
 
 def main() -> int:
+    try:
+        try:
+            return run()
+        finally:  # also where argparse leaves, after --help
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not lost_its_reader():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def run() -> int:
     from distrain import cli
 
     try:
         return cli.run(sys.argv[1:])
     except UserError as error:
-        if not isinstance(error, RankError):
-            leave_it_to_the_leader()
+        # Most mistakes are found by all ranks alike.
+        if not isinstance(error, RankError) and int(os.environ.get("RANK", 0)) > 0:
+            leave_it_to_another_rank()
         say(error)
         return EXIT_USER
     except TemporaryError as error:
+        if isinstance(error, LostRankError):
+            leave_it_to_another_rank()
         say(error)
         return 1
 
 
-def leave_it_to_the_leader() -> None:
-    """Most mistakes are found by all ranks alike. Rank 0 tells them at once, and torchrun ends the others while
-    they wait here; a rank that is still there after some seconds was the only one."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(5)
+def leave_it_to_another_rank() -> None:
+    """Give the rank that knows better time to speak. Once it has ended, torchrun ends the others, while they wait
+    here; one that is still there after some seconds has to speak itself."""
+    time.sleep(5)
+
+
+def lost_its_reader() -> bool:
+    """Whether what is printed has nowhere to go, as behind `| head`. It then goes to /dev/null, so that Python does not
+    complain at exit."""
+    watch = select.poll()
+    watch.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def say(error: Exception) -> None:

@@ -23,6 +23,10 @@ class TemporaryError(Exception):
     """Something outside failed that may work later. The message is one line; running again may help."""
 
 
+class LostRankError(TemporaryError):
+    """Another rank is gone. Why, it has said itself, or the launcher does."""
+
+
 def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """A phrase that points from a misspelt name to the closest known one.
 

@@ -8,6 +8,11 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
+from distrain.errors import LostRankError
+
+# What gloo and NCCL say when the other side is gone; they have no exception of its own for it.
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
 
 @dataclass
 class Group:
@@ -37,6 +42,8 @@ class Group:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_RANK):
+            raise LostRankError("lost the connection to another rank, which ended before its time") from error
 
     @property
     def leads(self) -> bool:
