@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ class DataConfig:
     balanced: bool = option(False, "draw every class equally often instead of every sample once per epoch")
     repeats: int = option(1, "copies of a sample in a batch, augmented differently (repeated augmentation)")
     image_size: int = option(224, "side of the square the network is given, pixels")
+    size_schedule: list[list[float]] = option(
+        [], "progressive resizing: rows [first epoch, side] for training, such as [[0, 128], [60, 224]]; []: image_size"
+    )
     crop: str = option("resized", "training crop: resized (RandomResizedCrop), pad (shifted), none (centre)")
     crop_scale: list[float] = option([0.08, 1.0], "crop=resized: smallest and largest share of the area")
     crop_ratio: list[float] = option([0.75, 4 / 3], "crop=resized: narrowest and widest width / height")
@@ -94,6 +98,7 @@ class DataConfig:
         _one_of("data.crop", self.crop, ("resized", "pad", "none"))
         for key in ("image_size", "threads", "prefetch", "window_shards", "repeats", "downloads"):
             _at_least(f"data.{key}", getattr(self, key), 1)
+        self._check_size_schedule()
         for key in ("cache_gb", "retries", "retry_wait"):
             _at_least(f"data.{key}", getattr(self, key), 0)
         _at_least("data.stall", self.stall, 0.1)
@@ -120,6 +125,20 @@ class DataConfig:
             bounds = getattr(self, key)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]:
                 raise UserError(f"data.{key}={bounds} must be two positive numbers, the smaller one first")
+
+    def _check_size_schedule(self) -> None:
+        rows = self.size_schedule
+        if not rows:
+            return
+        if any(len(row) != 2 or row[1] < 1 or row[1] % 1 for row in rows):
+            raise UserError(f"data.size_schedule={rows} must be rows of an epoch and a whole number of pixels")
+        starts, sizes = zip(*rows, strict=True)
+        if starts[0] != 0 or not all(later > earlier for earlier, later in pairwise(starts)):
+            raise UserError(f"data.size_schedule={rows} must begin at epoch 0 and go on with ever later epochs")
+        if sizes[-1] != self.image_size:
+            raise UserError(
+                f"data.size_schedule ends at {sizes[-1]:g} pixels, but data.image_size={self.image_size}: end it there"
+            )
 
 
 @dataclass
