@@ -9,7 +9,7 @@ from distrain import __version__
 
 TOOLS = {
     "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
-    "bench": ("distrain.bench.tool", "measure loaders against peers and limits"),
+    "bench": ("distrain.bench.tool", "measure loaders and training steps against peers and limits"),
     "shards": ("distrain.data.tool", "fetch or index training data"),
 }
 

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from distrain.bench import step_tool
 from distrain.bench.loader import DECODE, WEBDATASET, bench_loaders
 from distrain.bench.rounds import ratio
 from distrain.config import DataConfig
@@ -36,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--threads", type=int, default=os.cpu_count(), help="of each (default: all cores)")
     loader.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     loader.set_defaults(run=_loader)
+    step_tool.configure(commands)
 
 
 def _loader(args: argparse.Namespace) -> int:

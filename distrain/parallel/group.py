@@ -69,9 +69,13 @@ class Group:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank, on every rank."""
-        raised = torch.tensor(float(flag))
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(raised.item())
+        return self.most(float(flag)) > 0
+
+    def most(self, value: float) -> float:
+        """The largest of all ranks' values, on every rank."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return largest.item()
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)

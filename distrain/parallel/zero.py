@@ -131,17 +131,24 @@ class Zero:
 
 
 def _open_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], group: Group) -> Any:
-    """DeepSpeed's engine, in the process group there is, without what it has to say."""
-    if group.device.type == "cpu":
+    """DeepSpeed's engine, in the process group there is."""
+    deepspeed = import_deepspeed(group.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        deepspeed.init_distributed("gloo" if group.device.type == "cpu" else "nccl")
+        return deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed for this device, without what it has to say."""
+    if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # It calls collectives by names that torch has replaced, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # An operation for inference that it would compile for a minute.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("gloo" if group.device.type == "cpu" else "nccl")
-        return deepspeed.initialize(model=network, optimizer=optimizer, config=settings)[0]
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # An operation for inference that it would compile for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

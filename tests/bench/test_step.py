@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from distrain.__main__ import main
+
+SMALL = ("model.name=densenet_bc_10_4", "model.num_classes=3", "data.image_size=8", "data.val_resize=8")
+STEP = ("batch.lanes=2", "batch.per_lane=4", "train.memory_format=contiguous", "--steps", "2")
+
+
+def bench(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["distrain", "bench", "step", *SMALL, *STEP, *words])
+    return main()
+
+
+def test_strategies_are_compared_with_a_bare_loop_in_speed_and_memory(monkeypatch, tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    words = ("--ranks", "2", "--rounds", "1", "--memory", "--vary", "format", "--json", str(figures))
+    assert bench(monkeypatch, *words) == 0
+    measured = json.loads(figures.read_text())
+    names = ["bare PyTorch loop", "DDP alone", "train.memory_format=channels_last", "train.memory_format=contiguous"]
+    assert list(measured["rates"]) == list(measured["peak_bytes"]) == names
+    assert all(rate > 0 for (rate,) in measured["rates"].values())
+    assert all(size > 0 for size in measured["peak_bytes"].values())
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--vary", "colour"), "--vary colour is not known: it must be of strategy, format, recompute, compile"),
+        (("--ranks", "3"), "batch.lanes=2 does not fit 3 ranks"),
+        (("--steps", "0"), "--steps must be at least 1"),
+        (("--json", "/nowhere/figures.json"), "--json /nowhere/figures.json: no such folder to write to"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(monkeypatch, capsys, words, message):
+    assert bench(monkeypatch, *words) == 78
+    assert message in capsys.readouterr().err
