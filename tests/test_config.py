@@ -49,11 +49,36 @@ def test_every_setting_is_explained_where_it_is_printed():
         ("batch=3", "batch=3: Merge error: int is not a subclass of BatchConfig. value: 3"),
         ("data.mean=[1,2]", "data.mean needs three numbers, one per channel"),
         ("run.name=a/b", "run.name='a/b' must be a plain folder name, without '/'"),
+        ("optimizer.lr=.nan", "optimizer.lr=nan must be finite"),
+        ("data.mean=[0.5,.inf,0.5]", "data.mean=[0.5, inf, 0.5] must be finite"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9, 1.0] must be two numbers in 0..1, 1 excluded"),
+        (
+            "train.recompute=auto",
+            "train.recompute=auto needs train.activation_gb: the memory that activations may take",
+        ),
+        (
+            "parallel.offload=true",
+            "parallel.offload=true works with parallel.strategy=zero1, zero2 or zero3, not with ddp",
+        ),
+        (
+            "parallel.strategy=zero2 optimizer.name=lars",
+            "optimizer.name=lars looks at whole layers, which parallel.strategy=zero2 cuts up: "
+            "take ddp or zero0, or optimizer.name=adamw",
+        ),
+        (
+            "parallel.strategy=zero3 train.compile=true",
+            "train.compile=true cannot follow the weights that parallel.strategy=zero3 moves: take zero2 or less",
+        ),
+        (
+            "parallel.batch_norm=sync train.recompute=block",
+            "train.recompute=block would gather the statistics of parallel.batch_norm=sync twice: "
+            "set train.recompute=none or parallel.batch_norm=lane",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(override, message):
     with pytest.raises(UserError) as caught:
-        config.load(None, [*REQUIRED, override])
+        config.load(None, [*REQUIRED, *override.split()])
     assert str(caught.value) == message
 
 
@@ -87,6 +112,18 @@ def test_every_rank_needs_a_lane():
     config.check_ranks(loaded, 4)
     with pytest.raises(UserError, match=r"batch\.lanes=4 does not fit 5 ranks"):
         config.check_ranks(loaded, 5)
+
+
+def test_ranks_that_a_strategy_cannot_deal_lanes_to_are_refused():
+    config.check_ranks(config.load(None, [*REQUIRED, "batch.lanes=7"]), 4)
+    zero = config.load(None, [*REQUIRED, "batch.lanes=6", "parallel.strategy=zero1"])
+    config.check_ranks(zero, 3)
+    with pytest.raises(UserError, match=r"does not divide by 4 ranks: start 3, or set parallel\.strategy=ddp"):
+        config.check_ranks(zero, 4)
+    sync = config.load(None, [*REQUIRED, "batch.lanes=4", "parallel.batch_norm=sync"])
+    config.check_ranks(sync, 4)
+    with pytest.raises(UserError, match=r"needs one lane per rank, and there are batch\.lanes=4 on 2 ranks"):
+        config.check_ranks(sync, 2)
 
 
 def test_the_identity_of_a_run_leaves_out_where_it_lives_and_how_it_reports():

@@ -1,5 +1,6 @@
 """Reading a run's configuration from YAML files and the command line, and writing it down."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -35,6 +36,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    for key, value in flatten(to_dict(config)).items():
+        if not _is_finite(value):
+            raise UserError(f"{key}={value} must be finite")
     return config
 
 
@@ -147,6 +151,12 @@ def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from _known_keys(entry.type, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _first_line(error: Exception) -> str:

@@ -327,7 +327,7 @@ class Config:
         if self.parallel.batch_norm == "sync" and self.train.recompute != "none":
             raise UserError(
                 f"train.recompute={self.train.recompute} would gather the statistics of parallel.batch_norm=sync "
-                "twice: set one of them to none or lane"
+                "twice: set train.recompute=none or parallel.batch_norm=lane"
             )
         if self.parallel.strategy == "zero3" and self.train.compile:
             raise UserError(
