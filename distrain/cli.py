@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from distrain import __version__
+from distrain.arguments import AnyOrder
 
 TOOLS = {
     "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
@@ -51,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _train(argv: Sequence[str]) -> int:
     tools = "".join(f"  {name:<8}  {summary}\n" for name, (_, summary) in TOOLS.items())
-    parser = argparse.ArgumentParser(
+    parser = AnyOrder(
         prog="distrain",
         usage="torchrun [--nproc-per-node N ...] -m distrain --config FILE [key=value ...]\n"
         "       python -m distrain TOOL ...",

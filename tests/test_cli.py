@@ -24,7 +24,7 @@ def test_help_shows_the_first_run_the_tools_and_the_exit_codes():
         assert expected in shown
 
 
-@pytest.mark.parametrize("tool", ["models", "shards"])
+@pytest.mark.parametrize("tool", ["models", "shards", "bench"])
 def test_every_tool_explains_itself(tool):
     shown = distrain(tool, "--help")
     assert shown.returncode == 0
@@ -42,6 +42,14 @@ def test_an_unknown_model_is_refused_before_any_work_with_the_nearest_name():
     refused = distrain("--config", "configs/quickstart.yaml", "model.name=regnety_16g")
     assert refused.returncode == 78
     assert refused.stderr == "distrain: model 'regnety_16g' is not known: did you mean regnety_16gf?\n"
+
+
+def test_settings_may_stand_before_between_and_after_options():
+    shown = distrain(
+        "train.epochs=7", "--config", "configs/quickstart.yaml", "run.seed=3", "--print-config", "data.flip=0"
+    )
+    assert shown.returncode == 0
+    assert all(line in shown.stdout for line in ("  epochs: 7.0 ", "  seed: 3 ", "  flip: 0.0 "))
 
 
 def test_print_config_shows_the_whole_configuration_and_does_nothing_else():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launching import SMALL, environment
 
+EXTRA = {"parallel.offload=true": ["parallel.strategy=zero1"]}
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
@@ -45,9 +46,34 @@ def test_all_ways_to_run_train(on_dataset, tmp_path):
         assert "done: top-1" in run([*shlex.split(way), *small, f"run.name={number}"])
 
 
+def test_the_settings_of_strategy_precision_and_memory_exist():
+    table = TEXT[TEXT.index("## Strategy, precision") : TEXT.index("compares them with")]
+    overrides = re.findall(r"`((?:parallel|train)\.[a-z_]+=[^`]*)`", table)
+    assert len(overrides) == 6
+    for override in overrides:
+        run(
+            [
+                "python",
+                "-m",
+                "distrain",
+                "--config",
+                "configs/quickstart.yaml",
+                override,
+                *EXTRA.get(override, []),
+                "--print-config",
+            ]
+        )
+
+
+def test_the_benchmark_of_steps_runs():
+    words = command("python -m distrain bench step model.name=regnety_400mf")
+    small = ["--rounds", "1", "--steps", "1", "data.image_size=32", "batch.lanes=2", "batch.per_lane=2"]
+    assert "bare PyTorch loop" in run([*(word for word in words if word != "--memory"), *small])
+
+
 def test_the_options_of_the_table_exist():
     table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("## Three ways")]
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
-    assert len(overrides) == 5
+    assert len(overrides) == 7
     words = [word for override in overrides for word in override.split()]
     run(["python", "-m", "distrain", "--config", "configs/quickstart.yaml", *words, "train.epochs=9", "--print-config"])

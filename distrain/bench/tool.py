@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from distrain.arguments import AnyOrder
 from distrain.bench import step_tool
 from distrain.bench.loader import DECODE, WEBDATASET, bench_loaders
 from distrain.bench.rounds import ratio
@@ -22,7 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "Measure ours against peers and limits, alternating in one run. Ratios carry over to other machines of "
         "the kind; absolute rates hold for this one at this hour."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=AnyOrder)
     loader = commands.add_parser(
         "loader",
         help="images per second of the loaders on your shards",
