@@ -9,16 +9,9 @@ from distrain.choices import Choices
 from distrain.errors import UserError
 from distrain.models.recomputation import Block
 from distrain.parallel.execution import climb, count_kept_bytes, fit_memory, prepare, regions
-from distrain.parallel.group import Group
 
 REGNET = "{depth: 5, w0: 16, wa: 8, wm: 2.0, group_width: 8, se_ratio: 0.25, stem: cifar}"
 REQUIRED = ("run.name=run", "data.train=none", "data.val=none", "data.image_size=16", "data.val_resize=16")
-
-
-@pytest.fixture(scope="module")
-def group():
-    with Group() as group:
-        yield group
 
 
 @pytest.fixture

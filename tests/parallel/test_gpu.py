@@ -1,0 +1,80 @@
+"""What needs a GPU: NCCL, fp16 as it is used, memory formats and compilation where they matter."""
+
+import copy
+
+import pytest
+import torch
+from launching import SMALL, Training, train
+from test_execution import settings
+from test_strategies import DENSENET, STRATEGIES, assert_equal_states, perform, task
+
+from distrain import models
+from distrain.choices import Choices
+from distrain.parallel.execution import fit_memory, prepare, regions
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_killed_run_on_a_gpu_ends_in_the_same_bits(strategy, on_dataset, tmp_path):
+    chosen = (*SMALL, *on_dataset, f"parallel.strategy={strategy}", "train.deterministic=true", "batch.lanes=2",
+              "batch.per_lane=8", "train.epochs=3", "checkpoint.every_steps=5", "train.precision=bf16")  # fmt: skip
+    undisturbed = train(tmp_path / "undisturbed", *chosen)
+    assert undisturbed.code == 0, undisturbed.output
+    training = Training(tmp_path / "killed", *chosen)
+    training.wait_for_step(13)
+    training.kill()
+    assert train(tmp_path / "killed", *chosen).digest == undisturbed.digest
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_loss_scale_of_fp16_goes_on_after_a_restart_on_a_gpu(strategy, tmp_path):
+    chosen = (f"parallel.strategy={strategy}", "batch.lanes=1", "batch.per_lane=8", "train.precision=fp16", *DENSENET)
+    half, resumed, whole = perform(
+        [
+            task(tmp_path, "half", *chosen, last=4, poison=2),
+            task(tmp_path, "resumed", *chosen, first=4, last=5, load=str(tmp_path / "half.pt")),
+            task(tmp_path, "whole", *chosen, last=5, poison=2),
+        ],
+        1,
+        tmp_path,
+    )
+    assert half.applied == [True, True, False, True]
+    assert whole.state["scale/since"] == 2
+    assert_equal_states(resumed.state, whole.state, rtol=1e-3, atol=1e-5)
+    assert resumed.state["scale/value"] == whole.state["scale/value"]
+
+
+def test_the_memory_format_is_measured_on_a_gpu(group, tmp_path):
+    run = settings(tmp_path, "train.memory_format=auto", "train.precision=bf16")
+    network = models.build("regnety_400mf", 5).to(group.device)
+    said = []
+    prepare(run, network, group, said.append)
+    assert said[0].startswith("train.memory_format=auto: ")
+    assert Choices(run.run.folder).get("memory_format", lambda: "") in ("channels_last", "contiguous")
+
+
+def test_lanes_that_a_gpu_cannot_hold_are_cut(group):
+    network = models.build("regnety_16gf", 5).to(group.device)
+    total = torch.cuda.get_device_properties(group.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / total))
+    try:
+        images = torch.zeros(64, 3, 224, 224, device=group.device)
+        said = []
+        parts = fit_memory(network, images, 1, group, lambda net, part: net(part).sum().backward(), said.append)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert parts > 1
+    assert said[0].startswith("out of memory: all blocks are computed again")
+
+
+def test_blocks_compiled_on_a_gpu_compute_the_same(group, tmp_path):
+    plain = models.build("regnety_400mf", 5).to(group.device)
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    prepare(settings(tmp_path, "train.compile=true"), compiled, group, print)
+    images = torch.randn(8, 3, 64, 64, device=group.device)
+    expected, found = (network(images) for network in (plain, compiled))
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-2  # TF32
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] < len(regions(compiled))
