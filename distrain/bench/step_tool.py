@@ -128,9 +128,11 @@ def _perform(job: Job, ranks: int) -> dict[str, Any]:
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(asdict(job)))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
+        variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
+        if job.memory:  # what is freed is given back at once, so that it does not count
+            variables |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         done = subprocess.run(
-            [*torchrun, "-m", "distrain.bench.step", str(file)], capture_output=True, text=True, env=threads
+            [*torchrun, "-m", "distrain.bench.step", str(file)], capture_output=True, text=True, env=variables
         )
         if done.returncode:
             print(done.stderr, file=sys.stderr)

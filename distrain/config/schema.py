@@ -189,7 +189,7 @@ class TrainConfig:
 class ParallelConfig:
     strategy: str = option("ddp", "ddp, or DeepSpeed's zero0, zero1, zero2, zero3: ever less state per rank", free=True)
     offload: bool = option(False, "zero1 to zero3: keep optimizer state in host memory and update it there", free=True)
-    bucket_mb: float = option(25.0, "ddp: gradients that travel together, 2^20 bytes", free=True)
+    bucket_mb: float = option(25.0, "gradients, and in zero3 weights, that travel together, 2^20 bytes", free=True)
     batch_norm: str = option("lane", "lane: each by its own micro-batch; sync: by those of all ranks (GPUs)")
 
     def __post_init__(self) -> None:

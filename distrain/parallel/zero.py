@@ -56,7 +56,16 @@ class Zero:
             self._load_slots(saved)
 
     def _settings(self, config: Config) -> dict[str, Any]:
-        sharing: dict[str, Any] = {"stage": self._stage}
+        # By default buffers for 5e8 gradients and 1e9 gathered weights, more than any of these networks has.
+        bucket = int(config.parallel.bucket_mb * 2**20 / 4)
+        sharing: dict[str, Any] = {
+            "stage": self._stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": 2 * bucket,
+            "stage3_max_reuse_distance": 2 * bucket,
+        }
         if config.parallel.offload:
             sharing["offload_optimizer"] = {"device": "cpu", "pin_memory": self._group.device.type == "cuda"}
         return {
