@@ -31,6 +31,8 @@ def measure(data: bytes, decode: bool = True) -> tuple[int, int]:
             size = image.size
             if size[0] * size[1] > MAX_PIXELS:
                 raise ImageError(f"{size[0]} x {size[1]} pixels are more than {MAX_PIXELS:,}")
+            if image.format == "WEBP" and image.n_frames > 1:  # type: ignore[attr-defined]
+                raise ImageError(f"an animation of {image.n_frames} frames")  # type: ignore[attr-defined]
             if decode:
                 image.draft("L", (1, 1))  # an eighth of the size: all bytes are parsed, most arithmetic is spared
                 image.load()
