@@ -19,7 +19,7 @@ from distrain.data.augment import Windows, draw_windows
 from distrain.data.index import Index
 from distrain.data.loader import Loader, Request
 from distrain.data.loaders import LOADERS, open_loader
-from distrain.data.loaders.torch import decode
+from distrain.data.loaders.parts import decode
 from distrain.data.plan import LaneBatch
 from distrain.data.quarantine import Quarantine
 from distrain.data.remote import open_store
@@ -79,7 +79,8 @@ def requests(index: Index, data: DataConfig, ids: np.ndarray, batch: int) -> Ite
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch]
         samples = LaneBatch(part, np.zeros_like(part), np.zeros_like(part))
-        yield Request(samples, draw_windows(data, 0, samples, index.width[part], index.height[part]))
+        windows = draw_windows(data, 0, samples, index.width[part], index.height[part])
+        yield Request(samples, windows, data.image_size)
 
 
 def decoding(index: Index, data: DataConfig, ids: np.ndarray) -> Callable[[], int]:

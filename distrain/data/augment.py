@@ -1,7 +1,7 @@
 """Which part of each image the network sees: a pure function of (seed, sample id, epoch, copy, width, height).
 
 A window is given in pixels of the stored image and may reach outside of it, where it is black. The loaders
-cut it out, resize it to the network's size and mirror it; all of them are given the same windows.
+cut it out, resize it to the size of the epoch and mirror it; all of them are given the same windows.
 """
 
 from typing import NamedTuple
@@ -38,6 +38,12 @@ def draw_windows(
     if data.crop == "none":
         return centre_windows(data, widths, heights)._replace(flip=flip)
     return _draw_resized(data, seed, batch, widths, heights)._replace(flip=flip)
+
+
+def size_at(data: DataConfig, epoch: float) -> int:
+    """The side of training images when so many epochs are done, pixels."""
+    begun = [size for start, size in data.size_schedule if start <= epoch]
+    return int(begun[-1]) if begun else data.image_size
 
 
 def centre_windows(data: DataConfig, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> Windows:

@@ -12,7 +12,7 @@ import torch
 
 from distrain.config import Config
 from distrain.data import index as data_index
-from distrain.data.augment import centre_windows, draw_windows
+from distrain.data.augment import centre_windows, draw_windows, size_at
 from distrain.data.index import Index
 from distrain.data.loader import Loader, Request
 from distrain.data.loaders import LOADERS, open_loader
@@ -49,22 +49,26 @@ def make_plan(config: Config, index: Index) -> Plan:
 
 
 def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start: int = 0) -> Iterator[Request]:
-    """What a rank decodes: for every step from `start` on, the share of each of its lanes."""
+    """What a rank decodes: for every step from `start` on, the share of each of its lanes.
 
-    def request(lane: int, stream: IntArray) -> Request:
+    All images of a step have the size of the epoch it starts in.
+    """
+
+    def request(lane: int, stream: IntArray, size: int) -> Request:
         samples = plan.lane_samples(lane, stream)
         widths, heights = index.width[samples.ids], index.height[samples.ids]
         windows = draw_windows(config.data, config.run.seed, samples, widths, heights)
 
         def spare(place: int) -> Request:
             """The next sample of the lane: known beforehand, so that every run replaces a bad one by the same."""
-            return request(lane, stream[place : place + 1] + 1)
+            return request(lane, stream[place : place + 1] + 1, size)
 
-        return Request(samples, windows, spare, augmented=True)
+        return Request(samples, windows, size, spare, augmented=True)
 
     for step in range(start, plan.steps):
+        size = size_at(config.data, plan.epoch_at(step))
         for lane in lanes:
-            yield request(lane, plan.stream(step))
+            yield request(lane, plan.stream(step), size)
 
 
 def validation_requests(config: Config, index: Index, batches: range) -> Iterator[Request]:
@@ -73,7 +77,8 @@ def validation_requests(config: Config, index: Index, batches: range) -> Iterato
         start = number * config.evaluate.batch
         ids = np.arange(start, min(start + config.evaluate.batch, len(index)))
         samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
-        yield Request(samples, centre_windows(config.data, index.width[ids], index.height[ids]))
+        windows = centre_windows(config.data, index.width[ids], index.height[ids])
+        yield Request(samples, windows, config.data.image_size)
 
 
 def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:

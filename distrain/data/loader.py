@@ -10,10 +10,11 @@ from distrain.data.plan import LaneBatch
 
 
 class Request(NamedTuple):
-    """n samples to decode, and which part of each."""
+    """n samples to decode, which part of each, and the side of the squares to make of these, pixels."""
 
     samples: LaneBatch
     windows: Windows
+    size: int
     spare: Callable[[int], "Request"] | None = None
     """place -> a request of one, to take instead of the sample at `place` if that cannot be used. Without it a
     bad sample is left out."""

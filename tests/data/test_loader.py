@@ -16,6 +16,7 @@ from distrain.data import index
 from distrain.data.augment import Windows, draw_windows
 from distrain.data.loader import Request, normalize
 from distrain.data.loaders import open_loader
+from distrain.data.loaders.dali import DaliLoader, find_refusal
 from distrain.data.plan import LaneBatch
 from distrain.data.quarantine import Quarantine
 from distrain.data.source import Source
@@ -60,7 +61,8 @@ def requests(data, train_index, start=0, augmented=False):
     for step in range(start, 10):
         wanted = samples(*range(step * 6, step * 6 + 6))
         widths, heights = train_index.width[wanted.ids], train_index.height[wanted.ids]
-        yield Request(wanted, draw_windows(data, 0, wanted, widths, heights), augmented=augmented)
+        windows = draw_windows(data, 0, wanted, widths, heights)
+        yield Request(wanted, windows, data.image_size, augmented=augmented)
 
 
 def pixels(train_index, sample):
@@ -70,7 +72,7 @@ def pixels(train_index, sample):
 
 def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data, train_index, load):
     box = [np.array([value], np.int32) for value in (-2, 1, 8, 8)]
-    (batch,) = load(data, train_index, [Request(samples(5), Windows(*box, np.array([True])))])
+    (batch,) = load(data, train_index, [Request(samples(5), Windows(*box, np.array([True])), 8)])
     expected = torch.zeros(3, 8, 8, dtype=torch.uint8)
     expected[:, 2:, :7] = pixels(train_index, 5)[:, :6, 1:]
     assert torch.equal(batch.images[0], expected.flip(-1))
@@ -79,8 +81,23 @@ def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data,
 
 def test_a_window_of_another_size_is_resized_as_torchvision_does(data, train_index, load):
     box = [np.array([value], np.int32) for value in (1, 2, 5, 6)]
-    (batch,) = load(data, train_index, [Request(samples(9), Windows(*box, np.array([False])))])
+    (batch,) = load(data, train_index, [Request(samples(9), Windows(*box, np.array([False])), 8)])
     assert close(batch.images[0], resize(crop(pixels(train_index, 9), 1, 2, 5, 6), [8, 8], antialias=True))
+
+
+@pytest.mark.parametrize(("top", "left"), [(8, 0), (30, 2), (-8, 0), (0, 8), (3, -11), (-20, 20)])
+def test_a_window_that_lies_outside_of_its_image_is_black(data, train_index, load, top, left):
+    box = [np.array(values, np.int32) for values in ((top, 0), (left, 0), (8, 8), (8, 8))]
+    (batch,) = load(data, train_index, [Request(samples(5, 5), Windows(*box, np.zeros(2, bool)), 8)])
+    assert not batch.images[0].any()
+    assert torch.equal(batch.images[1], pixels(train_index, 5))
+
+
+def test_shifts_may_be_larger_than_the_images(data, train_index, load):
+    batches = load(replace(data, crop_pad=20), train_index, requests(replace(data, crop_pad=20), train_index))
+    black = [not image.any() for batch in batches for image in batch.images]
+    assert len(black) == 60
+    assert 0 < sum(black) < 60
 
 
 def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index, load):
@@ -107,7 +124,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_listed(data, train
     def request(stream):
         wanted = samples(*stream)
         windows = draw_windows(data, 0, wanted, train_index.width[wanted.ids], train_index.height[wanted.ids])
-        return Request(wanted, windows, spare=lambda place: request(wanted.ids[place : place + 1] + 1))
+        return Request(wanted, windows, 8, spare=lambda place: request(wanted.ids[place : place + 1] + 1))
 
     data = replace(data, crop="none", flip=0.0)
     (batch,) = load(data, bad, [request(range(6))])
@@ -124,6 +141,81 @@ def test_without_a_spare_a_bad_sample_is_left_out(data, train_index, load, tmp_p
     (batch,) = load(data, bad, [first])
     assert batch.labels.tolist() == train_index.label[[0, 1, 2, 4, 5]].tolist()
     assert len(batch.images) == 5
+
+
+REFUSED = """Critical error in pipeline:
+Error in MIXED operator `nvidia.dali.fn.decoders.image_slice`,
+which was used in the pipeline definition with the following traceback:
+
+  File "dali.py", line 1, in graph
+
+encountered:
+
+{}
+Current pipeline object is no longer valid.
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "refusal"),
+    [
+        (REFUSED.format("Failed to decode sample #1 : "), "Failed to decode sample #1"),
+        (REFUSED.format("nvImageCodec failure: '#4'"), "nvImageCodec failure: '#4'"),
+        (REFUSED.format("nvImageCodec failure: '#5'"), None),
+        (REFUSED.format("Can't allocate 123456789 bytes on device 0."), None),
+        (REFUSED.replace("decoders.image_slice", "resize").format("std::bad_alloc"), None),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", None),
+    ],
+)
+def test_only_an_image_that_cannot_be_decoded_counts_as_one(message, refusal):
+    assert find_refusal(message) == refusal
+
+
+def open_dali(data, train_index, folder, device=CPU):
+    quarantine = Quarantine(folder / "quarantine.jsonl", "train", len(train_index), data.max_bad)
+    return closing(open_loader("dali", data, 0, 6, Source(train_index, LocalStore(train_index), quarantine), device))
+
+
+def test_images_that_dali_refuses_are_told_of_once(data, train_index, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(DaliLoader, "_run", fail_with(REFUSED.format("Failed to decode sample #1 : ")))
+    wanted = list(requests(data, train_index))
+    with open_dali(data, train_index, tmp_path) as loader:
+        batches = list(loader.stream(wanted))
+    assert [batch.labels.tolist() for batch in batches] == [
+        train_index.label[request.samples.ids].tolist() for request in wanted
+    ]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("DALI refuses an image of a batch (Failed to decode sample #1): torchvision decodes")
+
+
+def test_an_error_that_is_not_about_an_image_is_not_passed_over(data, train_index, tmp_path, monkeypatch):
+    monkeypatch.setattr(DaliLoader, "_run", fail_with("CUDA out of memory"))
+    with open_dali(data, train_index, tmp_path) as loader, pytest.raises(RuntimeError, match="CUDA out of memory"):
+        list(loader.stream(requests(data, train_index)))
+
+
+def fail_with(message):
+    def fail(*args):
+        raise RuntimeError(message)
+
+    return fail
+
+
+@pytest.mark.gpu
+def test_a_batch_on_a_gpu_stays_as_it_is_while_the_device_is_behind(data, train_index, tmp_path):
+    """Batches are copied, and their memory used again, in the right order however late the network reads them."""
+    device = torch.device("cuda", 0)
+    data = replace(data, prefetch=2)
+    copies = []
+    with open_dali(data, train_index, tmp_path, device) as loader:
+        for _ in range(20):
+            for batch in loader.stream(requests(data, train_index)):
+                torch.cuda._sleep(10_000_000)
+                copies.append(batch.images + 0)
+    with open_dali(data, train_index, tmp_path) as loader:
+        expected = list(loader.stream(requests(data, train_index)))
+    assert all(torch.equal(copies[n].cpu(), copies[n % 10].cpu()) for n in range(200))
+    assert all(close(copies[n].cpu(), batch.images) for n, batch in enumerate(expected))
 
 
 def damage(original, sample, folder):

@@ -7,6 +7,8 @@ decoded once when it is built, and their checksums tell that they are still the 
 image that others decode, torchvision does that batch.
 """
 
+import logging
+import re
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +25,13 @@ from distrain.data.loaders.torch import TorchLoader, to_device
 from distrain.data.pixels import change_pixels, changes_pixels
 from distrain.data.source import Found, Source
 
+_log = logging.getLogger(__name__)
+_REFUSAL = re.compile(r"decoders\.image_slice.*encountered:\s+((?:Failed to decode|nvImageCodec failure)[^\n]*)", re.S)
+_OUT_OF_ORDER = ("'#5'", "'#15'", "'#21'")  # of nvImageCodec: out of memory, twice, and CUDA failed; no image's fault
+
 
 class DaliLoader:
-    """Batches of `data.image_size` squares, `data.prefetch` of them in the making at any time."""
+    """Batches of which `data.prefetch` are in the making at any time."""
 
     def __init__(self, data: DataConfig, seed: int, batch: int, source: Source, device: torch.device) -> None:
         self._data = data
@@ -34,6 +40,8 @@ class DaliLoader:
         self._changes_pixels = changes_pixels(data)
         self._source = source
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._warned = False
         self._other = TorchLoader(data, seed, source, device)
         self._pipeline = self._make_pipeline()
         self._readers = ThreadPoolExecutor(data.threads, thread_name_prefix="read")
@@ -47,9 +55,9 @@ class DaliLoader:
                 read = self._readers.submit(self._read, request)
                 pending.append(self._runner.submit(self._load, request, read))
                 if len(pending) > self._data.prefetch:
-                    yield pending.popleft().result()
+                    yield self._hand_over(pending.popleft().result())
             while pending:
-                yield pending.popleft().result()
+                yield self._hand_over(pending.popleft().result())
         finally:
             for future in pending:
                 future.cancel()
@@ -60,10 +68,29 @@ class DaliLoader:
         self._runner.shutdown(cancel_futures=True)
 
     def _load(self, request: Request, read: Future[list[Found]]) -> Batch:
+        """A batch that is complete: nothing that was begun for it is still under way on the device."""
         found = read.result()
+        with torch.cuda.stream(self._stream):
+            batch = self._make(request, found)
+            if self._stream is not None:
+                self._stream.synchronize()
+        return batch
+
+    def _hand_over(self, batch: Batch) -> Batch:
+        """Let the memory of a batch be used again only after what the caller is going to do with it."""
+        if self._stream is not None:
+            for tensor in batch:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+        return batch
+
+    def _make(self, request: Request, found: list[Found]) -> Batch:
         try:
-            images = self._run(found)
-        except RuntimeError:
+            images = self._run(found, request.size)
+        except RuntimeError as error:
+            refusal = find_refusal(str(error))
+            if refusal is None:
+                raise
+            self._warn(refusal)
             self._pipeline = self._make_pipeline()
             return to_device(self._other.load(request), self._device)
         if request.augmented and self._changes_pixels:
@@ -72,22 +99,29 @@ class DaliLoader:
         labels = torch.from_numpy(self._source.index.label[[sample.sample for sample in found]].astype(np.int64))
         return Batch(images, labels.to(self._device))
 
+    def _warn(self, refusal: str) -> None:
+        if not self._warned:
+            _log.warning(
+                "DALI refuses an image of a batch (%s): torchvision decodes this batch and others like it", refusal
+            )
+            self._warned = True
+
     def _read(self, request: Request) -> list[Found]:
         places = range(len(request.samples.ids))
         taken = (self._source.take(request, place, _as_array) for place in places)
         return [sample for sample in taken if sample is not None]
 
-    def _run(self, found: list[Found]) -> torch.Tensor:
+    def _run(self, found: list[Found], size: int) -> torch.Tensor:
         """uint8 [n, 3, size, size] in channels_last memory. Raises RuntimeError where DALI cannot decode one."""
-        size = self._data.image_size
         if not found:
             return torch.empty(0, 3, size, size, dtype=torch.uint8, device=self._device)
         boxes = np.array([[part[sample.place] for part in sample.request.windows[:4]] for sample in found], np.int32)
         index = self._source.index
         ids = [sample.sample for sample in found]
         limits = np.stack([index.height[ids], index.width[ids]], axis=1)
-        start = np.clip(boxes[:, :2], 0, limits)
-        stop = np.clip(boxes[:, :2] + boxes[:, 2:], 0, limits)
+        # At least one pixel, even of a window that has none inside of the image: DALI decodes no less.
+        start = np.clip(boxes[:, :2], 0, limits - 1)
+        stop = np.clip(boxes[:, :2] + boxes[:, 2:], start + 1, limits)
         flip = np.array([sample.request.windows.flip[sample.place] for sample in found], np.int32)
         feeds = {
             "encoded": [sample.decoded for sample in found],
@@ -95,13 +129,16 @@ class DaliLoader:
             "shape": stop - start,
             "offset": boxes[:, :2] - start,
             "window": boxes[:, 2:],
+            "size": np.full((len(found), 2), size, np.float32),
             "flip": flip,
         }
         for name, values in feeds.items():
             self._pipeline.feed_input(name, list(values))
         (output,) = self._pipeline.run()
         if self._device.type == "cuda":
-            images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()  # DALI reuses its memory
+            # `run` has waited for DALI, which reuses this memory as soon as it is let go of here: hence the copy, and
+            # hence `_load` waits for it.
+            images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
         else:
             images = torch.from_numpy(np.array(output.as_array()))
         return images.permute(0, 3, 1, 2)
@@ -139,7 +176,8 @@ class DaliLoader:
                 out_of_bounds_policy="pad",
                 fill_values=[0],
             )
-            images = fn.resize(images, size=[data.image_size] * 2, interp_type=interpolation, antialias=True)
+            size = given("size", types.FLOAT, 1)
+            images = fn.resize(images, size=size, interp_type=interpolation, antialias=True)
             return fn.flip(images, horizontal=given("flip", types.INT32, 0))
 
         pipeline = graph(
@@ -150,6 +188,12 @@ class DaliLoader:
         )
         pipeline.build()
         return pipeline
+
+
+def find_refusal(message: str) -> str | None:
+    """The reason why DALI did not decode an image, from the message of its error; None if it is about another thing."""
+    found = _REFUSAL.search(message)
+    return found[1].strip(" :") if found and not any(code in found[1] for code in _OUT_OF_ORDER) else None
 
 
 def _as_array(encoded: bytes) -> NDArray[np.uint8]:

@@ -1,0 +1,191 @@
+"""Images of all kinds that data sets hold: both loaders make the pixels of torchvision of them, and one another's."""
+
+import struct
+import zlib
+from contextlib import closing
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize, to_dtype
+from webdataset import TarWriter
+
+from distrain.config import DataConfig
+from distrain.data.augment import Windows
+from distrain.data.image import ImageError, measure
+from distrain.data.loader import Request
+from distrain.data.loaders import open_loader
+from distrain.data.plan import LaneBatch
+from distrain.data.quarantine import Quarantine
+from distrain.data.scan import scan
+from distrain.data.source import Source
+from distrain.data.store import LocalStore
+
+WIDTH, HEIGHT = 300, 220
+SIZE = 96
+WINDOWS = {  # top, left, height, width
+    "smaller": (3, 5, 210, 290),
+    "slightly smaller": (37, 51, 101, 130),
+    "larger": (101, 122, 61, 47),
+    "beyond the edges": (-20, 250, 128, 160),
+    "as it is": (19, 33, SIZE, SIZE),
+}
+
+
+def photo() -> np.ndarray:
+    """Smooth gradients and edges with noise on them, uint8 [HEIGHT, WIDTH, 3]."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    planes = [np.sin(x / 31 + y / 47), np.cos(x / 17 - y / 53), np.sign(np.sin(x / 23) * np.cos(y / 29))]
+    noise = np.random.default_rng(0).normal(0, 6, (HEIGHT, WIDTH, 3))
+    return np.clip(128 + 90 * np.stack(planes, axis=-1) + noise, 0, 255).astype(np.uint8)
+
+
+def encoded(mode: str = "RGB", suffix: str = "jpg", **options) -> tuple[str, bytes]:
+    out = BytesIO()
+    kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    Image.fromarray(photo()).convert(mode, dither=Image.Dither.NONE).save(out, kinds[suffix], **options)
+    return suffix, out.getvalue()
+
+
+def turned() -> tuple[str, bytes]:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(exif=exif)
+
+
+def doubled() -> tuple[str, bytes]:
+    """A JPEG with a second image behind the first, as phones write it."""
+    out = BytesIO()
+    Image.fromarray(photo()).save(out, "MPO", save_all=True, append_images=[Image.new("RGB", (50, 40))])
+    return "jpg", out.getvalue()
+
+
+def animated() -> bytes:
+    out = BytesIO()
+    frames = [Image.fromarray(photo()), Image.fromarray(255 - photo())]
+    frames[0].save(out, "WEBP", save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+def transparent(mode: str, suffix: str = "png") -> tuple[str, bytes]:
+    image = Image.fromarray(photo()).convert(mode)
+    image.putalpha(Image.linear_gradient("L").resize((WIDTH, HEIGHT)))
+    out = BytesIO()
+    image.save(out, {"png": "PNG", "webp": "WEBP"}[suffix])
+    return suffix, out.getvalue()
+
+
+def deep(channels: int, colour: int) -> tuple[str, bytes]:
+    """A PNG of 16 bits per channel, which Pillow writes only of grey."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    noise = np.random.default_rng(1).integers(-128, 128, (HEIGHT, WIDTH, channels))
+    values = np.clip(photo()[..., [0, 1, 2, 0][:channels]].astype(int) * 257 + noise, 0, 65535)
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, colour, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return "png", png
+
+
+KINDS = {
+    "JPEG": encoded(quality=90, subsampling=0),
+    "JPEG 4:2:0": encoded(quality=90, subsampling=2),
+    "JPEG 4:2:2": encoded(quality=90, subsampling=1),
+    "JPEG grey": encoded("L"),
+    "JPEG CMYK": encoded("CMYK"),
+    "JPEG progressive": encoded(progressive=True, subsampling=2),
+    "JPEG turned": turned(),
+    "JPEG and another": doubled(),
+    "JPEG with restarts": encoded(restart_marker_rows=2),
+    "PNG": encoded(suffix="png"),
+    "PNG palette": encoded("P", "png"),
+    "PNG black and white": encoded("1", "png"),  # not dithered: bicubic filters differ by 2/255 on nothing but edges
+    "PNG grey": encoded("L", "png"),
+    "PNG RGBA": transparent("RGB"),
+    "PNG LA": transparent("L"),
+    "PNG 16 bit": deep(3, 2),
+    "PNG 16 bit grey": deep(1, 0),
+    "PNG 16 bit RGBA": deep(4, 6),
+    "WebP": encoded(suffix="webp"),
+    "WebP lossless": encoded(suffix="webp", lossless=True),
+    "WebP RGBA": transparent("RGB", "webp"),
+}
+CASES = [(kind, window) for kind in KINDS for window in WINDOWS]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """load(loader, interpolation) -> uint8 [case, 3, SIZE, SIZE], every kind in every window."""
+    folder = tmp_path_factory.mktemp("kinds")
+    with TarWriter(str(folder / "kinds.tar")) as writer:
+        for number, (suffix, content) in enumerate(KINDS.values()):
+            writer.write({"__key__": f"{number:03d}", suffix: content, "cls": 0})
+    kinds = scan(str(folder), ["kinds.tar"], ["any"])
+    assert (kinds.width == WIDTH).all()
+
+    def decode(loader, interpolation):
+        data = DataConfig(train="", val="", image_size=SIZE, val_resize=SIZE, interpolation=interpolation)
+        ids = np.repeat(np.arange(len(KINDS)), len(WINDOWS))
+        boxes = np.array(list(WINDOWS.values()) * len(KINDS), np.int32).T
+        request = Request(LaneBatch(ids, ids * 0, ids * 0), Windows(*boxes, np.zeros(len(ids), bool)), SIZE)
+        quarantine = Quarantine(folder / "quarantine.jsonl", "train", len(kinds), 0.0)
+        source = Source(kinds, LocalStore(kinds), quarantine)
+        with closing(open_loader(loader, data, 0, len(ids), source, torch.device("cpu"))) as opened:
+            (batch,) = opened.stream([request])
+        return batch.images
+
+    return decode
+
+
+@pytest.fixture(scope="module")
+def pixels(load):
+    """pixels[loader, interpolation][case]."""
+    return {
+        (loader, interpolation): dict(zip(CASES, load(loader, interpolation), strict=True))
+        for loader in ("torch", "dali")
+        for interpolation in ("bilinear", "bicubic")
+    }
+
+
+def by_torchvision(kind, window, interpolation):
+    """What torchvision makes of a kind of image, with black around it."""
+    image = decode_image(torch.frombuffer(bytearray(KINDS[kind][1]), dtype=torch.uint8), ImageReadMode.RGB)
+    image = torch.nn.functional.pad(to_dtype(image, torch.uint8, scale=True), [200] * 4)
+    top, left, height, width = WINDOWS[window]
+    part = image[:, 200 + top : 200 + top + height, 200 + left : 200 + left + width]
+    return resize(part, [SIZE, SIZE], InterpolationMode(interpolation), antialias=True)
+
+
+def distance(one, other):
+    """Mean absolute difference, in steps of 1/255."""
+    return (one.int() - other.int()).abs().float().mean().item()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loaders_agree_with_each_other_and_with_torchvision(pixels, kind, window, interpolation):
+    ours, dalis = (pixels[loader, interpolation][kind, window] for loader in ("torch", "dali"))
+    peers = by_torchvision(kind, window, interpolation)
+    assert distance(ours, dalis) <= 1
+    assert distance(ours, peers) <= 0.01
+    assert distance(dalis, peers) <= 1
+
+
+def test_an_animation_is_no_image():
+    with pytest.raises(ImageError, match="2 frames"):
+        measure(animated())
+    with pytest.raises(ImageError, match="2 frames"):
+        measure(animated(), decode=False)
+
+
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_pixels_are_the_same_each_time(pixels, load, loader):
+    again = dict(zip(CASES, load(loader, "bilinear"), strict=True))
+    assert all(torch.equal(again[case], pixels[loader, "bilinear"][case]) for case in CASES)
