@@ -13,6 +13,7 @@ from distrain.config import DataConfig
 from distrain.rng import Stream, uniform
 
 _BINS = 31  # magnitudes of TrivialAugment
+_SHIFTS = torch.linspace(0.0, 32.0, _BINS).int().tolist()  # torchvision cuts off digits: the middle one is 15, not 16
 _NEAREST = InterpolationMode.NEAREST
 
 # Mean directions of colour over ImageNet (Krizhevsky et al. 2012, section 4.1), RGB of 0..1: deviations and axes.
@@ -53,18 +54,22 @@ def trivial_augment_wide(image: torch.Tensor, which: float, magnitude: float, si
     return operation(image, int(magnitude * _BINS) / (_BINS - 1), 1.0 if sign < 0.5 else -1.0)
 
 
-def _affine(image: torch.Tensor, dx: float = 0.0, dy: float = 0.0, sx: float = 0.0, sy: float = 0.0) -> torch.Tensor:
+def _affine(image: torch.Tensor, dx: int = 0, dy: int = 0, sx: float = 0.0, sy: float = 0.0) -> torch.Tensor:
     shear = [math.degrees(math.atan(sx)), math.degrees(math.atan(sy))]
     corner = [0.0, 0.0] if sx or sy else None  # shears are about the corner
-    return F.affine(image, 0.0, [round(dx), round(dy)], 1.0, shear, interpolation=_NEAREST, center=corner)
+    return F.affine(image, 0.0, [dx, dy], 1.0, shear, interpolation=_NEAREST, center=corner)
+
+
+def _shift(magnitude: float, sign: float) -> int:
+    return int(sign) * _SHIFTS[round(magnitude * (_BINS - 1))]
 
 
 _TRIVIAL: tuple[Callable[[torch.Tensor, float, float], torch.Tensor], ...] = (
     lambda image, m, s: image,
     lambda image, m, s: _affine(image, sx=0.99 * m * s),
     lambda image, m, s: _affine(image, sy=0.99 * m * s),
-    lambda image, m, s: _affine(image, dx=32 * m * s),
-    lambda image, m, s: _affine(image, dy=32 * m * s),
+    lambda image, m, s: _affine(image, dx=_shift(m, s)),
+    lambda image, m, s: _affine(image, dy=_shift(m, s)),
     lambda image, m, s: F.rotate(image, 135 * m * s, interpolation=_NEAREST),
     lambda image, m, s: F.adjust_brightness(image, 1 + 0.99 * m * s),
     lambda image, m, s: F.adjust_saturation(image, 1 + 0.99 * m * s),
