@@ -1,8 +1,16 @@
 """Progressive resizing: a schedule over the sizes of training images."""
 
+from contextlib import closing
+from dataclasses import replace
+
 import pytest
+import torch
 
 from distrain import config
+from distrain.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
+from distrain.data import index
+from distrain.data.augment import size_at
+from distrain.data.feed import make_loader, make_plan, make_quarantine, train_requests, validation_requests
 from distrain.errors import UserError
 
 REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
@@ -30,3 +38,87 @@ def test_a_schedule_reads_back_as_it_is_printed(tmp_path):
     (tmp_path / "printed.yaml").write_text(config.to_yaml(loaded))
     assert config.load(tmp_path / "printed.yaml") == loaded
     assert loaded.data.size_schedule == [[0, 128], [30.5, 160], [60, 224]]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "size"), [(0, 128), (0.5, 128), (29.999, 128), (30, 160), (59.9, 160), (60, 224), (1000, 224)]
+)
+def test_the_size_is_that_of_the_last_row_that_has_begun(epoch, size):
+    data = DataConfig(train="", val="", size_schedule=[[0, 128], [30, 160], [60, 224]])
+    assert size_at(data, epoch) == size
+
+
+def test_without_a_schedule_all_images_have_the_same_size():
+    assert size_at(DataConfig(train="", val="", image_size=96, val_resize=96), 7.5) == 96
+
+
+@pytest.fixture
+def growing(dataset, tmp_path):
+    """A run whose images grow within its three epochs of ten steps and a bit: 203 images, 20 at a step."""
+    data = DataConfig(
+        train=f"{dataset}/train.parquet",
+        val=f"{dataset}/val.parquet",
+        image_size=12,
+        val_resize=12,
+        size_schedule=[[0, 6], [1, 8], [2.5, 12]],
+        auto_augment="ta_wide",
+    )
+    return Config(
+        run=RunConfig(name="run", dir=str(tmp_path)),
+        data=data,
+        model=ModelConfig(name="densenet121", num_classes=3),
+        batch=BatchConfig(lanes=2, per_lane=10),
+        train=TrainConfig(epochs=3),
+        schedule=ScheduleConfig(warmup_epochs=0),
+    )
+
+
+@pytest.fixture(params=["torch", "dali"])
+def load(request, growing):
+    """load(start) -> batches of the run from that step on; load(None) -> those of its validation."""
+    train_index = index.load(growing.data.train)
+
+    def batches(start):
+        if start is None:
+            wanted = validation_requests(growing, train_index, range(1))
+        else:
+            wanted = train_requests(growing, make_plan(growing, train_index), train_index, range(2), start)
+        quarantine = make_quarantine(growing, train_index, "train")
+        with closing(make_loader(growing, request.param, train_index, quarantine, torch.device("cpu"))) as loader:
+            return list(loader.stream(wanted))
+
+    return batches
+
+
+def test_images_have_the_size_of_the_epoch_in_which_their_step_starts(growing):
+    train_index = index.load(growing.data.train)
+    plan = make_plan(growing, train_index)
+    sizes = [request.size for request in train_requests(growing, plan, train_index, range(1))]
+    # Step 10 starts at sample 200 of epoch 0, step 26 at 2.56 epochs.
+    assert sizes == [6] * 11 + [8] * 15 + [12] * 4
+
+
+def test_what_replaces_a_sample_is_as_large(growing):
+    train_index = index.load(growing.data.train)
+    requests = train_requests(growing, make_plan(growing, train_index), train_index, range(1), start=10)
+    assert next(requests).spare(9).size == 6
+
+
+def test_batches_grow_with_the_schedule_and_validation_does_not(load):
+    shapes = [tuple(batch.images.shape) for batch in load(0)]
+    assert shapes == [(10, 3, size, size) for size in [6] * 22 + [8] * 30 + [12] * 8]
+    assert load(None)[0].images.shape[1:] == (3, 12, 12)
+
+
+def test_starting_in_the_middle_gives_the_tail_of_a_run_that_grows(load):
+    full, tail = load(0), load(9)
+    assert all(torch.equal(one.images, other.images) for one, other in zip(full[18:], tail, strict=True))
+
+
+def test_a_size_changes_what_is_made_of_a_window_and_not_the_window(growing):
+    train_index = index.load(growing.data.train)
+    plan = make_plan(growing, train_index)
+    constant = replace(growing, data=replace(growing.data, size_schedule=[]))
+    ours, plain = (next(train_requests(each, plan, train_index, range(1))) for each in (growing, constant))
+    assert (ours.size, plain.size) == (6, 12)
+    assert all((one == other).all() for one, other in zip(ours.windows, plain.windows, strict=True))
