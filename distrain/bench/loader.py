@@ -15,38 +15,47 @@ from torchvision.transforms.v2 import functional as F
 
 from distrain.bench.rounds import Rate, measure_in_turns
 from distrain.config import DataConfig
-from distrain.data.augment import Windows, draw_windows
-from distrain.data.index import Index
+from distrain.data.augment import draw_windows
+from distrain.data.index import Index, is_remote
 from distrain.data.loader import Loader, Request
 from distrain.data.loaders import LOADERS, open_loader
-from distrain.data.loaders.parts import decode
+from distrain.data.loaders.parts import cut, decode, resize
 from distrain.data.plan import LaneBatch
 from distrain.data.quarantine import Quarantine
 from distrain.data.remote import open_store
+from distrain.data.scan import IMAGE_SUFFIXES
 from distrain.data.source import Source
 from distrain.errors import UserError
 
 DECODE = "decode alone"
 WEBDATASET = "webdataset + DataLoader"
+DALI = "DALI's WebDataset reader"
+PARTS = ("read and checksum", "decode the window", "resize", "mirror and put into the batch")
+_SUFFIXES = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
 def bench_loaders(
     index: Index, data: DataConfig, images: int, batch: int, rounds: int, device: torch.device
 ) -> tuple[list[Rate], dict[str, float]]:
-    """Images per second of all contestants on the first `images` of the shards, and where the time goes:
-    microseconds of one thread per image in each part of our torch loader.
+    """Images per second of all contestants on the first `images` readable ones of the shards, and where the time
+    goes: microseconds of one thread per image in each part of our torch loader.
 
-    Raises UserError if the shards are not on this machine, which is where the peers can read them too.
+    DALI's reader takes part only if it can read every image, as it cannot pass over one. Raises UserError if the
+    shards are not on this machine, which is where the peers can read them too, or hold no readable image.
     """
-    if any("://" in index.location(shard) for shard in range(len(index.shards))):
+    if any(is_remote(index.location(shard)) for shard in range(len(index.shards))):
         raise UserError("bench loader compares with peers on local shards: download them and index them there")
-    ids = np.arange(images) % len(index)
+    readable = np.flatnonzero(index.width)
+    if not len(readable):
+        raise UserError(f"{data.train}: none of its {len(index):,} images could be read when they were indexed")
+    ids = readable[np.arange(images) % len(readable)]
     with ours(index, data, batch, device) as loaders:
         contestants: dict[str, Callable[[], int]] = {DECODE: decoding(index, data, ids)}
         for name, loader in loaders.items():
             contestants[f"distrain, {name}"] = loading(loader, index, data, ids, batch)
         contestants[WEBDATASET] = peer_webdataset(index, data, images, batch)
-        contestants["DALI's WebDataset reader"] = peer_dali(index, data, images, batch, device)
+        if len(readable) == len(index):
+            contestants[DALI] = peer_dali(index, data, images, batch, device)
         return measure_in_turns(contestants, rounds), profile(index, data, ids)
 
 
@@ -112,8 +121,8 @@ def peer_webdataset(index: Index, data: DataConfig, images: int, batch: int) -> 
     # Every worker reads all shards, again and again, until it has its part of a round: few shards need not divide.
     dataset = (
         webdataset.WebDataset(urls, resampled=True, shardshuffle=False)
-        .to_tuple("jpg;jpeg;png", "cls")
-        .map_tuple(transform, int)
+        .to_tuple(_SUFFIXES, handler=webdataset.ignore_and_continue)
+        .map_tuple(transform, handler=webdataset.ignore_and_continue)
         .batched(batch)
         .with_epoch(max(1, images // batch // data.threads))
     )
@@ -121,8 +130,8 @@ def peer_webdataset(index: Index, data: DataConfig, images: int, batch: int) -> 
 
     def work() -> int:
         seen = 0
-        for _, labels in loader:
-            seen += len(labels)
+        for (decoded,) in loader:
+            seen += len(decoded)
         return seen
 
     return work
@@ -136,9 +145,10 @@ def peer_dali(index: Index, data: DataConfig, images: int, batch: int, device: t
 
     @pipeline_def
     def graph() -> Any:
-        encoded, label = fn.readers.webdataset(  # type: ignore[misc]
+        encoded = fn.readers.webdataset(
             paths=[index.location(shard) for shard in range(len(index.shards))],
-            ext=["jpg;jpeg;png", "cls"],
+            ext=[_SUFFIXES],
+            case_sensitive_extensions=False,
             missing_component_behavior="error",
         )
         images = fn.decoders.image_random_crop(
@@ -148,42 +158,52 @@ def peer_dali(index: Index, data: DataConfig, images: int, batch: int, device: t
             random_aspect_ratio=data.crop_ratio,
         )
         images = fn.resize(images, size=[data.image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.flip(images, horizontal=fn.random.coin_flip(probability=data.flip)), label
+        return fn.flip(images, horizontal=fn.random.coin_flip(probability=data.flip))
 
-    pipeline = graph(batch_size=batch, num_threads=data.threads, device_id=device.index if gpu else None)
+    pipeline = graph(
+        batch_size=batch, num_threads=data.threads, device_id=device.index if gpu else None, prefetch_queue_depth=2
+    )
     pipeline.build()
 
+    def take() -> None:
+        pipeline.share_outputs()
+        pipeline.release_outputs()
+
+    pipeline.schedule_run()  # the first time it makes two batches, later one
+    take()
+    take()
+
     def work() -> int:
+        """One batch is always under way, and none when the others have their turn."""
         batches = -(-images // batch)
-        for _ in range(batches):
-            pipeline.run()
+        pipeline.schedule_run()
+        for _ in range(batches - 1):
+            pipeline.schedule_run()
+            take()
+        take()
         return batches * batch
 
     return work
 
 
 def profile(index: Index, data: DataConfig, ids: np.ndarray) -> dict[str, float]:
-    """Microseconds per image of one thread in reading, decoding, cutting and resizing."""
+    """Microseconds per image of one thread in the parts of our torch loader."""
     store = open_store(index, data)
-    encoded = timed(lambda sample: store.read(int(sample)), ids)
-    store.close()
-    images = timed(decode, encoded.results)
     samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
-    windows = draw_windows(data, 0, samples, index.width[ids], index.height[ids])
-    cut = timed(lambda place: _cut(images.results[place], windows, place), range(len(ids)))
-    resized = timed(lambda image: F.resize(image, [data.image_size] * 2, antialias=True), cut.results)
-    parts = {"read and checksum": encoded, "decode": images, "cut": cut, "resize": resized}
-    return {name: part.microseconds for name, part in parts.items()}
-
-
-class timed:  # noqa: N801, reads as a verb
-    """Results of a function over many arguments, and microseconds it took for each."""
-
-    def __init__(self, function: Callable[[Any], Any], arguments: Any) -> None:
-        began = time.perf_counter()
-        self.results = [function(argument) for argument in arguments]
-        self.microseconds = 1e6 * (time.perf_counter() - began) / len(self.results)
-
-
-def _cut(image: torch.Tensor, windows: Windows, place: int) -> torch.Tensor:
-    return F.crop(image, *(int(part[place]) for part in windows[:4]))
+    *windows, flips = draw_windows(data, 0, samples, index.width[ids], index.height[ids])
+    batch = torch.empty(32, 3, data.image_size, data.image_size, dtype=torch.uint8, memory_format=torch.channels_last)
+    times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    for place, sample in enumerate(ids.tolist()):
+        began = [time.perf_counter()]
+        encoded = store.read(sample)
+        began.append(time.perf_counter())
+        image = cut(encoded, int(index.height[sample]), int(index.width[sample]), *(int(w[place]) for w in windows))
+        began.append(time.perf_counter())
+        image = resize(image, data.image_size, data.interpolation)
+        began.append(time.perf_counter())
+        batch[place % len(batch)] = image.flip(-1)[0] if flips[place] else image[0]
+        began.append(time.perf_counter())
+        for part, seconds in zip(PARTS, np.diff(began).tolist(), strict=True):
+            times[part] += 1e6 * seconds / len(ids)
+    store.close()
+    return times

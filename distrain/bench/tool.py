@@ -11,11 +11,11 @@ from rich.table import Table
 
 from distrain.arguments import AnyOrder
 from distrain.bench import step_tool
-from distrain.bench.loader import DECODE, WEBDATASET, bench_loaders
+from distrain.bench.loader import DALI, DECODE, WEBDATASET, bench_loaders
 from distrain.bench.rounds import ratio
 from distrain.config import DataConfig
 from distrain.data import index
-from distrain.errors import EXIT_DONE
+from distrain.errors import EXIT_DONE, UserError
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _loader(args: argparse.Namespace) -> int:
+    for name in ("images", "rounds", "batch", "size", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1")
+    if args.json:
+        _check_writable(args.json)
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     data = DataConfig(
@@ -61,7 +66,16 @@ def _loader(args: argparse.Namespace) -> int:
     console.print(
         "microseconds of one thread per image: " + ", ".join(f"{name} {time:.0f}" for name, time in parts.items())
     )
+    if DALI not in {rate.name for rate in rates}:
+        console.print(f"without {DALI}: it cannot pass over images that cannot be read, which there are")
     if args.json:
         figures = {"rounds": {rate.name: rate.rounds for rate in rates}, "microseconds": parts}
         args.json.write_text(json.dumps(figures, indent=1))
     return EXIT_DONE
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error

@@ -1,7 +1,16 @@
 import json
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from webdataset import TarWriter
 
 from distrain.__main__ import main
+from distrain.bench.loader import PARTS
 from distrain.bench.rounds import Rate, measure_in_turns, ratio
+from distrain.data import index
+from distrain.data.scan import scan
 
 
 def test_contestants_take_turns_after_a_warm_up():
@@ -24,11 +33,16 @@ def test_a_ratio_is_taken_within_each_round():
     assert ratio(rates, "ours", "peer") == 2.0
 
 
+def bench(monkeypatch, index, *words):
+    """Run `bench loader` and return its exit code."""
+    few = ("--images", "24", "--batch", "6", "--rounds", "1", "--size", "8", "--threads", "1")
+    monkeypatch.setattr("sys.argv", ["distrain", "bench", "loader", str(index), *few, *words])
+    return main()
+
+
 def test_loaders_are_compared_with_their_peers(dataset, tmp_path, monkeypatch, capsys):
     figures = tmp_path / "figures.json"
-    words = ["bench", "loader", f"{dataset}/train.parquet", "--images", "24", "--batch", "6", "--rounds", "1"]
-    monkeypatch.setattr("sys.argv", ["distrain", *words, "--size", "8", "--threads", "1", "--json", str(figures)])
-    assert main() == 0
+    assert bench(monkeypatch, dataset / "train.parquet", "--json", str(figures)) == 0
     measured = json.loads(figures.read_text())
     assert list(measured["rounds"]) == [
         "decode alone",
@@ -38,5 +52,61 @@ def test_loaders_are_compared_with_their_peers(dataset, tmp_path, monkeypatch, c
         "DALI's WebDataset reader",
     ]
     assert all(rate > 0 for (rate,) in measured["rounds"].values())
-    assert list(measured["microseconds"]) == ["read and checksum", "decode", "cut", "resize"]
+    assert list(measured["microseconds"]) == list(PARTS)
     assert "of decode alone" in " ".join(capsys.readouterr().out.split())
+
+
+def test_shards_with_unreadable_images_are_measured_without_the_peer_that_cannot_pass_over_them(
+    tmp_path, monkeypatch, capsys
+):
+    write_shard(tmp_path, [picture(number) for number in range(12)] + [b"no image"])
+    figures = tmp_path / "figures.json"
+    assert bench(monkeypatch, tmp_path / "train.parquet", "--json", str(figures)) == 0
+    assert len(json.loads(figures.read_text())["rounds"]) == 4
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "without DALI's WebDataset reader: it cannot pass over images that cannot be read" in printed
+
+
+def test_every_peer_reads_shards_of_other_formats(tmp_path, monkeypatch):
+    write_shard(tmp_path, [picture(number) for number in range(12)])
+    figures = tmp_path / "figures.json"
+    assert bench(monkeypatch, tmp_path / "train.parquet", "--json", str(figures)) == 0
+    assert len(json.loads(figures.read_text())["rounds"]) == 5
+
+
+def test_shards_without_a_readable_image_are_refused(tmp_path, monkeypatch, capsys):
+    write_shard(tmp_path, [b"no image"] * 3)
+    assert bench(monkeypatch, tmp_path / "train.parquet") == 78
+    assert capsys.readouterr().err.endswith(
+        "train.parquet: none of its 3 images could be read when they were indexed\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["--images", "--batch", "--rounds", "--size", "--threads"])
+def test_numbers_below_one_are_refused_in_one_line(dataset, monkeypatch, capsys, name):
+    assert bench(monkeypatch, dataset / "train.parquet", name, "0") == 78
+    assert capsys.readouterr().err == f"distrain: {name} must be at least 1\n"
+
+
+def test_figures_that_cannot_be_written_are_refused_before_anything_is_measured(dataset, monkeypatch, capsys):
+    monkeypatch.setattr("distrain.bench.tool.bench_loaders", None)
+    assert bench(monkeypatch, dataset / "train.parquet", "--json", f"{dataset}/no/figures.json") == 78
+    assert (
+        capsys.readouterr().err
+        == f"distrain: --json {dataset}/no/figures.json: cannot be written: No such file or directory\n"
+    )
+
+
+def picture(number):
+    out = BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (10, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "WEBP")
+    return out.getvalue()
+
+
+def write_shard(folder, images):
+    """Images as .webp, with labels in .json."""
+    with TarWriter(str(folder / "train.tar")) as writer:
+        for number, image in enumerate(images):
+            writer.write({"__key__": f"{number:03d}", "webp": image, "json": {"label": 0}})
+    index.save(scan(str(folder), ["train.tar"], ["any"]), folder / "train.parquet")

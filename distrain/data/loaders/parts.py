@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import to_dtype
 
@@ -25,6 +26,31 @@ def decode(encoded: bytes) -> torch.Tensor:
     except (RuntimeError, ValueError) as error:
         raise DataError(f"cannot be decoded: {' '.join(str(error).split())[:100]}") from error
     return to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
+
+
+def cut(
+    encoded: bytes, image_height: int, image_width: int, top: int, left: int, height: int, width: int
+) -> torch.Tensor:
+    """A window of an encoded image of the given size, uint8 [1, 3, height, width] in channels_last memory, black where
+    it lies outside of the image. Raises DataError if it is no image."""
+    first_row, last_row = max(top, 0), min(top + height, image_height)
+    first_column, last_column = max(left, 0), min(left + width, image_width)
+    rows, columns = max(last_row - first_row, 0), max(last_column - first_column, 0)
+    part = decode_part(encoded, first_row, first_column, rows, columns)
+    if (rows, columns) == (height, width):
+        # Resizing takes twice as long if the memory format of a single image cannot be told from its strides.
+        return part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    window = torch.zeros(1, 3, height, width, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    row, column = first_row - top, first_column - left
+    window[0, :, row : row + rows, column : column + columns] = part
+    return window
+
+
+def resize(image: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
+    """uint8 [1, 3, h, w] as [1, 3, size, size], as torchvision resizes it with antialiasing."""
+    if image.shape[2:] == (size, size):
+        return image
+    return interpolate(image, (size, size), mode=interpolation, antialias=True)
 
 
 def decode_part(encoded: bytes, top: int, left: int, height: int, width: int) -> torch.Tensor:

@@ -1,16 +1,15 @@
-"""Decodes with torchvision on a pool of threads: its decoders release the GIL, so threads do as well as
-processes and nothing has to be copied between them."""
+"""Decodes and resizes on a pool of threads: decoders and PyTorch release the GIL, so threads do as well as processes
+and nothing has to be copied between them."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch.nn.functional import interpolate
 
 from distrain.config import DataConfig
 from distrain.data.loader import Batch, Request
-from distrain.data.loaders.parts import decode_part
+from distrain.data.loaders.parts import cut, resize
 from distrain.data.pixels import change_pixels, changes_pixels
 from distrain.data.source import Found, Source
 
@@ -81,33 +80,13 @@ class TorchLoader:
         *window, flip = (int(part[place]) for part in request.windows)
         index, sample = self._source.index, int(request.samples.ids[place])
         image = cut(encoded, int(index.height[sample]), int(index.width[sample]), *window)
-        size = request.size, request.size
-        if image.shape[2:] != size:
-            image = interpolate(image, size, mode=self._data.interpolation, antialias=True)
+        image = resize(image, request.size, self._data.interpolation)
         if flip:
             image = image.flip(-1)
         if request.augmented and self._changes_pixels:
             keys = tuple(int(key[place]) for key in request.samples)
             return change_pixels(image[0], self._data, self._seed, keys)  # type: ignore[arg-type]
         return image[0]
-
-
-def cut(
-    encoded: bytes, image_height: int, image_width: int, top: int, left: int, height: int, width: int
-) -> torch.Tensor:
-    """A window of an encoded image of the given size, uint8 [1, 3, height, width] in channels_last memory, black where
-    it lies outside of the image. Raises DataError if it is no image."""
-    first_row, last_row = max(top, 0), min(top + height, image_height)
-    first_column, last_column = max(left, 0), min(left + width, image_width)
-    rows, columns = max(last_row - first_row, 0), max(last_column - first_column, 0)
-    part = decode_part(encoded, first_row, first_column, rows, columns)
-    if (rows, columns) == (height, width):
-        # Resizing takes twice as long if the memory format of a single image cannot be told from its strides.
-        return part.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    window = torch.zeros(1, 3, height, width, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    row, column = first_row - top, first_column - left
-    window[0, :, row : row + rows, column : column + columns] = part
-    return window
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
