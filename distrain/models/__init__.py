@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from distrain.errors import UserError, nearest
+from distrain.models.complexity import check_resolution
 from distrain.models.densenet import DenseNet, DenseNetConfig, configure_cifar
 from distrain.models.options import check, create
 from distrain.models.published import PUBLISHED, Published
@@ -30,6 +31,7 @@ __all__ = [
     "RegNetConfig",
     "StageConfig",
     "build",
+    "check_resolution",
     "configure",
     "load_weights",
     "save_weights",
@@ -50,8 +52,8 @@ def build(name: str, /, num_classes: int = 1000, **options: Any) -> nn.Module:
     `options` change fields of its configuration: DenseNetConfig, RegNetConfig or AnyNetConfig.
     Raises UserError for an unknown name or option and for values that make no network.
     """
-    if num_classes < 1:
-        raise UserError(f"num_classes={num_classes} must be at least 1")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"num_classes={num_classes!r} must be a whole number of at least 1")
     config = configure(name, **options)
     if isinstance(config, DenseNetConfig):
         return DenseNet(config, num_classes)

@@ -3,6 +3,8 @@
 Every module of a network has, beside `forward`, a method `count` that walks its layers in the same order.
 """
 
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Protocol, cast
@@ -79,6 +81,10 @@ class Tally:
         self.layers.append(Layer(module, cost, width, size))
 
 
+class _VanishedError(Exception):
+    """Nothing is left of a map."""
+
+
 class Countable(Protocol):
     """A module that can say what it costs."""
 
@@ -90,14 +96,34 @@ class Countable(Protocol):
 def count_complexity(network: nn.Module, resolution: int) -> dict[str, Layer]:
     """The layers of a network of `distrain.models` by name, in the order they run, for one image of
     `resolution` x `resolution` pixels. Raises UserError where nothing would be left of so small an image."""
-    tally = Tally()
-    tally.all([network], resolution)
+    check_resolution(network, resolution)
     names = {module: name for name, module in network.named_modules()}
-    return {names[layer.module]: layer for layer in tally.layers}
+    return {names[layer.module]: layer for layer in _count(network, resolution)}
+
+
+def check_resolution(network: nn.Module, resolution: int) -> None:
+    """Refuse images of `resolution` x `resolution` pixels of which the network would leave nothing: UserError."""
+    if _leaves_something(network, resolution):
+        return
+    least = bisect_left(range(sys.maxsize), True, key=lambda size: _leaves_something(network, size))
+    raise UserError(f"the image is too small for this network: {resolution} pixels, and it needs at least {least}")
 
 
 def total(layers: Iterable[Layer]) -> Cost:
     return sum((layer.cost for layer in layers), Cost())
+
+
+def _count(network: nn.Module, resolution: int) -> list[Layer]:
+    tally = Tally()
+    tally.all([network], resolution)
+    return tally.layers
+
+
+def _leaves_something(network: nn.Module, resolution: int) -> bool:
+    try:
+        return bool(_count(network, resolution))
+    except _VanishedError:
+        return False
 
 
 def _pooled_size(pool: nn.MaxPool2d | nn.AvgPool2d, size: int) -> int:
@@ -108,5 +134,5 @@ def _pooled_size(pool: nn.MaxPool2d | nn.AvgPool2d, size: int) -> int:
 def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     output = (size + 2 * padding - kernel) // stride + 1
     if output < 1:
-        raise UserError(f"the image is too small for this network: a map of {size} pixels shrinks to nothing")
+        raise _VanishedError
     return output

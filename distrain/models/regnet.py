@@ -18,7 +18,7 @@ from distrain.models.complexity import Tally
 from distrain.models.layers import conv, pool_globally
 from distrain.models.options import check_choice, check_probability
 from distrain.models.recomputation import Block
-from distrain.models.regnet_widths import WidthRule, adjust_width, quantize_widths
+from distrain.models.regnet_widths import WIDEST, WidthRule, adjust_width, quantize_widths
 
 StemKind = Literal["imagenet", "resnet", "cifar"]
 
@@ -48,6 +48,11 @@ class StageConfig:
             raise UserError(
                 f"a stage needs bottleneck_ratio above 0 and se_ratio of at least 0, "
                 f"not {self.bottleneck_ratio:g} and {self.se_ratio:g}"
+            )
+        if self.width > WIDEST * min(1, self.bottleneck_ratio):
+            raise UserError(
+                f"width={self.width} of a stage with bottleneck_ratio={self.bottleneck_ratio:g} is too much: "
+                f"no convolution may be wider than {WIDEST}"
             )
         if self.inner_width % self.group_width:
             raise UserError(
@@ -136,7 +141,13 @@ class RegNetConfig(FrameConfig):
                 f"group_width={self.group_width} must be at least 1 and "
                 f"bottleneck_ratio={self.bottleneck_ratio:g} above 0"
             )
+        if self.w0 + self.wa * (self.depth - 1) > WIDEST * min(1, self.bottleneck_ratio):
+            raise UserError(
+                f"w0={self.w0}, wa={self.wa:g} and bottleneck_ratio={self.bottleneck_ratio:g} are too much for "
+                f"depth={self.depth}: no convolution may be wider than {WIDEST}"
+            )
         check_choice("width_rule", self.width_rule, WidthRule)
+        self.stages()  # finds the mistakes that only the stages show
 
     def stages(self) -> tuple[StageConfig, ...]:
         """Runs of equal quantised widths, each made divisible by its groups."""

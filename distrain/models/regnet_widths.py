@@ -13,6 +13,9 @@ WidthRule = Literal["pycls", "torchvision"]
 
 QUANTUM = 8
 
+WIDEST = 65536
+"""Maps, some ten times what is published. Far beyond, memory and whole numbers overflow before anybody is told."""
+
 
 def line_widths(depth: int, w0: int, wa: float) -> NDArray[np.float64]:
     """u_j = w0 + wa j, the width of block j before quantisation (equation 2). [depth]"""

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from distrain.errors import UserError
-from distrain.models import DenseNetConfig, StageConfig, build, configure
-from distrain.models.complexity import count_complexity
+from distrain.models import DenseNetConfig, StageConfig, build, check_resolution, configure
 from distrain.models.regnet import drop_images, drop_path_rates
 
 STAGES = [{"depth": 1, "width": 16, "group_width": 8}, {"depth": 2, "width": 32, "group_width": 8}]
@@ -41,6 +40,14 @@ MISTAKES = [
     pytest.param("regnety_400mf", {"w0": 20}, "w0 a positive multiple of 8", id="w0"),
     pytest.param("regnety_400mf", {"group_width": 0}, "group_width=0 must be at least 1", id="no group"),
     pytest.param("regnety_400mf", {"strides": [2, 2]}, "must be 4 numbers, one for each stage", id="strides"),
+    pytest.param("regnety_400mf", {"strides": [2, 2, 2, 0]}, "stride=0 of a stage", id="stride"),
+    pytest.param("regnety_400mf", {"se_ratio": -1.0}, "se_ratio of at least 0, not 1 and -1", id="se ratio"),
+    pytest.param("regnety_400mf", {"wa": 1e300}, "wa=1e+300 and bottleneck_ratio=1 are too much", id="wide blocks"),
+    pytest.param("regnety_400mf", {"w0": 8 * 10**18}, "no convolution may be wider than 65536", id="wide start"),
+    pytest.param("regnety_400mf", {"bottleneck_ratio": 1e-320}, "are too much for depth=16", id="wide bottleneck"),
+    pytest.param(
+        "anynet", {"stages": [{"depth": 1, "width": 10**9}]}, "width=1000000000 of a stage with", id="wide stage"
+    ),
     pytest.param("regnety_400mf", {"drop_path": -0.1}, "drop_path=-0.1 is a probability", id="drop path"),
     pytest.param("regnety_400mf", {"stem_width": 0}, "stem_width=0 must be at least 1", id="stem width"),
     pytest.param("anynet", {"stages": []}, "needs at least one", id="no stage"),
@@ -53,21 +60,30 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("name", "options", "answer"), MISTAKES)
-def test_a_mistake_is_answered_in_one_line_with_the_cure(name, options, answer):
+def test_a_mistake_is_answered_in_one_line_with_the_cure_before_anything_is_built(name, options, answer):
     with pytest.raises(UserError) as error:
-        build(name, **options)
+        configure(name, **options)
     assert answer in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_network_needs_classes():
-    with pytest.raises(UserError, match="num_classes=0 must be at least 1"):
-        build("densenet121", num_classes=0)
+@pytest.mark.parametrize("num_classes", [0, -1, 10.5, "10", None])
+def test_a_network_needs_a_whole_number_of_classes(num_classes):
+    with pytest.raises(UserError, match=f"num_classes={num_classes!r} must be a whole number of at least 1"):
+        build("densenet121", num_classes=num_classes)
 
 
-def test_an_image_too_small_for_a_network_is_refused():
-    with torch.device("meta"), pytest.raises(UserError, match="the image is too small"):
-        count_complexity(build("densenet121"), 8)
+@pytest.mark.parametrize(
+    ("name", "resolution", "least"), [("densenet121", 8, 29), ("densenet_bc_22_12", 3, 4), ("regnety_400mf", 0, 1)]
+)
+def test_an_image_too_small_for_a_network_is_refused_with_the_smallest_that_is_not(name, resolution, least):
+    network = build(name, 10).eval()
+    with pytest.raises(
+        UserError, match=f"too small for this network: {resolution} pixels, and it needs at least {least}"
+    ):
+        check_resolution(network, resolution)
+    check_resolution(network, least)
+    assert network(torch.zeros(1, 3, least, least)).isfinite().all()
 
 
 def test_options_may_be_the_lists_and_mappings_of_yaml_or_the_dataclasses():
