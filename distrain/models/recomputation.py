@@ -1,7 +1,7 @@
 """Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,27 +53,36 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def _contexts(self) -> Contexts:
-        if self.recomputation == "block":
-            return nullcontext(), self._statistics_aside()
-        first, second = _keep_convolutions()
-        return first, _both(self._statistics_aside(), second)
+        first, second = _keep_convolutions() if self.recomputation == "selective" else (nullcontext(), nullcontext())
+        return first, _StatisticsAside(self, second)
 
-    @contextmanager
-    def _statistics_aside(self) -> Iterator[None]:
-        """Let BatchNorm write its statistics to tensors that nobody reads.
 
-        It cannot be told to write none, because autograd saves these tensors too, and checks that both
-        computations save alike.
-        """
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
-        for norm, name, buffer in kept:
+class _StatisticsAside(AbstractContextManager[None]):
+    """Lets BatchNorm write its statistics to tensors that nobody reads, inside another context.
+
+    BatchNorm cannot be told to write none, because autograd saves these tensors too, and checks that both
+    computations save alike. A class, because a generator could be entered only once: with retain_graph=True each
+    backward pass computes the block again.
+    """
+
+    def __init__(self, block: Block, inside: AbstractContextManager[Any]) -> None:
+        self.norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.inside = inside
+        self.kept: list[tuple[nn.Module, str, torch.Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.kept = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers(recurse=False)]
+        for norm, name, buffer in self.kept:
             setattr(norm, name, torch.empty_like(buffer))
+        self.inside.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
         try:
-            yield
+            return self.inside.__exit__(*error)
         finally:
-            for norm, name, buffer in kept:
+            for norm, name, buffer in self.kept:
                 setattr(norm, name, buffer)
+            self.kept = []
 
 
 def _keep_convolutions() -> Contexts:
@@ -83,9 +92,3 @@ def _keep_convolutions() -> Contexts:
 def _choose(_: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
     is_convolution = operation == torch.ops.aten.convolution.default
     return CheckpointPolicy.MUST_SAVE if is_convolution else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@contextmanager
-def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
-        yield

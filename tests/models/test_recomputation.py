@@ -138,6 +138,32 @@ def test_recomputing_selectively_runs_norms_again_but_no_convolution(name, layou
     assert step.counts[torch.ops.aten.native_batch_norm.default] == len(norms) + len(norms_in_blocks)
 
 
+def go_back_twice(network: nn.Module, images: torch.Tensor) -> Step:
+    torch.manual_seed(7)
+    loss = network(images).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return Step(loss, {name: p.grad for name, p in network.named_parameters()}, dict(network.named_buffers()))
+
+
+def test_a_graph_can_be_gone_through_twice_where_blocks_are_computed_again(network, images):
+    changed = copy.deepcopy(network)
+    set_recomputation(changed, "block")
+    before = [id(buffer) for buffer in changed.buffers()]
+    expected, step = go_back_twice(network, images), go_back_twice(changed, images)
+    assert all(torch.equal(a, b) for a, b in zip(step.tensors(), expected.tensors(), strict=True))
+    assert [id(buffer) for buffer in changed.buffers()] == before
+
+
+def test_going_back_twice_through_selective_blocks_is_refused_by_torch_and_leaves_the_network_usable(network, images):
+    changed = copy.deepcopy(network)
+    set_recomputation(changed, "selective")
+    before = [id(buffer) for buffer in changed.buffers()]
+    with pytest.raises(RuntimeError, match="backward an extra time"):
+        go_back_twice(changed, images)
+    assert [id(buffer) for buffer in changed.buffers()] == before
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_it_can_be_taken_back(network, images, mode):
     expected = take_step(copy.deepcopy(network), images)
