@@ -4,21 +4,19 @@ pycls trains on images whose channels are blue, green, red; ours are red, green,
 input channels of the stem are reversed on the way.
 """
 
-import re
-import urllib.error
-import urllib.parse
 from collections.abc import Iterable, Mapping
+from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from torch import nn
 
 from distrain.errors import UserError, nearest
 from distrain.models.densenet import DenseNet
-from distrain.models.regnet import AnyNet
-
-Tensors = dict[str, torch.Tensor]
+from distrain.models.published import PUBLISHED
+from distrain.models.regnet import AnyNet, RegNetConfig
+from distrain.models.regnet_widths import WidthRule
+from distrain.models.weight_files import Tensors, read_weights, write_weights
 
 OURS = "distrain"
 
@@ -109,18 +107,16 @@ _NAMINGS: dict[type[nn.Module], dict[str, dict[str, str]]] = {
     AnyNet: {"torchvision": _REGNET_TORCHVISION, "timm": _REGNET_TIMM, "pycls": _REGNET_PYCLS},
 }
 
-_WRAPPERS = ("model_state", "state_dict", "model")  # of pycls, timm, torchvision's training script
-
 
 def load_weights(network: nn.Module, source: str | Path) -> str:
     """Fill `network` from a file (.safetensors, or anything of torch.save) or a URL; whose names it holds is seen
     from the names.
 
     A classifier for another number of classes is left as it is, freshly made. Returns a line that says what was
-    loaded and what is new. Raises UserError for a source that cannot be read and for missing, unexpected or
-    misshapen tensors, before anything is changed.
+    loaded, what is new and which averages of the weights were left in the file. Raises UserError for a source that
+    cannot be read and for missing, unexpected or misshapen tensors, before anything is changed.
     """
-    tensors = _read(source)
+    tensors, averages = read_weights(source)
     naming, names = _recognise(network, tensors, source)
     own = network.state_dict()
     found = {name: tensors[foreign] for name, foreign in names.items() if foreign in tensors}
@@ -142,26 +138,24 @@ def load_weights(network: nn.Module, source: str | Path) -> str:
     if any(faults):
         raise UserError(
             f"{source}: these are not weights of this network: the file ({naming} names) "
-            f"{', '.join(fault for fault in faults if fault)}"
+            f"{', '.join(fault for fault in faults if fault)}{_suggest_width_rule(network, found)}"
         )
     network.load_state_dict({**own, **found})
-    return f"{source}: loaded {len(found)} tensors ({naming} names); new: {', '.join(new) or 'nothing'}"
+    report = f"{source}: loaded {len(found)} tensors ({naming} names); new: {', '.join(new) or 'nothing'}"
+    return report + (f"; not taken: {', '.join(averages)}" if averages else "")
 
 
 def save_weights(network: nn.Module, path: str | Path, naming: str = OURS) -> None:
     """Write the weights to a .safetensors file, or another of torch.save, under the names of distrain, torchvision,
-    timm or pycls. Raises UserError for a naming that has no place for this network."""
+    timm or pycls. Raises UserError for a naming that has no place for this network, or a file that cannot be
+    written."""
     names = translate_names(network, naming)
     tensors = {names[name]: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     if naming == "pycls":
         stem = names["stem.conv.weight"]
         tensors[stem] = tensors[stem].flip(1)
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import save_file
-
-        save_file(tensors, path)
-    else:
-        torch.save({"model_state": tensors} if naming == "pycls" else tensors, path)
+    as_pycls = naming == "pycls" and Path(path).suffix != ".safetensors"
+    write_weights({"model_state": tensors} if as_pycls else tensors, Path(path))
 
 
 def translate_names(network: nn.Module, naming: str) -> dict[str, str]:
@@ -213,63 +207,25 @@ def _differing_head(own: Tensors, found: Tensors) -> str:
     return "" if classes == ours else f"head (the file has {classes} classes, the network {ours})"
 
 
+def _suggest_width_rule(network: nn.Module, found: Tensors) -> str:
+    """Where a published RegNet has the widths of the file under the other width rule: how to build that one."""
+    if not isinstance(network, AnyNet):
+        return ""
+    ours = [stage.width for stage in network.config.stages]
+    norms = [found.get(f"stages.{number}.0.norm3.weight") for number in range(len(ours))]
+    theirs = [0 if norm is None else norm.numel() for norm in norms]
+    regnets = [entry.config for entry in PUBLISHED.values() if entry.family == "regnet"]
+    for config, (own, other) in product(regnets, permutations(get_args(WidthRule))):
+        if ours != theirs and ours == _stage_widths(config, own) and theirs == _stage_widths(config, other):
+            return f"; it is made with width_rule={other}: build the network with that option"
+    return ""
+
+
+def _stage_widths(config: Mapping[str, Any], rule: WidthRule) -> list[int]:
+    return [stage.width for stage in RegNetConfig(**config, width_rule=rule).stages()]
+
+
 def _describe(verb: str, names: Iterable[str]) -> str:
     names = sorted(names)
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{verb} {names[0]}{rest}" if names else ""
-
-
-def _read(source: str | Path) -> Tensors:
-    """Tensors by name, whatever they are wrapped in."""
-    path = _download(str(source)) if str(source).startswith(("http://", "https://")) else Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file of weights")
-    try:
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except Exception as error:  # a damaged file makes torch.load raise whatever its bytes lead to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source}: cannot be read as weights: {reason}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: holds a {type(content).__name__}, not tensors by name")
-    tensors = {_modernise(str(name)): v for name, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{source}: holds no tensors")
-    return tensors
-
-
-def _modernise(name: str) -> str:
-    """Drop the prefixes of wrappers (DistributedDataParallel, torch.compile), and write norm1 where old torchvision
-    DenseNets say norm.1."""
-    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
-
-
-def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read_safetensors(path: Path) -> Tensors:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
-
-
-def _download(url: str) -> Path:
-    """The file in torch's cache, fetched if it is not there; a checksum in its name is verified, as torch.hub does."""
-    name = Path(urllib.parse.urlparse(url).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        checksum = re.search(r"-([0-9a-f]{8,})\.", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), checksum[1] if checksum else None, progress=False)
-        except (urllib.error.URLError, RuntimeError, OSError) as error:
-            raise UserError(f"{url}: cannot be fetched: {error}") from error
-    return path

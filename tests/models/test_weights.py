@@ -1,5 +1,7 @@
 """Weights of other libraries come in and go out under their names."""
 
+import argparse
+import hashlib
 import http.server
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.models import build, load_weights, save_weights
+from distrain.models.weights import translate_names
 
 PYCLS_FIRST_BLOCK = {
     *("s1.b1.proj", "s1.b1.bn", "s1.b1.f.a", "s1.b1.f.a_bn", "s1.b1.f.b", "s1.b1.f.b_bn"),
@@ -39,15 +42,27 @@ def fresh() -> nn.Module:
     return build("regnety_200mf", 10)
 
 
+class Website(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder. Of files whose name says so it sends half of what it announces."""
+
+    def copyfile(self, source, outputfile):
+        content = source.read()
+        outputfile.write(content[: len(content) // 2] if "cut" in self.path else content)
+
+
 @pytest.fixture
 def website(tmp_path, monkeypatch) -> Iterator[str]:
-    """Serves tmp_path; what is downloaded from it is not kept."""
+    """Serves tmp_path; what is downloaded from it goes to tmp_path/cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler = partial(Website, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+def list_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def differing(network: nn.Module, other: nn.Module) -> set[str]:
@@ -117,8 +132,59 @@ def test_old_torchvision_densenets_are_understood(tmp_path):
 def test_training_states_of_other_libraries_are_unwrapped(wrapper, prefix, regnet, fresh, tmp_path):
     tensors = {prefix + name: tensor for name, tensor in regnet.state_dict().items()}
     torch.save({wrapper: tensors, "epoch": 90}, tmp_path / "last.pth")
-    load_weights(fresh, tmp_path / "last.pth")
+    assert load_weights(fresh, tmp_path / "last.pth").endswith("new: nothing")
     assert differing(fresh, regnet) == set()
+
+
+@pytest.mark.parametrize(
+    ("library", "wrapper", "average"),
+    [
+        ("torchvision", "model", "model_ema"),
+        ("timm", "state_dict", "state_dict_ema"),
+        ("pycls", "model_state", "ema_state"),
+    ],
+)
+def test_a_whole_training_state_is_read_and_averages_that_are_not_taken_are_named(
+    library, wrapper, average, regnet, fresh, tmp_path
+):
+    """As the library's training script writes it: with optimizer, schedule and command line."""
+    names = translate_names(regnet, library)
+    tensors = {names[name]: tensor for name, tensor in regnet.state_dict().items()}
+    optimizer = torch.optim.SGD(regnet.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60])
+    state = {
+        **{wrapper: tensors, average: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}},
+        **{"optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict(), "epoch": 90},
+        "args": argparse.Namespace(lr=0.1, mixup=None, device="cuda", workers=[1, 2]),
+    }
+    torch.save(state, tmp_path / "checkpoint.pth")
+    line = load_weights(fresh, tmp_path / "checkpoint.pth")
+    assert line.endswith(f"({library} names); new: nothing; not taken: {average}")
+    assert torch.equal(fresh.stages[2][1].conv2.weight, regnet.stages[2][1].conv2.weight)
+
+
+def test_a_file_of_more_than_tensors_and_plain_values_is_refused_in_a_plain_line(regnet, fresh, tmp_path):
+    torch.save(regnet, tmp_path / "network.pth")
+    with pytest.raises(UserError) as error:
+        load_weights(fresh, tmp_path / "network.pth")
+    assert str(error.value) == (
+        f"{tmp_path}/network.pth: cannot be read as weights: it holds a distrain.models.regnet.AnyNet, "
+        "and only tensors and plain values are read: save the state_dict alone"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "built"),
+    [
+        ("regnetx_400mf", "torchvision", "pycls"),
+        ("regnety_800mf", "torchvision", "pycls"),
+        ("regnety_800mf", "pycls", "torchvision"),
+    ],
+)
+def test_weights_of_the_other_width_rule_are_refused_with_its_name(name, saved, built, tmp_path):
+    save_weights(build(name, 10, width_rule=saved), tmp_path / "weights.pth", "torchvision")
+    with pytest.raises(UserError, match=f"it is made with width_rule={saved}: build the network with that option"):
+        load_weights(build(name, 10, width_rule=built), tmp_path / "weights.pth")
 
 
 def test_a_head_for_other_classes_is_new(regnet, tmp_path):
@@ -137,13 +203,75 @@ def test_a_file_without_a_head_leaves_it_new(regnet, fresh, tmp_path):
     assert differing(fresh, regnet) == {"head.weight"}  # biases start at zero
 
 
-def test_weights_come_from_a_url_and_their_checksum_is_verified(regnet, fresh, website, tmp_path):
+def test_weights_come_from_a_url_once(regnet, fresh, website, tmp_path):
     save_weights(regnet, tmp_path / "net.safetensors")
+    load_weights(build("regnety_200mf", 10), f"{website}/net.safetensors")
+    (tmp_path / "net.safetensors").unlink()
     load_weights(fresh, f"{website}/net.safetensors")
     assert differing(fresh, regnet) == set()
-    save_weights(regnet, tmp_path / "net-0123abcd.pth")
-    with pytest.raises(UserError, match=r"net-0123abcd.pth: cannot be fetched: invalid hash"):
+
+
+def test_urls_that_end_in_the_same_name_are_told_apart(regnet, fresh, website, tmp_path):
+    for folder, network in {"old": fresh, "new": regnet}.items():
+        (tmp_path / folder).mkdir()
+        save_weights(network, tmp_path / folder / "best.pth")
+    load_weights(fresh, f"{website}/old/best.pth")
+    load_weights(fresh, f"{website}/new/best.pth")
+    assert differing(fresh, regnet) == set()
+
+
+def test_a_checksum_in_the_name_is_verified(regnet, fresh, website, tmp_path):
+    save_weights(regnet, tmp_path / "net.pth")
+    checksum = hashlib.sha256((tmp_path / "net.pth").read_bytes()).hexdigest()[:8]
+    (tmp_path / "net.pth").rename(tmp_path / f"net-{checksum}.pth")
+    load_weights(fresh, f"{website}/net-{checksum}.pth")
+    assert differing(fresh, regnet) == set()
+    (tmp_path / f"net-{checksum}.pth").rename(tmp_path / "net-0123abcd.pth")
+    answer = f"net-0123abcd.pth: cannot be fetched: its SHA-256 begins with {checksum}, not 0123abcd"
+    with pytest.raises(UserError, match=answer):
         load_weights(fresh, f"{website}/net-0123abcd.pth")
+
+
+def test_a_download_that_breaks_off_is_not_kept(regnet, fresh, website, tmp_path):
+    save_weights(regnet, tmp_path / "cut.pth")
+    size = (tmp_path / "cut.pth").stat().st_size
+    with pytest.raises(UserError) as error:
+        load_weights(fresh, f"{website}/cut.pth")
+    assert str(error.value) == (
+        f"{website}/cut.pth: cannot be fetched: only {size // 2:,} of {size:,} bytes came "
+        "(try again, or download it by hand and give its path)"
+    )
+    assert list_files(tmp_path / "cache") == []
+
+
+def test_a_download_that_is_no_file_of_weights_is_not_kept(regnet, fresh, website, tmp_path):
+    (tmp_path / "net.pth").write_text("<html>log in first</html>")
+    with pytest.raises(UserError, match=r"/net.pth: cannot be read .* \(the download is removed: check the URL"):
+        load_weights(fresh, f"{website}/net.pth")
+    assert list_files(tmp_path / "cache") == []
+    save_weights(regnet, tmp_path / "net.pth")
+    load_weights(fresh, f"{website}/net.pth")
+    assert differing(fresh, regnet) == set()
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("{website}/missing.pth", "HTTP Error 404: File not found"),
+        ("{website}/a b.pth", "URL can't contain control characters"),
+        ("http://127.0.0.1:one/net.pth", "nonnumeric port: 'one'"),
+        ("http://[::1/net.pth", "Invalid IPv6 URL"),
+        ("http://127.0.0.1:1/net.pth", "Connection refused"),
+        ("http://", "no host given"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_answered_in_one_line(url, reason, fresh, website):
+    url = url.format(website=website)
+    with pytest.raises(UserError) as error:
+        load_weights(fresh, url)
+    assert str(error.value).startswith(f"{url}: cannot be fetched: ")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def lose_a_tensor(tensors: dict) -> dict:
@@ -218,3 +346,25 @@ def test_names_that_cannot_be_given_are_refused(name, options, naming, answer, t
     with pytest.raises(UserError) as error:
         save_weights(build(name, 10, **options), tmp_path / "weights.pth", naming)
     assert answer in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(("folder", "reason"), [("missing", "No such file or directory"), ("file", "Not a directory")])
+def test_a_place_that_cannot_be_written_is_named(folder, reason, suffix, regnet, tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / folder / f"weights.{suffix}"
+    with pytest.raises(UserError) as error:
+        save_weights(regnet, path)
+    assert str(error.value) == f"{path}: cannot be written: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("naming", "convolution", "norm"), [("timm", "final_conv.conv", "final_conv.bn"), ("pycls", "head.conv", "head.bn")]
+)
+def test_a_convolution_before_the_classifier_has_its_name(naming, convolution, norm):
+    names = translate_names(build("regnety_200mf", 10, head_width=64), naming)
+    assert names["final.conv.weight"] == f"{convolution}.weight"
+    assert {names[f"final.norm.{leaf}"] for leaf in ("weight", "bias", "running_mean", "running_var")} == {
+        f"{norm}.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var")
+    }
+    assert names["head.weight"] == "head.fc.weight"
