@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from distrain.errors import UserError
 from distrain.models.regnet import RegNetConfig
@@ -10,12 +12,16 @@ from distrain.models.regnet_widths import line_widths, quantize_widths
 
 
 def plot_widths(name: str, config: RegNetConfig, path: Path) -> None:
-    """Draw the line u_j, the quantised widths and those of the stages to an image file.
+    """Draw the widths to an image file. Raises UserError where it cannot be written."""
+    figure = draw_widths(name, config)
+    try:
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
+    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+        raise UserError(f"{path}: cannot be written: {error}") from error
 
-    Raises UserError where the file cannot be written.
-    """
-    from matplotlib.figure import Figure
 
+def draw_widths(name: str, config: RegNetConfig) -> Figure:
+    """The line u_j, the quantised widths and those of the stages, by block."""
     stages = config.stages()
     blocks = np.arange(config.depth)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -41,11 +47,9 @@ def plot_widths(name: str, config: RegNetConfig, path: Path) -> None:
         )
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda width, _: f"{width:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(0.08)
     axes.grid(alpha=0.3)
     axes.set(title=name, xlabel="block j", ylabel="width (maps)")
     axes.legend(loc="lower right", fontsize=8)
-    try:
-        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
-        raise UserError(f"{path}: cannot be written: {error}") from error
+    return figure

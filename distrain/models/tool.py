@@ -5,12 +5,14 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from distrain.arguments import AnyOrder
 from distrain.errors import UserError
 from distrain.models import PUBLISHED, Config, build
 from distrain.models import configure as configure_network
@@ -30,6 +32,7 @@ examples:
   python -m distrain models show regnety_4gf --resolution 288
   python -m distrain models show densenet_bc_100_12 --num-classes 100 dropout=0.2
   python -m distrain models show regnet depth=8 w0=16 wa=12 wm=2.0 group_width=8 stem=cifar
+  python -m distrain models show anynet 'stages=[{depth: 2, width: 64}, {depth: 4, width: 128}]'
   python -m distrain models plot regnetx_3_2gf --out widths.png"""
 
 _LEGEND = """\
@@ -50,7 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(run=_list)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=AnyOrder)
     commands.add_parser("list", help="every published network (this is also what no command does)")
     show = commands.add_parser("show", help="cost of each module of one network, and its options")
     _add_network(show)
@@ -64,7 +67,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.set_defaults(run=_show)
     plot = commands.add_parser("plot", help="draw the width of each block of a RegNet and the rule behind it")
     _add_network(plot)
-    plot.add_argument("--out", type=Path, required=True, metavar="FILE", help="image to write: .png, .svg or .pdf")
+    plot.add_argument(
+        "--out", type=Path, metavar="FILE", help="image to write: .png, .svg or .pdf (default: NAME.png in this folder)"
+    )
     plot.set_defaults(run=_plot)
 
 
@@ -119,8 +124,9 @@ def _plot(args: argparse.Namespace) -> int:
     config = configure_network(args.name, **_parse_options(args.options))
     if isinstance(config, (DenseNetConfig, AnyNetConfig)):
         raise UserError(f"model {args.name} has no width rule to draw: plot takes a RegNet, such as regnety_4gf")
-    plot_widths(args.name, config, args.out)
-    print(f"wrote {args.out}")
+    path = args.out or Path(f"{args.name}.png")
+    plot_widths(args.name, config, path)
+    print(f"wrote {path}")
     return 0
 
 
@@ -145,7 +151,8 @@ def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
 
 def _print_stages(config: AnyNetConfig) -> None:
     for name in ("depth", "width", "group_width"):
-        print(f"{name} of each stage: {', '.join(str(getattr(stage, name)) for stage in config.stages)}")
+        values = ", ".join(str(getattr(stage, name)) for stage in config.stages)
+        print(textwrap.fill(f"{name} of each stage: {values}", _WIDTH, subsequent_indent="  "))
 
 
 def _print_row(name: str, layers: Iterable[Layer]) -> None:
@@ -158,7 +165,8 @@ def _print_row(name: str, layers: Iterable[Layer]) -> None:
 
 def _print_options(config: Config) -> None:
     for name, meaning in _read_docstrings(type(config)).items():
-        print(f"  {name}={_plain(getattr(config, name))}")
+        value = f"{name}={_plain(getattr(config, name))}"
+        print(textwrap.fill(value, _WIDTH, initial_indent="  ", subsequent_indent="    "))
         print(textwrap.fill(meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
@@ -174,8 +182,12 @@ def _read_docstrings(kind: type) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    """As the option is written: [6, 12] for (6, 12), true for True."""
-    return str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
+    """As the option is written: [6, 12] for (6, 12), true for True, {depth: 1, width: 8} for a stage."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    if is_dataclass(value):
+        return f"{{{', '.join(f'{entry.name}: {_plain(getattr(value, entry.name))}' for entry in fields(value))}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _block(name: str) -> str:
