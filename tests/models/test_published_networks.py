@@ -32,15 +32,58 @@ CIFAR100_PARAMS = {
 # flops, params and activations in the RegNet authors' model zoo, and of DenseNets counted from their definition.
 COSTS = {
     "regnetx_200mf": (199_040_872, 2_684_792, 2_164_056),
+    "regnetx_400mf": (397_678_568, 5_157_512, 3_143_272),
+    "regnetx_600mf": (600_891_112, 6_196_040, 3_975_096),
+    "regnetx_800mf": (799_700_712, 7_259_656, 5_148_744),
+    "regnetx_1_6gf": (1_602_850_792, 9_190_136, 7_933_512),
+    "regnetx_3_2gf": (3_176_622_952, 15_296_552, 11_367_432),
     "regnetx_4gf": (3_964_499_816, 22_118_248, 12_201_608),
+    "regnetx_6_4gf": (6_460_292_264, 26_209_256, 16_369_744),
+    "regnetx_8gf": (7_995_133_416, 39_572_648, 14_059_688),
+    "regnetx_12gf": (12_086_679_016, 46_106_056, 21_366_568),
+    "regnetx_16gf": (15_940_756_456, 54_278_536, 25_515_496),
     "regnetx_32gf": (31_735_930_792, 107_811_560, 36_302_160),
+    "regnety_200mf": (199_519_076, 3_162_996, 2_168_052),
     "regnety_400mf": (401_849_056, 4_344_144, 3_892_496),
+    "regnety_600mf": (601_227_608, 6_055_160, 4_334_296),
+    "regnety_800mf": (797_183_328, 6_263_168, 5_249_888),
+    "regnety_1_6gf": (1_612_087_326, 11_202_430, 8_044_814),
+    "regnety_3_2gf": (3_176_496_162, 19_436_338, 11_263_418),
+    "regnety_4gf": (3_973_301_344, 20_646_656, 12_287_200),
+    "regnety_6_4gf": (6_355_221_876, 30_583_252, 16_407_188),
     "regnety_8gf": (7_963_074_196, 39_180_068, 17_968_916),
+    "regnety_12gf": (12_092_395_504, 51_822_544, 21_384_496),
     "regnety_16gf": (15_911_534_044, 83_590_140, 23_041_228),
+    "regnety_32gf": (32_279_583_362, 145_046_770, 30_261_570),
     "densenet121": (2_834_162_664, 7_978_856, 7_100_904),
     "densenet161": (7_727_908_072, 28_681_000, 11_365_864),
+    "densenet169": (3_359_844_328, 14_149_480, 7_502_312),
+    "densenet201": (4_291_366_888, 20_013_928, 8_054_248),
+    "densenet264": (5_751_654_376, 33_337_704, 8_731_624),
     "densenet_cosine_264": (12_850_694_632, 72_686_632, 13_096_936),
+    "densenet_40_12": (264_812_938, 1_019_722, 451_594),
+    "densenet_100_12": (1_769_516_458, 6_979_642, 1_142_794),
+    "densenet_100_24": (6_889_347_754, 27_249_082, 2_248_714),
+    "densenet_bc_100_12": (287_929_702, 769_162, 1_463_818),
     "densenet_bc_250_24": (5_418_785_734, 15_324_406, 7_382_026),
+    "densenet_bc_190_40": (9_301_945_750, 25_624_430, 9_333_770),
+}
+# Activations as the papers count them, outputs of convolutions alone, counted from the definitions.
+CONV_ACTIVATIONS = {
+    "regnety_400mf": 3_891_496,
+    "regnety_16gf": 23_040_228,
+    "densenet121": 6_899_200,
+    "densenet161": 11_063_808,
+    "densenet169": 7_300_608,
+    "densenet201": 7_852_544,
+    "densenet264": 8_529_920,
+    "densenet_cosine_264": 12_794_880,
+    "densenet_40_12": 451_584,
+    "densenet_100_12": 1_142_784,
+    "densenet_100_24": 2_248_704,
+    "densenet_bc_100_12": 1_463_808,
+    "densenet_bc_250_24": 7_382_016,
+    "densenet_bc_190_40": 9_333_760,
 }
 TORCHVISION = {name: entry for name, entry in PUBLISHED.items() if entry.torchvision}
 
@@ -96,10 +139,19 @@ def test_every_network_has_the_published_flops_params_and_activations(name):
     assert count_parameters(network) == published.cost.params
 
 
+def test_the_facts_cover_every_network_of_the_papers():
+    assert list(COSTS) == [*REGNETS, *DENSENETS]
+
+
 @pytest.mark.parametrize(("name", "cost"), COSTS.items())
 def test_the_table_holds_the_published_numbers(name, cost):
     table = PUBLISHED[name].cost
     assert (table.flops, table.params, table.activations) == cost
+
+
+@pytest.mark.parametrize(("name", "activations"), CONV_ACTIVATIONS.items())
+def test_the_table_holds_activations_of_convolutions_alone(name, activations):
+    assert PUBLISHED[name].cost.conv_activations == activations
 
 
 @pytest.mark.parametrize(("name", "params"), CIFAR100_PARAMS.items())
@@ -121,17 +173,18 @@ def test_networks_of_torchvision_have_the_cost_and_accuracy_torchvision_states(n
     }
 
 
-@pytest.mark.parametrize("resolution", [64, 97, 288])
+OPTIONS = [
+    ("densenet121", {}),
+    ("densenet_bc_22_12", {}),
+    ("regnetx_400mf", {"width_rule": "torchvision"}),
+    ("regnety_800mf", {"head_width": 96, "stem": "resnet"}),
+    ("anynet", {"stages": [{"depth": 2, "width": 24, "bottleneck_ratio": 0.5}]}),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("densenet121", {}),
-        ("densenet_40_12", {}),
-        ("densenet_bc_22_12", {}),
-        ("regnetx_400mf", {"width_rule": "torchvision"}),
-        ("regnety_800mf", {"head_width": 96, "stem": "resnet"}),
-        ("anynet", {"stages": [{"depth": 2, "width": 24, "bottleneck_ratio": 0.5}]}),
-    ],
+    ("name", "options", "resolution"),
+    [*((name, {}, 97) for name in PUBLISHED), *((*network, size) for network in OPTIONS for size in (64, 97, 288))],
 )
 def test_counting_equals_what_a_run_on_the_meta_device_shows(name, options, resolution):
     network = build_on_meta(name, 10, **options)

@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.models.regnet import BlockParams
 
-from distrain.models import AnyNet, build, configure
+from distrain.models import PUBLISHED, AnyNet, build, configure
 from distrain.models.regnet import RegNetConfig
 from distrain.models.regnet_widths import adjust_width, line_widths, quantize_widths
 
@@ -37,6 +38,19 @@ def test_published_numbers_give_the_published_stages(name):
     stages = configure(name).stages()
     found = zip(*((stage.depth, stage.width, stage.group_width) for stage in stages), strict=True)
     assert tuple(list(values) for values in found) == STAGES[name]
+
+
+@pytest.mark.parametrize("name", [name for name, entry in PUBLISHED.items() if entry.family == "regnet"])
+def test_the_torchvision_rule_gives_the_stages_torchvision_makes(name):
+    """Of all networks, also of those of 4 GF that torchvision does not offer."""
+    numbers = PUBLISHED[name].config
+    theirs = BlockParams.from_init_params(
+        numbers["depth"], numbers["w0"], numbers["wa"], numbers["wm"], numbers["group_width"]
+    )
+    stages = configure(name, width_rule="torchvision").stages()
+    assert [stage.width for stage in stages] == theirs.widths
+    assert [stage.depth for stage in stages] == theirs.depths
+    assert [stage.group_width for stage in stages] == theirs.group_widths
 
 
 @given(regnets)
