@@ -11,6 +11,7 @@ from distrain.arguments import AnyOrder
 TOOLS = {
     "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
     "bench": ("distrain.bench.tool", "measure loaders and training steps against peers and limits"),
+    "checkpoints": ("distrain.checkpoint.tool", "list, verify, look into and prune the checkpoints of a run"),
     "shards": ("distrain.data.tool", "fetch or index training data"),
 }
 
@@ -33,7 +34,8 @@ tools (python -m distrain TOOL --help tells more):
 _EXIT_CODES = """
 exit codes:
   0   done
-  75  stopped on request (SIGTERM, SIGUSR1, or a file `stop` in the run's folder), all saved: run it again
+  75  stopped on request (SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run's folder, train.max_minutes), all
+      saved: run it again
   78  a mistake in the configuration or the data; the message says which
   else a crash: run it again to go on from the last checkpoint
 """
@@ -51,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
-    tools = "".join(f"  {name:<8}  {summary}\n" for name, (_, summary) in TOOLS.items())
+    tools = "".join(f"  {name:<11}  {summary}\n" for name, (_, summary) in TOOLS.items())
     parser = AnyOrder(
         prog="distrain",
         usage="torchrun [--nproc-per-node N ...] -m distrain --config FILE [key=value ...]\n"

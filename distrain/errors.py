@@ -24,7 +24,7 @@ class TemporaryError(Exception):
 
 
 class LostRankError(TemporaryError):
-    """Another rank is gone. Why, it has said itself, or the launcher does."""
+    """Another rank is gone or about to go. Why, it says itself, or the launcher does."""
 
 
 def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:

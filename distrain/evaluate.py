@@ -39,7 +39,7 @@ def evaluate(
     loader: Loader,
     config: Config,
     group: Group,
-    before_batch: Callable[[], None],
+    before_batch: Callable[[], object],
 ) -> Accuracy:
     """Measure `network` on all of `index`. `before_batch` is called as often on every rank.
 

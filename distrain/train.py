@@ -9,7 +9,7 @@ import torch
 
 from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, weights_digest
-from distrain.config import Config, fixed_settings
+from distrain.config import Config, changeable_settings, fixed_settings
 from distrain.data.feed import (
     choose_loader,
     load_indexes,
@@ -41,7 +41,7 @@ def train(config: Config) -> int:
     logging.basicConfig(format="distrain: %(message)s", level=logging.WARNING)
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
-    with Group() as group, StopRequest(config.run.folder) as stop:
+    with Group() as group, StopRequest(config.run.folder, config.train.max_minutes) as stop:
         try:
             with Tracker(config, group.leads, plan.steps) as tracker:
                 accuracy, digest = run_steps(config, plan, train_index, val_index, group, stop, tracker)
@@ -69,12 +69,6 @@ def run_steps(
 
     Raises Stopped, with everything saved, once any rank was asked to stop.
     """
-    agreement = Agreement(group)
-
-    def stop_if_asked() -> None:
-        if agreement.exchange(bool(stop)):
-            raise Stopped(stop.reason or "a signal to another rank")
-
     quarantine, val_quarantine = (
         make_quarantine(config, index, split) for split, index in (("train", train_index), ("val", val_index))
     )
@@ -82,7 +76,7 @@ def run_steps(
         choose_loader(config, plan, train_index, group.device, tracker.say) if group.leads else None
     )
     with (
-        closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint.keep)) as checkpoints,
+        closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint)) as checkpoints,
         closing(make_loader(config, loader, train_index, quarantine, group.device)) as train_loader,
         closing(make_loader(config, loader, val_index, val_quarantine, group.device)) as val_loader,
     ):
@@ -93,27 +87,40 @@ def run_steps(
         extra = {"identity": identity, "versions": {"distrain": __version__, "torch": torch.__version__}}
         start, saved = 0, None
         if (snapshot := checkpoints.restore()) is not None:
-            check_identity(snapshot.extra["identity"], identity)
+            check_identity(snapshot.extra["identity"], identity, changeable_settings(config), config.run.change)
             start, saved = snapshot.step, snapshot.tensors
             tracker.say(f"resuming at step {start} of {plan.steps}")
         learner = Learner(config, group, saved, tracker.say)
+        agreement = Agreement(group)
+
+        def heed_wishes() -> bool:
+            """Stop if any rank was asked to; return whether a checkpoint is overdue."""
+            stopping, saving = agreement.exchange(bool(stop), group.leads and checkpoints.is_overdue())
+            if stopping:
+                raise Stopped(stop.reason or "a signal to another rank")
+            return saving
 
         evaluation_steps = plan.steps_every(config.evaluate.every_epochs)
         requests = train_requests(config, plan, train_index, group.lanes(config.batch.lanes), start)
         batches = cut(train_loader.stream(requests), learner.parts)
         speed = Speed(plan.batch, start)
         skipped = torch.zeros((), dtype=torch.int64, device=group.device)
+        overdue = False
         try:
             for step in range(start, plan.steps + 1):
-                if step == plan.steps or (step % config.checkpoint.every_steps == 0 and step > start):
+                if step == plan.steps or checkpoints.is_due(step, overdue):
                     checkpoints.save(step, learner.state(), extra)
+                    tracker.log(step, {"checkpoint/stall_seconds": checkpoints.stall})
                 if step in evaluation_steps:
-                    accuracy = evaluate(learner.judged, val_index, val_loader, config, group, stop_if_asked)
+                    accuracy = evaluate(learner.judged, val_index, val_loader, config, group, heed_wishes)
                     tracker.log(step, accuracy.metrics())
+                    if checkpoints.note_best(step, accuracy.top1 / accuracy.images):
+                        checkpoints.save(step, learner.state(), extra)
                     speed.restart(step)
                 if step == plan.steps:
+                    checkpoints.require()
                     return accuracy, weights_digest(learner.state())
-                stop_if_asked()
+                overdue = heed_wishes()
 
                 lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
                 means, update = train_step(learner, step, batches, lr)
@@ -133,6 +140,7 @@ def run_steps(
                     tracker.log(step + 1, metrics)
         except Stopped:
             checkpoints.save(step, learner.state(), extra)
+            checkpoints.require()
             raise
         finally:
             agreement.settle()

@@ -4,6 +4,7 @@ A YAML file holds only what differs from the defaults, or from the file its `ext
 """
 
 from distrain.config.files import (
+    changeable_settings,
     check_ranks,
     fixed_settings,
     flatten,
@@ -16,6 +17,7 @@ from distrain.config.schema import (
     NO_MLFLOW,
     AverageConfig,
     BatchConfig,
+    CheckpointConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -30,6 +32,7 @@ __all__ = [
     "NO_MLFLOW",
     "AverageConfig",
     "BatchConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "ModelConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "changeable_settings",
     "check_ranks",
     "fixed_settings",
     "flatten",

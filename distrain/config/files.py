@@ -36,6 +36,11 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
+    for key in config.run.change:
+        if key not in changeable_settings(config):
+            raise UserError(
+                f"run.change: {key} cannot change in the life of a run: {nearest(key, changeable_settings(config))}"
+            )
     for key, value in flatten(to_dict(config)).items():
         if not _is_finite(value):
             raise UserError(f"{key}={value} must be finite")
@@ -95,6 +100,16 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         for section in fields(config)
         for entry in fields(getattr(config, section.name))
         if not entry.metadata["free"]
+    }
+
+
+def changeable_settings(config: Config) -> set[str]:
+    """Dotted keys of the fixed settings that a resumed run may change on purpose."""
+    return {
+        f"{section.name}.{entry.name}"
+        for section in fields(config)
+        for entry in fields(getattr(config, section.name))
+        if entry.metadata["changeable"]
     }
 
 

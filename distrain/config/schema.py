@@ -13,12 +13,13 @@ from distrain.errors import UserError, nearest
 NO_MLFLOW = "none"  # track.uri: keep metrics in the run's folder alone
 
 
-def option(default: Any, help: str, *, free: bool = False) -> Any:
+def option(default: Any, help: str, *, free: bool = False, changeable: bool = False) -> Any:
     """A field with its one-line meaning, which `--print-config` prints beside the value.
 
-    A `free` field may differ when a run is resumed; all others are part of what the run is.
+    A `free` field may differ when a run is resumed, a `changeable` one if `run.change` names it; all others are part
+    of what the run is.
     """
-    metadata = {"help": help, "free": free}
+    metadata = {"help": help, "free": free, "changeable": changeable}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -39,6 +40,7 @@ class RunConfig:
     name: str = option(MISSING, "folder below run.dir and name in MLflow; the same name resumes the run", free=True)
     dir: str = option("runs", "where runs live; keep it on storage that every node shares", free=True)
     seed: int = option(0, "the only source of randomness")
+    change: list[str] = option([], "settings that this start changes on purpose, such as [train.epochs]", free=True)
 
     def __post_init__(self) -> None:
         _at_least("run.seed", self.seed, 0)
@@ -164,7 +166,9 @@ class BatchConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: float = option(100.0, "length of the run; steps = epochs x samples / global batch, rounded")
+    epochs: float = option(
+        100.0, "length of the run; steps = epochs x samples / global batch, rounded", changeable=True
+    )
     precision: str = option("bf16", "bf16, fp16 (both by autocast; fp16 with a loss scale) or fp32")
     tf32: bool = option(True, "on GPUs, TF32 for what is left in fp32", free=True)
     memory_format: str = option("auto", "channels_last, contiguous, or auto: the faster, measured once", free=True)
@@ -173,6 +177,7 @@ class TrainConfig:
     )
     activation_gb: float = option(0.0, "recompute=auto: memory a rank's activations may take, 10^9 bytes", free=True)
     compile: bool = option(False, "compile the network's blocks by torch.compile", free=True)
+    max_minutes: float = option(0.0, "save and stop after so many minutes of this start; 0: never", free=True)
     deterministic: bool = option(False, "on GPUs, bit-for-bit repeatable at some cost; CPUs always are", free=True)
 
     def __post_init__(self) -> None:
@@ -181,6 +186,7 @@ class TrainConfig:
         _one_of("train.recompute", self.recompute, ("none", "selective", "block", "auto"))
         if self.recompute == "auto" and self.activation_gb <= 0:
             raise UserError("train.recompute=auto needs train.activation_gb: the memory that activations may take")
+        _at_least("train.max_minutes", self.max_minutes, 0)
         if self.epochs <= 0:
             raise UserError(f"train.epochs={self.epochs} must be positive")
 
@@ -210,15 +216,17 @@ class ParallelConfig:
 @dataclass
 class OptimizerConfig:
     name: str = option("sgd", "sgd, adamw, lars or lamb")
-    lr: float = option(0.1, "peak learning rate at this global batch")
-    momentum: float = option(0.9, "sgd, lars: momentum")
+    lr: float = option(0.1, "peak learning rate at this global batch", changeable=True)
+    momentum: float = option(0.9, "sgd, lars: momentum", changeable=True)
     nesterov: bool = option(True, "sgd, lars: Nesterov momentum")
     betas: list[float] = option([0.9, 0.999], "adamw, lamb: decay of the means of gradient and square")
     eps: float = option(1e-8, "adamw, lamb: added to the root of the mean square")
     trust: float = option(0.001, "lars: length of a step / length of the layer's weights, at lr=1")
-    weight_decay: float = option(5e-5, "sgd, lars: added to the gradient, times the weight; adamw, lamb: to the step")
+    weight_decay: float = option(
+        5e-5, "sgd, lars: added to the gradient, times the weight; adamw, lamb: to the step", changeable=True
+    )
     decay_norms: bool = option(True, "whether normalisation weights and all biases decay too")
-    clip_norm: float = option(0.0, "longest gradient, over all parameters; 0: any")
+    clip_norm: float = option(0.0, "longest gradient, over all parameters; 0: any", changeable=True)
 
     def __post_init__(self) -> None:
         _one_of("optimizer.name", self.name, ("sgd", "adamw", "lars", "lamb"))
@@ -232,10 +240,10 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str = option("cosine", "shape after warm-up: cosine or constant")
-    warmup_epochs: float = option(5.0, "linear warm-up")
-    warmup_factor: float = option(0.1, "learning rate at the first step, as a share of optimizer.lr")
-    final_factor: float = option(0.0, "learning rate at the end of cosine, as a share of optimizer.lr")
+    name: str = option("cosine", "shape after warm-up: cosine or constant", changeable=True)
+    warmup_epochs: float = option(5.0, "linear warm-up", changeable=True)
+    warmup_factor: float = option(0.1, "learning rate at the first step, as a share of optimizer.lr", changeable=True)
+    final_factor: float = option(0.0, "learning rate at the end of cosine, as a share of optimizer.lr", changeable=True)
 
     def __post_init__(self) -> None:
         _one_of("schedule.name", self.name, ("cosine", "constant"))
@@ -244,7 +252,7 @@ class ScheduleConfig:
 
 @dataclass
 class LossConfig:
-    label_smoothing: float = option(0.0, "share of the target spread over all classes")
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", changeable=True)
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -278,11 +286,16 @@ class CheckpointConfig:
     every_steps: int = option(
         500, "steps between checkpoints; one is always written at a stop and at the end", free=True
     )
+    every_minutes: float = option(0.0, "and at the latest after so many minutes; 0: by steps alone", free=True)
     keep: int = option(3, "newest checkpoints kept", free=True)
+    keep_every_steps: int = option(0, "and those of steps that divide by this; 0: none", free=True)
+    keep_best: bool = option(True, "and the one with the best validation accuracy", free=True)
 
     def __post_init__(self) -> None:
         _at_least("checkpoint.every_steps", self.every_steps, 1)
+        _at_least("checkpoint.every_minutes", self.every_minutes, 0)
         _at_least("checkpoint.keep", self.keep, 2)  # the one before a damaged one is the way out
+        _at_least("checkpoint.keep_every_steps", self.keep_every_steps, 0)
 
 
 @dataclass

@@ -89,9 +89,9 @@ def new_gloo_group() -> dist.ProcessGroup:
 
 
 class Agreement:
-    """A flag that all ranks see rise at the same step, without waiting for one another within a step.
+    """Flags that all ranks see rise at the same step, without waiting for one another within a step.
 
-    Each step posts this rank's wish and reads the outcome of the step before, which has had a whole step's
+    Each step posts this rank's wishes and reads the outcome of the step before, which has had a whole step's
     time to travel.
     """
 
@@ -99,20 +99,20 @@ class Agreement:
         self._group = group
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, wish: bool) -> bool:
-        """Post this rank's wish; return whether any rank had wished at the previous call."""
-        agreed = self.settle()
-        flag = torch.tensor([float(wish)])
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
+    def exchange(self, *wishes: bool) -> tuple[bool, ...]:
+        """Post this rank's wishes; return for each whether any rank had it at the previous call."""
+        agreed = self.settle() or (False,) * len(wishes)
+        flags = torch.tensor([float(wish) for wish in wishes])
+        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
         assert work is not None
-        self._pending = work, flag
+        self._pending = work, flags
         return agreed
 
-    def settle(self) -> bool:
-        """Wait for what was posted last; return whether any rank had wished then."""
+    def settle(self) -> tuple[bool, ...]:
+        """Wait for what was posted last; return for each wish whether any rank had it then. Empty if nothing was."""
         if self._pending is None:
-            return False
-        work, flag = self._pending
+            return ()
+        work, flags = self._pending
         self._pending = None
         work.wait()
-        return bool(flag.item())
+        return tuple(bool(flag) for flag in flags.tolist())

@@ -1,11 +1,14 @@
-"""Requests to stop: a signal or a file. They only raise a flag; the training loop acts on it between steps."""
+"""Requests to stop: a signal, a file, the end of a time budget. They only raise a flag; the training loop acts on it
+between steps."""
 
+import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stopped(Exception):  # noqa: N818, it is not an error
@@ -16,11 +19,15 @@ class StopRequest:
     """True from the moment somebody asks this process to stop. A context manager that owns the handlers.
 
     SIGTERM is what schedulers send at preemption, SIGUSR1 what they send on request some time before the limit.
+    SIGINT, Ctrl-C, ends the process at once when it comes again.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, minutes: float = 0.0) -> None:
+        """`minutes` from now it is true by itself; never if 0."""
         self.reason = ""
         self._file = folder / "stop"
+        self._minutes = minutes
+        self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
@@ -35,6 +42,8 @@ class StopRequest:
     def __bool__(self) -> bool:
         if not self.reason and self._file.exists():
             self.reason = f"file {self._file}"
+        if not self.reason and time.monotonic() > self._deadline:
+            self.reason = f"train.max_minutes={self._minutes:g}"
         return bool(self.reason)
 
     def clear_file(self) -> None:
@@ -42,4 +51,6 @@ class StopRequest:
         self._file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason == "SIGINT":
+            os._exit(128 + number)
         self.reason = signal.Signals(number).name

@@ -44,6 +44,8 @@ class Console:
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         text = "  ".join(_FORMATS[name].format(value) for name, value in metrics.items() if name in _FORMATS)
+        if not text:
+            return
         if self._bar is not None and "val/top1" not in metrics:
             self._bar.update(self._task, description=text)
         else:

@@ -19,7 +19,7 @@ def plot_curves(entries: Sequence[Entry], path: Path) -> Path:
         for split, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("val", {"marker": "o"})):
             points = [
                 (entry.step, scale * entry.metrics[f"{split}/{metric}"])
-                for entry in sorted(entries)
+                for entry in sorted(entries, key=lambda entry: entry.step)
                 if f"{split}/{metric}" in entry.metrics
             ]
             if points:

@@ -1,0 +1,139 @@
+"""`python -m distrain checkpoints`: looking after the checkpoints of a run."""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distrain.checkpoint.files import (
+    DamagedCheckpointError,
+    choose_kept,
+    committed,
+    read,
+    read_best,
+    remove,
+    set_aside,
+    step_of,
+    tensors_in,
+    verify,
+    weights_digest,
+)
+from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.description = "List, verify, look into and remove the checkpoints of a run. RUN is its folder, runs/NAME."
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, summary: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=summary, description=summary.capitalize() + "."
+        )
+        command.add_argument("run_folder", type=Path, metavar="RUN", help="folder of the run")
+        command.set_defaults(run=run)
+        return command
+
+    add("list", _list, "every checkpoint with its step, size and age, and those that were set aside as damaged")
+    verified = add("verify", _verify, "compare every file with its checksum; exits 78 if one differs")
+    verified.add_argument("--set-aside", action="store_true", help="rename damaged ones, so that no run tries them")
+    shown = add("show", _show, "what one checkpoint holds, and the digest of its weights")
+    shown.add_argument("--step", type=int, metavar="N", help="which one (default: the newest)")
+    pruned = add("prune", _prune, "remove all but the newest, the best, and those of every N-th step")
+    pruned.add_argument("--keep", type=int, required=True, metavar="N", help="newest ones to keep, at least 1")
+    pruned.add_argument(
+        "--keep-every-steps", type=int, default=0, metavar="N", help="keep those of every N-th step too"
+    )
+    pruned.add_argument("--dry-run", action="store_true", help="tell only what would go")
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = _find(args.run_folder)
+    best = read_best(args.run_folder / "checkpoints")
+    table = Table(box=None)
+    for heading in ("step", "size", "written", ""):
+        table.add_column(heading, justify="left" if heading in ("written", "") else "right")
+    for path in found:
+        stat = (path / "manifest.json").stat()
+        size = sum(file.stat().st_size for file in path.iterdir())
+        note = f"best, top-1 {best[1]:.2%}" if best is not None and best[0] == step_of(path) else ""
+        table.add_row(f"{step_of(path):,}", f"{size / 1e6:,.1f} MB", _local_time(stat.st_mtime), note)
+    Console(soft_wrap=True).print(table)
+    for path in sorted(found[-1].parent.glob("*.bad*")):
+        reason = path / "reason.txt"
+        print(f"set aside: {path.name}: {reason.read_text().strip() if reason.exists() else 'no reason noted'}")
+    return EXIT_DONE
+
+
+def _verify(args: argparse.Namespace) -> int:
+    damaged = 0
+    for path in _find(args.run_folder):
+        try:
+            verify(path)
+            print(f"{path.name}: whole", flush=True)
+        except DamagedCheckpointError as error:
+            damaged += 1
+            aside = f"; set aside as {set_aside(path, str(error)).name}" if args.set_aside else ""
+            print(f"{path.name}: damaged: {error}{aside}", flush=True)
+    return EXIT_USER if damaged else EXIT_DONE
+
+
+def _show(args: argparse.Namespace) -> int:
+    found = {step_of(path): path for path in _find(args.run_folder)}
+    step = max(found) if args.step is None else args.step
+    if step not in found:
+        raise UserError(f"{args.run_folder}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
+    try:
+        manifest = verify(found[step])
+    except DamagedCheckpointError as error:
+        raise UserError(f"{found[step]}: damaged: {error}") from error
+    groups: dict[str, list[int]] = defaultdict(list)
+    for name, entry in tensors_in(found[step]).items():
+        kind, _, rest = name.partition("/")
+        size = torch.Size(entry.size).numel() * entry.properties.dtype.itemsize
+        groups[f"{kind} {rest.rpartition('/')[2]}" if kind == "optimizer" else kind].append(size)
+    print(f"{found[step]}: step {step}")
+    for group, sizes in groups.items():
+        print(f"  {group}: {len(sizes):,} tensors, {sum(sizes) / 1e6:,.1f} MB")
+    print(f"  weights {weights_digest(read(found[step]).tensors)}")
+    for section in ("versions", "identity"):
+        print(f"  {section}")
+        for key, value in sorted(manifest.get(section, {}).items()):
+            print(f"    {key}: {json.dumps(value)}")
+    return EXIT_DONE
+
+
+def _prune(args: argparse.Namespace) -> int:
+    if args.keep < 1 or args.keep_every_steps < 0:
+        raise UserError("--keep must be at least 1, and --keep-every-steps at least 0")
+    found = {step_of(path): path for path in _find(args.run_folder)}
+    best = read_best(args.run_folder / "checkpoints")
+    kept = choose_kept(found.keys(), args.keep, args.keep_every_steps, best and best[0])
+    newest = found[max(found)]
+    try:
+        verify(newest)
+    except DamagedCheckpointError as error:
+        raise UserError(f"{newest}: damaged: {error}; nothing was removed, as an older one may be needed") from error
+    for step in sorted(found.keys() - kept):
+        if not args.dry_run:
+            remove(found[step])
+        print(f"{'would remove' if args.dry_run else 'removed'} {found[step].name}")
+    return EXIT_DONE
+
+
+def _find(run_folder: Path) -> list[Path]:
+    folder = run_folder / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run_folder}: no folder of a run; give runs/NAME, which holds checkpoints/")
+    if not (found := committed(folder)):
+        raise UserError(f"{folder}: holds no checkpoints")
+    return found
+
+
+def _local_time(seconds: float) -> str:
+    from datetime import datetime
+
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,167 @@
+"""Checkpoints of whole runs: what is kept, what happens where they cannot be written, looking after them."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import SMALL, Training, train
+
+from distrain.__main__ import main
+from distrain.checkpoint.files import committed, read_best, step_of
+
+# 203 samples in steps of 12 are 16.9 steps an epoch: 3 epochs are 51 steps.
+SHORT = (*SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
+
+
+@pytest.fixture(scope="module")
+def settings(on_dataset) -> tuple[str, ...]:
+    return (*SHORT, *on_dataset)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory):
+    result = train(tmp_path_factory.mktemp("runs") / "undisturbed", *settings)
+    assert result.code == 0, result.output
+    return result
+
+
+def steps_kept(folder: Path) -> list[int]:
+    return [step_of(path) for path in committed(folder / "checkpoints")]
+
+
+def test_the_newest_the_best_and_every_nth_stay(settings, tmp_path):
+    kept = train(tmp_path / "run", *settings, "checkpoint.keep=2", "checkpoint.keep_every_steps=14")
+    best, top1 = read_best(kept.folder / "checkpoints")
+    assert top1 == max(kept.series("val/top1").values())
+    assert kept.series("val/top1")[best] == top1
+    assert steps_kept(kept.folder) == sorted({14, 28, 42, 49, 51, best})
+    assert set(kept.series("checkpoint/stall_seconds")) == {*range(7, 51, 7), 51}
+
+
+def test_a_time_between_checkpoints_makes_more_of_them(settings, tmp_path):
+    often = ("checkpoint.every_steps=1000", "checkpoint.every_minutes=0.001", "checkpoint.keep=100")
+    alone = train(tmp_path / "alone", *settings, *often)
+    assert len(steps_kept(alone.folder)) > 3
+    together = train(tmp_path / "together", *settings, *often, ranks=2)
+    assert together.code == 0, together.output
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A disk that some checkpoints fit on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_a_full_disk_training_goes_on_and_saves_once_there_is_room(
+    undisturbed, settings, small_disk, tmp_path, ranks
+):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(small_disk)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2_050_000))
+    training = Training(folder, *settings, "data.threads=1", ranks=ranks)
+    training.wait_for_step(20)
+    filler.unlink()
+    result = training.wait()
+    assert result.code == 0, result.output
+    assert "checkpoint of step 7 could not be written: " in result.output
+    assert "No space left on device; training goes on" in result.output
+    assert 51 in steps_kept(folder)
+    if ranks == 1:
+        assert result.digest == undisturbed.digest
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_done(settings, small_disk, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(small_disk)
+    (small_disk / "filler").write_bytes(bytes(2_050_000))
+    result = train(folder, *settings)
+    assert result.code == 1
+    assert re.search(r"distrain: .*: the last checkpoint, of step 51, could not be written: make room", result.output)
+
+
+def test_a_finished_run_goes_on_for_more_epochs_only_on_purpose(settings, tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder, *settings, "train.epochs=1").code == 0
+    refused = train(folder, *settings)
+    assert refused.code == 78
+    assert "name it in run.change=[train.epochs] if it is to change" in refused.output
+    longer = train(folder, *settings, "run.change=[train.epochs]")
+    assert longer.code == 0, longer.output
+    assert "resuming at step 17 of 51" in longer.output
+    assert list(longer.series("train/loss")) == list(range(1, 52))
+    assert train(folder, *settings).code == 0  # which is what it is from now on
+
+
+def test_what_a_run_is_cannot_be_changed_on_purpose(settings, tmp_path):
+    refused = train(tmp_path / "run", *settings, "run.change=[batch.lanes]")
+    assert refused.code == 78
+    assert "run.change: batch.lanes cannot change in the life of a run" in refused.output
+
+
+def tool(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["distrain", "checkpoints", *map(str, words)])
+    return main()
+
+
+@pytest.fixture
+def run_folder(undisturbed, tmp_path) -> Path:
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(undisturbed.folder), str(copy)], check=True)
+    return copy
+
+
+def test_checkpoints_are_listed_and_shown(run_folder, undisturbed, monkeypatch, capsys):
+    assert tool(monkeypatch, "list", run_folder) == 0
+    listed = capsys.readouterr().out
+    assert all(str(step) in listed for step in steps_kept(run_folder))
+    assert "best, top-1" in listed
+    assert tool(monkeypatch, "show", run_folder) == 0
+    shown = capsys.readouterr().out
+    assert undisturbed.digest in shown
+    assert "optimizer momentum_buffer: 29 tensors" in shown
+    assert "    batch.lanes: 3" in shown
+
+
+def test_a_damaged_checkpoint_is_found_and_set_aside(run_folder, monkeypatch, capsys):
+    damaged = committed(run_folder / "checkpoints")[-1]
+    data = next(damaged.glob("*.distcp"))
+    os.truncate(data, 100)
+    assert tool(monkeypatch, "verify", run_folder) == 78
+    assert f"{damaged.name}: damaged: {data.name} has " in capsys.readouterr().out
+    assert tool(monkeypatch, "prune", run_folder, "--keep", "1") == 78
+    assert "nothing was removed" in capsys.readouterr().err
+    assert tool(monkeypatch, "verify", run_folder, "--set-aside") == 78
+    assert tool(monkeypatch, "verify", run_folder) == 0
+    assert tool(monkeypatch, "list", run_folder) == 0
+    assert f"set aside: {damaged.name}.bad: {data.name} has " in capsys.readouterr().out
+
+
+def test_pruning_keeps_the_newest_and_the_best_and_can_be_tried_first(run_folder, monkeypatch, capsys):
+    before = steps_kept(run_folder)
+    assert tool(monkeypatch, "prune", run_folder, "--keep", "1", "--dry-run") == 0
+    assert steps_kept(run_folder) == before
+    assert "would remove step-000000" in capsys.readouterr().out
+    assert tool(monkeypatch, "prune", run_folder, "--keep", "1") == 0
+    assert steps_kept(run_folder) == sorted(
+        {51, json.loads((run_folder / "checkpoints/best.json").read_text())["step"]}
+    )
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, monkeypatch, capsys):
+    assert tool(monkeypatch, "list", tmp_path) == 78
+    assert capsys.readouterr().err == (
+        f"distrain: {tmp_path}: no folder of a run; give runs/NAME, which holds checkpoints/\n"
+    )
