@@ -26,7 +26,9 @@ from distrain.data.pixels import change_pixels, changes_pixels
 from distrain.data.source import Found, Source
 
 _log = logging.getLogger(__name__)
-_REFUSAL = re.compile(r"decoders\.image_slice.*encountered:\s+((?:Failed to decode|nvImageCodec failure)[^\n]*)", re.S)
+_REFUSAL = re.compile(
+    r"`nvidia\.dali\.fn\.decoders\.image_slice`.*encountered:\s+((?:Failed to decode|nvImageCodec failure)[^\n]*)", re.S
+)
 _OUT_OF_ORDER = ("'#5'", "'#15'", "'#21'")  # of nvImageCodec: out of memory, twice, and CUDA failed; no image's fault
 
 
