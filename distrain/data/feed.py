@@ -29,7 +29,7 @@ _TRIAL_ROUNDS = 2
 
 def load_indexes(config: Config) -> tuple[Index, Index]:
     """The training and validation index. Raises UserError unless both have the classes the model is to learn."""
-    train_index, val_index = data_index.load(config.data.train), data_index.load(config.data.val)
+    train_index, val_index = (data_index.load(path, config.data) for path in (config.data.train, config.data.val))
     if train_index.classes != val_index.classes:
         raise UserError(f"{config.data.val} has other classes than {config.data.train}; index both with one list")
     classes = len(train_index.classes)

@@ -6,12 +6,15 @@ from functools import cached_property
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.errors import UserError
+from distrain.config import DataConfig
+from distrain.data.transfer import Transfer
+from distrain.errors import RankError, UserError
 
 _FORMAT = 1
 COLUMNS = {
@@ -79,13 +82,16 @@ def is_remote(location: str) -> bool:
     return "://" in location
 
 
-def load(path: str) -> Index:
-    """Read an index file from a path or URL. Raises UserError when it is missing or is no index."""
+def load(path: str, data: DataConfig | None = None) -> Index:
+    """Read an index file from a path or URL; `data` tells how patient to be with a server.
+
+    Raises UserError when it is missing or is no index, TransferError when the server fails at every attempt.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(BytesIO(_read_bytes(path)))
+        table = pyarrow.parquet.read_table(BytesIO(_read_bytes(path, data or DataConfig())))
         header = json.loads(table.schema.metadata[b"distrain"])
         columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -118,16 +124,15 @@ def save(index: Index, path: str | Path) -> None:
     draft.replace(path)
 
 
-def _read_bytes(path: str) -> bytes:
-    import fsspec
-
+def _read_bytes(path: str, data: DataConfig) -> bytes:
+    missing = "no such index; make it with `python -m distrain shards` or set data.train and data.val"
     try:
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
+        if is_remote(path):
+            return Transfer(data.retries, data.retry_wait, data.stall, Event()).read(path, missing)
+        return Path(path).read_bytes()
+    except RankError as error:  # all ranks read the same index
+        raise UserError(str(error)) from error
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: no such index; make it with `python -m distrain shards` or set data.train and data.val"
-        ) from error
-    except (OSError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: the index cannot be read: {reason}") from error
+        raise UserError(f"{path}: {missing}") from error
+    except OSError as error:
+        raise UserError(f"{path}: the index cannot be read: {error.strerror}") from error

@@ -3,6 +3,7 @@
 import errno
 import logging
 import random
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -51,29 +52,49 @@ class Transfer:
         user has to mend, TransferError when the last attempt failed for another reason, Closed.
         """
         before = None
-        for attempt in count(1):
+
+        def attempt() -> str | None:
+            nonlocal before
+            found = self._copy(url, size, write)
+            if found == (size, crc32):
+                return None
+            if found == before:
+                raise RankError(f"{url}: holds other bytes than were indexed; put the old shard back or index it again")
+            before = found
+            return f"{found[0]:,} bytes with checksum {found[1]:08x} came instead of {size:,} with {crc32:08x}"
+
+        self._persist(url, attempt, "there is no such file; put the shard back or index the shards again")
+
+    def read(self, url: str, missing: str) -> bytes:
+        """All that is at a URL. Raises as `fetch` does; `missing` is what to say if there is nothing."""
+        content = b""
+
+        def attempt() -> None:
+            nonlocal content
+            content = b"".join(self._pieces(url, sys.maxsize))
+
+        self._persist(url, attempt, missing)
+        return content
+
+    def _persist(self, url: str, attempt: Callable[[], str | None], missing: str) -> None:
+        """Make attempts until one succeeds; one that does not raises, or returns the reason."""
+        for number in count(1):
             try:
-                found = self._copy(url, size, write)
-                if found == (size, crc32):
+                reason = attempt()
+                if reason is None:
                     return
-                if found == before:
-                    raise RankError(
-                        f"{url}: holds other bytes than were indexed; put the old shard back or index it again"
-                    )
-                before = found
-                reason = f"{found[0]:,} bytes with checksum {found[1]:08x} came instead of {size:,} with {crc32:08x}"
             except (UserError, Closed):
                 raise
             except Exception as error:
-                if (cure := _find_cure(error)) is not None:
+                if (cure := _find_cure(error, missing)) is not None:
                     raise RankError(f"{url}: {cure}") from error
                 reason = f"nothing came for {self._stall:g} s" if isinstance(error, TimeoutError) else _describe(error)
-            if attempt > self._retries:
+            if number > self._retries:
                 raise TransferError(
-                    f"{url}: {reason}, at the last of {attempt} attempts; see that the server answers and run again"
+                    f"{url}: {reason}, at the last of {number} attempts; see that the server answers and run again"
                 )
-            delay = min(self._wait * 2 ** (attempt - 1), _LONGEST_WAIT) * self._random.uniform(0.5, 1.5)
-            _log.warning("%s: %s; attempt %d of %d in %.1f s", url, reason, attempt + 1, self._retries + 1, delay)
+            delay = min(self._wait * 2 ** (number - 1), _LONGEST_WAIT) * self._random.uniform(0.5, 1.5)
+            _log.warning("%s: %s; attempt %d of %d in %.1f s", url, reason, number + 1, self._retries + 1, delay)
             if self._closing.wait(delay):
                 raise Closed
 
@@ -90,20 +111,29 @@ class Transfer:
             crc32 = zlib.crc32(piece, crc32)
         return received, crc32
 
-    def _pieces(self, url: str, size: int) -> Iterator[bytes]:
+    def _pieces(self, url: str, most: int) -> Iterator[bytes]:
+        """A file from its start, to its end or a little beyond `most` bytes."""
         import fsspec
 
         http = url.startswith(("http://", "https://"))
         files, path = fsspec.url_to_fs(url, **self._settings(url, http))
         if http:  # one stream, for not every server knows ranges
-            with files.open(path, block_size=0, size=size) as stream:
+            with files.open(path, block_size=0, size=most) as stream:  # a size spares a request for it
                 while piece := stream.read(_CHUNK):
                     yield piece
             return
         files.retries = 1  # s3fs would try five times itself, without a word
-        for start in range(0, size, _CHUNK):
-            last = start + _CHUNK >= size
-            yield files.cat_file(path, start=start, end=size + 1 if last else start + _CHUNK)
+        for start in range(0, most, _CHUNK):
+            end = most + 1 if start + _CHUNK >= most else start + _CHUNK
+            try:
+                piece = files.cat_file(path, start=start, end=end)
+            except OSError as error:
+                if _begins_past_end(error):
+                    return
+                raise
+            yield piece
+            if len(piece) < end - start:
+                return
 
     def _settings(self, url: str, http: bool) -> dict[str, Any]:
         if http:
@@ -118,11 +148,17 @@ class Transfer:
         return {}
 
 
-def _find_cure(error: Exception) -> str | None:
+def _begins_past_end(error: OSError) -> bool:
+    """Whether s3 refused a range because the file ends before it."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return response.get("Error", {}).get("Code") in ("InvalidRange", "416")
+
+
+def _find_cure(error: Exception, missing: str) -> str | None:
     """What happened and what helps, where trying again does not; None where it may."""
     status = getattr(error, "status", 0)
     if isinstance(error, FileNotFoundError) or status == 410:
-        return "there is no such file; put the shard back or index the shards again"
+        return missing
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
         return f"access refused ({_describe(error)}); set or renew the credentials"
     refused = 400 <= status < 500 and status not in (408, 425, 429)
@@ -132,4 +168,4 @@ def _find_cure(error: Exception) -> str | None:
 
 
 def _describe(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__

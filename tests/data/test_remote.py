@@ -18,7 +18,7 @@ from s3fs import S3FileSystem
 from servers import serve, serve_s3
 
 from distrain.config import DataConfig
-from distrain.data import index
+from distrain.data import index, transfer
 from distrain.data.remote import RemoteStore
 from distrain.data.store import DataError, LocalStore
 from distrain.data.transfer import Closed, Transfer, TransferError
@@ -224,21 +224,33 @@ def test_a_refusal_is_one_line_that_names_the_shard_and_the_cure(status, message
     assert server.requests[SHARD] == 1
 
 
-@pytest.mark.parametrize("change", ["corrupt", "longer"])
+@pytest.mark.parametrize("change", ["corrupt", "longer", "shorter"])
 def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, folder, open_remote):
     store = open_remote(server.url)
     content = (folder / SHARD).read_bytes()
-    (folder / SHARD).write_bytes({"corrupt": content[:-1] + b"x", "longer": content + b"x"}[change])
+    changed = {"corrupt": content[:-1] + b"x", "longer": content + b"x", "shorter": content[:-512]}
+    (folder / SHARD).write_bytes(changed[change])
     with pytest.raises(RankError, match=rf"/{SHARD}: holds other bytes than were indexed; put the old shard back"):
         store.read(IN_SHARD)
     assert server.requests[SHARD] == 2
 
 
-def test_a_shard_that_grew_in_its_bucket_is_named(s3, folder, cache):
+@pytest.mark.parametrize("chunk", [16 * 2**20, 4096])
+@pytest.mark.parametrize("length", ["longer", "shorter", "a chunk shorter", "whole chunks", "empty"])
+def test_a_shard_of_another_length_in_its_bucket_is_named(length, chunk, s3, folder, cache, monkeypatch):
+    monkeypatch.setattr(transfer, "_CHUNK", chunk)
     content = (folder / "train-000000.tar").read_bytes()
-    S3FileSystem().pipe_file("shards/grown/train-000000.tar", content + b"x")
-    with pytest.raises(RankError, match=r"^s3://shards/grown/train-000000\.tar: holds other bytes than were indexed"):
-        open_copy(folder, f"{s3}/grown", cache).read(0)
+    other = {"longer": content + b"x", "shorter": content[:-1], "a chunk shorter": content[:-4096]}
+    other |= {"whole chunks": content[: 2 * 4096], "empty": b""}
+    S3FileSystem().pipe_file("shards/other/train-000000.tar", other[length])
+    with pytest.raises(RankError, match=r"^s3://shards/other/train-000000\.tar: holds other bytes than were indexed"):
+        open_copy(folder, f"{s3}/other", cache).read(0)
+
+
+def test_a_shard_comes_from_its_bucket_in_many_chunks(s3, folder, cache, monkeypatch):
+    monkeypatch.setattr(transfer, "_CHUNK", 4096)
+    assert (folder / "train-000000.tar").stat().st_size > 3 * 4096
+    assert open_copy(folder, s3, cache).read(0) == LocalStore(index.load(f"{folder}/train.parquet")).read(0)
 
 
 def test_no_more_bytes_are_written_than_were_indexed(server, folder):
@@ -264,12 +276,16 @@ def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, c
 
 def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
+    without_credentials(monkeypatch)
+    with pytest.raises(RankError, match=r"^s3://c/train-000000\.tar: access refused \(Unable to locate credentials\)"):
+        open_copy(folder, "s3://c", cache).read(0)
+
+
+def without_credentials(monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    with pytest.raises(RankError, match=r"^s3://c/train-000000\.tar: access refused \(Unable to locate credentials\)"):
-        open_copy(folder, "s3://c", cache).read(0)
 
 
 def open_copy(folder, root, cache, stall=5.0):
@@ -386,11 +402,42 @@ def test_closing_ends_a_wait_for_the_download_of_another(server, open_remote):
         assert slow.result(5)
 
 
-def test_an_index_that_is_not_behind_its_url_is_named(server, s3):
-    with pytest.raises(UserError, match=rf"^{server.url}/none\.parquet: no such index"):
-        index.load(f"{server.url}/none.parquet")
-    with pytest.raises(UserError, match=rf"^{s3}/none\.parquet: no such index"):
-        index.load(f"{s3}/none.parquet")
+PATIENCE = DataConfig(retries=2, retry_wait=0.01, stall=0.3)
+
+
+@pytest.mark.parametrize("protocol", ["http", "s3"])
+@pytest.mark.parametrize("fault", [503, "stall", "cut"])
+def test_an_index_is_read_in_spite_of_transient_faults(fault, protocol, server, folder, monkeypatch):
+    use_s3(monkeypatch, server.url)
+    server.faults["train.parquet"] = [fault, fault]
+    root = {"http": server.url, "s3": "s3://d"}[protocol]
+    assert index.load(f"{root}/train.parquet", PATIENCE).digest == index.load(f"{folder}/train.parquet").digest
+    assert server.requests["train.parquet"] == 3
+
+
+@pytest.mark.parametrize("protocol", ["http", "s3"])
+@pytest.mark.parametrize(
+    ("status", "message", "attempts"),
+    [
+        (404, "no such index; make it with `python -m distrain shards` or set data.train and data.val", 1),
+        (403, r"access refused \(.*\); set or renew the credentials", 1),
+        (503, "(503|Service Unavailable).*, at the last of 3 attempts; see that the server answers and run again", 3),
+    ],
+)
+def test_an_index_that_cannot_be_had_is_one_line(status, message, attempts, protocol, server, monkeypatch):
+    use_s3(monkeypatch, server.url)
+    server.faults["train.parquet"] = [status] * 9
+    root = {"http": server.url, "s3": "s3://d"}[protocol]
+    with pytest.raises((UserError, TransferError), match=rf"^{root}/train\.parquet: {message}$"):
+        index.load(f"{root}/train.parquet", PATIENCE)
+    assert server.requests["train.parquet"] == attempts
+
+
+def test_an_index_without_credentials_is_one_line(server, monkeypatch):
+    use_s3(monkeypatch, server.url)
+    without_credentials(monkeypatch)
+    with pytest.raises(UserError, match=r"^s3://e/train\.parquet: access refused \(Unable to locate credentials\)"):
+        index.load("s3://e/train.parquet", PATIENCE)
 
 
 @pytest.fixture(scope="session")
