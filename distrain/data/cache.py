@@ -43,45 +43,48 @@ class ShardCache:
 
     def touch(self, name: str) -> bool:
         """Count a shard as just used. Returns whether it is there."""
-        try:
-            _stamp(self._whole(name))
-        except FileNotFoundError:
-            return False
-        return True
+        with self._explained():
+            try:
+                _stamp(self._whole(name))
+            except FileNotFoundError:
+                return False
+            return True
 
     def read(self, name: str, size: int, offset: int, length: int, download: Callable[[Write], None]) -> bytes:
         """Bytes of a shard of `size` bytes, which `download` writes if it is not there. Short if they are not."""
-        file = self._fetch(name, size, download)
-        try:
-            return os.pread(file, length, offset)
-        finally:
-            os.close(file)
+        with self._explained(size):
+            file = self._fetch(name, size, download)
+            try:
+                return os.pread(file, length, offset)
+            finally:
+                os.close(file)
 
     def fetch(self, name: str, size: int, download: Callable[[Write], None]) -> None:
         """Have a shard of `size` bytes, which `download` writes if it is not there."""
-        os.close(self._fetch(name, size, download))
+        with self._explained(size):
+            os.close(self._fetch(name, size, download))
 
     def remove_damaged(self, name: str, size: int, crc32: int) -> bool:
         """Remove a shard that is no longer what was downloaded. Returns whether it is gone."""
-        file = self._open(name)
-        if file is None:
+        with self._explained():
+            file = self._open(name)
+            if file is None:
+                return True
+            with os.fdopen(file, "rb") as content:
+                found, length = 0, 0
+                while piece := content.read(2**20):
+                    found, length = zlib.crc32(piece, found), length + len(piece)
+                if (found, length) == (crc32, size):
+                    return False
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if _is_at(file, self._whole(name)):
+                    self._whole(name).unlink()
             return True
-        with os.fdopen(file, "rb") as content:
-            found, length = 0, 0
-            while piece := content.read(2**20):
-                found, length = zlib.crc32(piece, found), length + len(piece)
-            if (found, length) == (crc32, size):
-                return False
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(file, self._whole(name)):
-                self._whole(name).unlink()
-        return True
 
     def _fetch(self, name: str, size: int, download: Callable[[Write], None]) -> int:
         """The descriptor of a whole shard, locked, so that it stays until that is closed."""
         while (file := self._open(name)) is None:
-            with self._explained(size):
-                part = self._lock_part(name)
+            part = self._lock_part(name)
             try:
                 if _is_at(part, self._part(name)) and self._complete(part, name, size, download):
                     return os.dup(part)
@@ -132,8 +135,7 @@ class ShardCache:
         while True:
             with self._exclusive():
                 if self._make_room(size):
-                    with self._explained(size):
-                        os.posix_fallocate(part, 0, size)
+                    os.posix_fallocate(part, 0, size)
                     return
             self._pause()
 
@@ -162,7 +164,7 @@ class ShardCache:
                     yield path, path.stat()
 
     def _write(self, part: int, data: bytes, offset: int) -> None:
-        with self._explained(len(data)):
+        with self._explained(len(data)):  # here, lest a full disk counts as a download that failed
             rest = memoryview(data)
             while rest:
                 written = os.pwrite(part, rest, offset)
@@ -189,6 +191,7 @@ class ShardCache:
 
     @contextmanager
     def _explained(self, size: int = 0) -> Iterator[None]:
+        """Turn what the disk says, while it is to take `size` bytes, into one line."""
         try:
             yield
         except OSError as error:

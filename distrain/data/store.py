@@ -2,6 +2,7 @@
 
 import os
 import resource
+import threading
 import zlib
 from functools import lru_cache
 from typing import Protocol
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.data.index import Index
-from distrain.errors import RankError, UserError
+from distrain.data.transfer import other_bytes
+from distrain.errors import RankError, TemporaryError, UserError
 
 
 class Store(Protocol):
@@ -18,7 +20,7 @@ class Store(Protocol):
 
     def read(self, sample: int) -> bytes:
         """Raises DataError naming the shard when the bytes are not those of the index, UserError when the whole
-        shard is missing or another."""
+        shard is missing or another, TemporaryError when it cannot be read just now."""
         ...
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
@@ -60,16 +62,19 @@ class LocalStore:
                 raise UserError(
                     f"{path}: shard of {found:,} bytes had {size:,} when it was indexed; restore it or index it again"
                 )
+        self._comparing = threading.Lock()
+        self._others: dict[int, bool] = {}
         # Opening is slow on network file systems, and there may be more shards than a process may open files.
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._file = lru_cache(maxsize=min(max(allowed // 8, 1), 4096))(self._open)
 
     def read(self, sample: int) -> bytes:
-        index = self._index
-        file = self._file(int(index.shard[sample]))
-        data = os.pread(file.descriptor, int(index.size[sample]), int(index.offset[sample]))
-        if zlib.crc32(data) != index.crc32[sample]:
-            raise damaged(index, sample)
+        data = self._read(sample)
+        if zlib.crc32(data) != self._index.crc32[sample]:
+            shard = int(self._index.shard[sample])
+            if self._is_another(shard):
+                raise other_bytes(self._index.location(shard))
+            raise damaged(self._index, sample)
         return data
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
@@ -77,6 +82,26 @@ class LocalStore:
 
     def close(self) -> None:
         self._file.cache_clear()
+
+    def _read(self, sample: int) -> bytes:
+        index, shard = self._index, int(self._index.shard[sample])
+        file = self._file(shard)
+        try:
+            return os.pread(file.descriptor, int(index.size[sample]), int(index.offset[sample]))
+        except OSError as error:
+            raise TemporaryError(
+                f"{index.location(shard)}: shard cannot be read: {error.strerror}; see that its disk or file server "
+                "works and run again"
+            ) from error
+
+    def _is_another(self, shard: int) -> bool:
+        """Whether most samples of a shard are not those that were indexed. Only the first call reads it."""
+        with self._comparing:
+            if shard not in self._others:
+                samples = np.flatnonzero(self._index.shard == shard).tolist()
+                changed = sum(zlib.crc32(self._read(sample)) != self._index.crc32[sample] for sample in samples)
+                self._others[shard] = changed > len(samples) / 2
+            return self._others[shard]
 
     def _open(self, shard: int) -> "_File":
         path = self._index.location(shard)

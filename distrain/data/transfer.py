@@ -59,7 +59,7 @@ class Transfer:
             if found == (size, crc32):
                 return None
             if found == before:
-                raise RankError(f"{url}: holds other bytes than were indexed; put the old shard back or index it again")
+                raise other_bytes(url)
             before = found
             return f"{found[0]:,} bytes with checksum {found[1]:08x} came instead of {size:,} with {crc32:08x}"
 
@@ -146,6 +146,11 @@ class Transfer:
             once = {"mode": "standard", "total_max_attempts": 1}
             return {"config_kwargs": {"connect_timeout": self._stall, "read_timeout": self._stall, "retries": once}}
         return {}
+
+
+def other_bytes(location: str) -> RankError:
+    """What to raise for a shard that is not the one that was indexed."""
+    return RankError(f"{location}: holds other bytes than were indexed; put the old shard back or index it again")
 
 
 def _begins_past_end(error: OSError) -> bool:

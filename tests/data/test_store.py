@@ -1,3 +1,5 @@
+import errno
+import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,7 +11,7 @@ from conftest import write_split
 
 from distrain.data import index
 from distrain.data.store import DataError, LocalStore
-from distrain.errors import UserError
+from distrain.errors import RankError, TemporaryError, UserError
 
 
 @pytest.fixture
@@ -75,3 +77,39 @@ def test_a_damaged_sample_is_an_error_that_leaves_the_others_readable(copy):
     with pytest.raises(DataError, match=r"train-000000\.tar: the \d+ bytes at \d+ are not those that were indexed"):
         store.read(3)
     assert store.read(4) == read_directly(built, 4)
+
+
+def test_a_shard_replaced_by_another_of_its_length_is_named(copy):
+    built = index.load(f"{copy}/train.parquet")
+    store = LocalStore(built)
+    shard = copy / "train-000001.tar"
+    shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
+    with pytest.raises(RankError, match=rf"^{shard}: holds other bytes than were indexed; put the old shard back or"):
+        store.read(50)
+    assert store.read(3) == read_directly(built, 3)
+
+
+def test_a_shard_with_damage_in_many_places_is_still_read(copy):
+    """Of its 41 samples 20 are bad: not most of them."""
+    built = index.load(f"{copy}/train.parquet")
+    with (copy / "train-000000.tar").open("r+b") as file:
+        for sample in range(20):
+            file.seek(built.offset[sample] + 20)
+            file.write(b"\0\1\2\3")
+    store = LocalStore(built)
+    for sample in range(20):
+        with pytest.raises(DataError):
+            store.read(sample)
+    assert [store.read(sample) for sample in range(20, 41)] == [read_directly(built, n) for n in range(20, 41)]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_is_one_line_that_names_the_shard(copy, monkeypatch, number):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(
+        TemporaryError, match=rf"^{copy}/train-000000\.tar: shard cannot be read: .*; see that its disk"
+    ):
+        LocalStore(index.load(f"{copy}/train.parquet")).read(3)
