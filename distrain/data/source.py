@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
-from distrain.data.image import MAX_PIXELS
+from distrain.data.image import MAX_PIXELS, ImageError, measure
 from distrain.data.index import Index
 from distrain.data.loader import Request
 from distrain.data.quarantine import Quarantine
@@ -38,7 +38,7 @@ class Source:
         """The encoded image. Raises DataError when it is not one that a decoder should be given."""
         width, height = int(self.index.width[sample]), int(self.index.height[sample])
         if not width or not height:
-            raise DataError("not a readable image when it was indexed")
+            raise DataError(f"not a readable image when it was indexed: {self._examine(sample)}")
         if width * height > MAX_PIXELS:
             raise DataError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
         return self._store.read(sample)
@@ -75,3 +75,11 @@ class Source:
 
     def close(self) -> None:
         self._store.close()
+
+    def _examine(self, sample: int) -> str:
+        """Why an image is none, which the index does not tell. Raises DataError if its bytes have changed since."""
+        try:
+            measure(self._store.read(sample))
+        except ImageError as error:
+            return str(error)
+        return "it is one now; index the shards again"
