@@ -1,6 +1,7 @@
 """Ways to put the samples of a data set in order, anew in each epoch. All are functions of (seed, epoch)."""
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +9,11 @@ from numpy.typing import NDArray
 from distrain.config import DataConfig
 from distrain.data.index import Index, is_remote
 from distrain.data.plan import IntArray, Order, Share
+from distrain.errors import UserError
 from distrain.rng import Stream, hash64
+
+LEAST_WINDOW = 10  # shards: with fewer, batches show which shard they come from, and training suffers
+_HASHED_AT_ONCE = 2**16  # what fits the processor's cache
 
 
 class GlobalOrder:
@@ -48,23 +53,28 @@ class BalancedOrder:
         return ids[places].astype(np.int64), copies[places].astype(np.int64)
 
     def _balance(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        ids, copies = self._take_turns(epoch)
+        mixed = permute(len(ids), self._seed, epoch, 1)
+        return ids[mixed], copies[mixed]
+
+    def _take_turns(self, epoch: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """One of each class, another of each, ...: ids and copies, int32 [samples] each."""
         samples = len(self._labels)
         shuffled = permute(samples, self._seed, epoch)
         by_class = shuffled[np.argsort(self._labels[shuffled], kind="stable")]
-        _, sizes = np.unique(self._labels, return_counts=True)
-        starts = np.cumsum(sizes) - sizes
+        sizes = np.unique(self._labels, return_counts=True)[1].astype(np.int32)
+        starts = np.cumsum(sizes, dtype=np.int32) - sizes
+        turns, which = np.divmod(np.arange(samples, dtype=np.int32), np.int32(len(sizes)))
         # What does not divide by the number of classes goes to other classes in every epoch.
-        which = (np.arange(samples) + epoch * (samples % len(sizes))) % len(sizes)
-        turns = np.arange(samples) // len(sizes)
+        which = (which + epoch * samples % len(sizes)) % np.int32(len(sizes))
         copies, member = np.divmod(turns, sizes[which])
-        ids = by_class[starts[which] + member]
-        mixed = permute(samples, self._seed, epoch, 1)
-        return ids[mixed], copies[mixed].astype(np.int32)
+        return by_class[starts[which] + member], copies
 
 
 class WindowOrder:
-    """Shards are permuted, their samples laid end to end and cut into the lanes' shares; each share is shuffled
-    inside windows of so many shards. A lane reads few shards at a time and each of them once."""
+    """Shards are permuted, their samples laid end to end and cut into the lanes' shares; each share is cut into equal
+    windows of at least so many shards, if it has as many, and shuffled inside of these. A lane reads few shards at a
+    time and each of them once."""
 
     def __init__(self, shard_of_sample: NDArray[np.int32], lanes: int, window_shards: int, seed: int) -> None:
         self._seed = seed
@@ -80,21 +90,29 @@ class WindowOrder:
         """The ids of one share, in the order in which they are consumed."""
         shards = permute(len(self._starts), self._seed, epoch)
         ends = np.cumsum(self._sizes[shards])
-        places = np.arange(share.before, share.before + share.size)
-        row = np.searchsorted(ends, places, side="right")
-        ids = self._starts[shards[row]] + places - (ends - self._sizes[shards])[row]
-        window = (places - share.before) // self._window
-        order = np.lexsort((hash64(self._seed, Stream.ORDER, epoch, ids, 1), window))
-        return ids[order].astype(np.int32)
+        windows = max(1, share.size // self._window)
+        cuts = [share.size * number // windows for number in range(windows + 1)]
+        arranged = np.empty(share.size, np.int32)
+        for first, end in pairwise(cuts):
+            places = share.before + np.arange(first, end)
+            row = np.searchsorted(ends, places, side="right")
+            ids = self._starts[shards[row]] + places - (ends - self._sizes[shards])[row]
+            arranged[first:end] = ids[np.argsort(hash64(self._seed, Stream.ORDER, epoch, ids, 1), kind="stable")]
+        return arranged
 
 
 def make_order(data: DataConfig, index: Index, lanes: int, seed: int) -> Order:
-    """The order that the configuration asks for."""
+    """The order that the configuration asks for. Raises UserError for windows that would hardly mix."""
     if data.balanced:
         return BalancedOrder(index.label, seed)
     if data.repeats > 1:
         return RepeatedOrder(len(index), seed, data.repeats)
     if resolve_shuffle(data, index) == "window":
+        least = min(LEAST_WINDOW, len(index.shards))
+        if data.window_shards < least:
+            raise UserError(
+                f"data.window_shards={data.window_shards} mixes too few shards with one another: set at least {least}"
+            )
         return WindowOrder(index.shard, lanes, data.window_shards, seed)
     return GlobalOrder(len(index), seed)
 
@@ -108,4 +126,8 @@ def resolve_shuffle(data: DataConfig, index: Index) -> str:
 
 def permute(count: int, seed: int, *keys: int) -> NDArray[np.int32]:
     """0 .. count-1 sorted by a hash of (seed, keys, number). int32 [count]."""
-    return np.argsort(hash64(seed, Stream.ORDER, *keys, np.arange(count)), kind="stable").astype(np.int32)
+    hashes = np.empty(count, np.uint64)
+    for first in range(0, count, _HASHED_AT_ONCE):
+        numbers = np.arange(first, min(first + _HASHED_AT_ONCE, count))
+        hashes[first : first + len(numbers)] = hash64(seed, Stream.ORDER, *keys, numbers)
+    return np.argsort(hashes, kind="stable").astype(np.int32)

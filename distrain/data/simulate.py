@@ -48,9 +48,10 @@ def simulate(index: Index, shuffle: str, nodes: int, gpus: int, per_lane: int, w
 
     sizes = np.array([shard.size for shard in index.shards])
     looked_at = np.unique(np.linspace(0, nodes - 1, min(nodes, _NODES_LOOKED_AT)).astype(int))
-    reads = [node_reads(plan, range(node * gpus, (node + 1) * gpus)) for node in looked_at]
+    all_reads = [node_reads(plan, range(node * gpus, (node + 1) * gpus)) for node in looked_at]
+    reads = [(ids, steps) for ids, steps in all_reads if len(ids)]  # an epoch may end before the last node's turn
     downloads = [np.unique(index.shard[ids]) for ids, _ in reads]
-    used = [index.size[ids].astype(np.int64).sum() for ids, _ in reads]
+    used = [max(1, index.size[ids].astype(np.int64).sum()) for ids, _ in reads]
     return Simulation(
         steps=plan.steps,
         plan_seconds=seconds,
@@ -99,4 +100,4 @@ def same_shard_pairs(index: Index, plan: Plan) -> float:
         ids = np.concatenate([plan.lane_batch(int(step), lane).ids for lane in range(plan.lanes)])
         pairs += len(ids) * (len(ids) - 1)
         same += sum(count * (count - 1) for count in Counter(index.shard[ids].tolist()).values())
-    return same / pairs
+    return same / max(pairs, 1)

@@ -1,12 +1,18 @@
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrain.data.order import BalancedOrder, GlobalOrder, RepeatedOrder, WindowOrder
+from distrain.config import DataConfig
+from distrain.data import index
+from distrain.data.order import BalancedOrder, GlobalOrder, RepeatedOrder, WindowOrder, make_order
 from distrain.data.plan import Plan
+from distrain.errors import UserError
 
 seeds = st.integers(0, 2**63)
 lane_counts, lane_sizes = st.integers(1, 7), st.integers(2, 9)
@@ -92,6 +98,57 @@ def test_a_window_shuffle_reads_few_shards_at_a_time_and_mixes_them():
         for window in (steps[:25], steps[25:]):
             assert len(set(np.concatenate(window))) == 10
         assert np.mean([len(set(step)) for step in steps]) > 7  # of 10, in a batch of 20
+
+
+@given(st.integers(1, 60), st.integers(1, 30), lane_counts, st.integers(1, 12), seeds)
+def test_windows_are_alike_and_none_is_smaller_than_asked_for(count, samples, lanes, window, seed):
+    """Where the share of a lane has as many shards, it mixes at least so many of them at any time."""
+    shard = shards([samples] * count)
+    plan = Plan(len(shard), lanes, 2, 1, WindowOrder(shard, lanes, window, seed))
+    share = plan.share(0, 0)
+    order = plan.lane_samples(0, np.arange(share.size)).ids
+    windows = max(1, share.size // (window * samples))
+    cuts = [share.size * number // windows for number in range(windows + 1)]
+    in_windows = [set(shard[order[first:end]]) for first, end in pairwise(cuts)]
+    assert min(len(mixed) for mixed in in_windows) >= min(window, share.size // samples)
+    assert sum(len(one & other) for one, other in pairwise(in_windows)) <= windows - 1  # a shard is cut but once
+
+
+def test_windows_that_hardly_mix_are_refused(dataset):
+    data, built = DataConfig(shuffle="window", window_shards=4), index.load(f"{dataset}/train.parquet")
+    with pytest.raises(
+        UserError, match=r"^data\.window_shards=4 mixes too few shards with one another: set at least 5"
+    ):
+        make_order(data, built, 2, 0)
+    make_order(replace(data, window_shards=5), built, 2, 0)
+
+
+SAMPLES = 1_281_167
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: GlobalOrder(SAMPLES, 0),
+        lambda: WindowOrder(shards_of_imagenet(), 1, 10, 0),
+        lambda: RepeatedOrder(SAMPLES, 0, 3),
+        lambda: BalancedOrder(np.arange(SAMPLES, dtype=np.int32) % 1000, 0),
+    ],
+    ids=["global", "window", "repeated", "balanced"],
+)
+def test_planning_imagenet_takes_less_than_64_megabytes(make):
+    """On a process that has all lanes, from one epoch to the third."""
+    plan = Plan(SAMPLES, 1, 256, 3, make())
+    tracemalloc.start()
+    for epoch in range(3):
+        plan.lane_batch(plan.step_at(epoch), 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64e6
+
+
+def shards_of_imagenet():
+    return np.repeat(np.arange(570), -(-SAMPLES // 570))[:SAMPLES].astype(np.int32)
 
 
 def test_a_batch_holds_the_copies_of_a_repeated_sample_together():

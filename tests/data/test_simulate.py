@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distrain.__main__ import main
 from distrain.data import index
@@ -10,12 +12,16 @@ from distrain.data.simulate import peak_cache, simulate
 @pytest.fixture
 def shards():
     """4,000 samples of 10 bytes in 200 shards."""
-    zeros = np.zeros(4000, np.int32)
+    return make_shards(200, 20)
+
+
+def make_shards(count, samples):
+    zeros = np.zeros(count * samples, np.int32)
     return Index(
         root="/nowhere",
-        shards=tuple(Shard(f"{number}.tar", 200, 0) for number in range(200)),
+        shards=tuple(Shard(f"{number}.tar", 10 * samples, 0) for number in range(count)),
         classes=("a",),
-        shard=np.repeat(np.arange(200), 20).astype(np.int32),
+        shard=np.repeat(np.arange(count), samples).astype(np.int32),
         offset=zeros.astype(np.int64),
         size=zeros + 10,
         label=zeros,
@@ -31,9 +37,18 @@ def test_a_window_shuffle_spares_downloads_and_cache(shards):
     assert 50 <= window.node_shards <= 52  # a quarter of the shards, and one cut at either end
     assert mixed.node_shards > 190
     assert window.node_share < 1.05 < mixed.node_share
-    assert window.cache_bytes <= 21 * 2 * 200  # two lanes' windows of ten, one on its way out, twice
+    assert window.cache_bytes <= 2 * 2 * 14 * 200  # two lanes' windows of twelve and a half, and the next ones
     assert mixed.cache_bytes > 150 * 200
     assert window.same_shard < 0.1
+
+
+@given(*(st.integers(1, most) for most in (9, 20, 40, 8, 40, 12)), st.sampled_from(["window", "global"]))
+def test_any_cluster_can_be_simulated_with_any_data(count, samples, nodes, gpus, per_lane, window, shuffle):
+    made = simulate(make_shards(count, samples), shuffle, nodes, gpus, per_lane, window)
+    assert 1 <= made.node_shards <= count
+    assert 10 * samples <= made.cache_bytes <= 10 * samples * count
+    assert 1 <= made.node_share <= samples * count
+    assert 0 <= made.same_shard <= 1
 
 
 def test_a_shard_takes_cache_from_its_first_to_its_last_read():
