@@ -4,9 +4,14 @@ import argparse
 import importlib
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from distrain import __version__
 from distrain.arguments import AnyOrder
+from distrain.errors import UserError
+
+if TYPE_CHECKING:
+    from distrain.config import Config
 
 TOOLS = {
     "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
@@ -74,11 +79,11 @@ def _train(argv: Sequence[str]) -> int:
     if not args.config and not args.overrides:
         parser.error("nothing to train: give --config FILE, or see --help")
 
-    from distrain import config, models
+    from distrain import config
 
     loaded = config.load(args.config, args.overrides)
     config.check_ranks(loaded, int(os.environ.get("WORLD_SIZE", 1)))
-    models.configure(loaded.model.name, **loaded.model.options)
+    check_network(loaded)
     if args.print_config:
         print(config.to_yaml(loaded), end="")
         return 0
@@ -86,3 +91,18 @@ def _train(argv: Sequence[str]) -> int:
     from distrain.train import train
 
     return train(loaded)
+
+
+def check_network(config: "Config") -> None:
+    """Refuse a network that does not exist, or that the images are too small for, without taking memory for it."""
+    import torch
+
+    from distrain import models
+
+    with torch.device("meta"):
+        network = models.build(config.model.name, config.model.num_classes, **config.model.options)
+    sizes = [int(size) for _, size in config.data.size_schedule] or [config.data.image_size]
+    try:
+        models.check_resolution(network, min(sizes))
+    except UserError as error:
+        raise UserError(f"data.image_size or data.size_schedule: {error}") from error

@@ -27,6 +27,10 @@ class LostRankError(TemporaryError):
     """Another rank is gone or about to go. Why, it says itself, or the launcher does."""
 
 
+class StaleAttemptError(TemporaryError):
+    """Another attempt at the same run has begun, and this one may not change anything any more."""
+
+
 def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
     """A phrase that points from a misspelt name to the closest known one.
 

@@ -28,6 +28,7 @@ from distrain.learner import Learner
 from distrain.parallel.group import Agreement, Group
 from distrain.parallel.strategy import Update
 from distrain.recipe.schedules import learning_rate
+from distrain.resilience.attempt import Attempt
 from distrain.resilience.stopping import Stopped, StopRequest
 from distrain.rng import Stream, torch_seed
 from distrain.track import Tracker
@@ -43,8 +44,11 @@ def train(config: Config) -> int:
     plan = make_plan(config, train_index)
     with Group() as group, StopRequest(config.run.folder, config.train.max_minutes) as stop:
         try:
-            with Tracker(config, group.leads, plan.steps) as tracker:
-                accuracy, digest = run_steps(config, plan, train_index, val_index, group, stop, tracker)
+            with (
+                Tracker(config, group.leads, plan.steps) as tracker,
+                Attempt(config, group) as attempt,
+            ):
+                accuracy, digest = run_steps(config, plan, train_index, val_index, group, stop, tracker, attempt)
         except Stopped as stopped:
             tracker.say(f"stopped by {stopped}; all is saved, run the same command again to go on")
             group.barrier()
@@ -64,6 +68,7 @@ def run_steps(
     group: Group,
     stop: StopRequest,
     tracker: Tracker,
+    attempt: Attempt,
 ) -> tuple[Accuracy, str]:
     """Every step of `plan` that is not done yet. Returns the final accuracy and the digest of the weights.
 
@@ -76,7 +81,9 @@ def run_steps(
         choose_loader(config, plan, train_index, group.device, tracker.say) if group.leads else None
     )
     with (
-        closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint)) as checkpoints,
+        closing(
+            Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint, attempt.require_current)
+        ) as checkpoints,
         closing(make_loader(config, loader, train_index, quarantine, group.device)) as train_loader,
         closing(make_loader(config, loader, val_index, val_quarantine, group.device)) as val_loader,
     ):
@@ -86,15 +93,18 @@ def run_steps(
         }
         extra = {"identity": identity, "versions": {"distrain": __version__, "torch": torch.__version__}}
         start, saved = 0, None
+        attempt.moves("restore", 0)
         if (snapshot := checkpoints.restore()) is not None:
             check_identity(snapshot.extra["identity"], identity, changeable_settings(config), config.run.change)
             start, saved = snapshot.step, snapshot.tensors
             tracker.say(f"resuming at step {start} of {plan.steps}")
         learner = Learner(config, group, saved, tracker.say)
+        attempt.restored(start)
         agreement = Agreement(group)
 
         def heed_wishes() -> bool:
             """Stop if any rank was asked to; return whether a checkpoint is overdue."""
+            attempt.moves("step-or-validation", step)
             stopping, saving = agreement.exchange(bool(stop), group.leads and checkpoints.is_overdue())
             if stopping:
                 raise Stopped(stop.reason or "a signal to another rank")
@@ -127,6 +137,7 @@ def run_steps(
                 learner.update_average(step + 1)
                 skipped += ~update.applied
 
+                attempt.has_done(step + 1)
                 tracker.advance(step + 1)
                 if (step + 1) % config.track.every_steps == 0 or step + 1 == plan.steps:
                     loss, top1 = means.tolist()

@@ -1,6 +1,16 @@
 """Checkpoints: whole or not there, verified before use, independent of strategy and number of ranks."""
 
-from distrain.checkpoint.files import MANIFEST, Snapshot, committed, read, verify, weights_digest
+from distrain.checkpoint.files import MANIFEST, Snapshot, committed, newest_step, read, verify, weights_digest
 from distrain.checkpoint.saver import Checkpointer, check_identity
 
-__all__ = ["MANIFEST", "Checkpointer", "Snapshot", "check_identity", "committed", "read", "verify", "weights_digest"]
+__all__ = [
+    "MANIFEST",
+    "Checkpointer",
+    "Snapshot",
+    "check_identity",
+    "committed",
+    "newest_step",
+    "read",
+    "verify",
+    "weights_digest",
+]

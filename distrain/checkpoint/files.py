@@ -66,6 +66,11 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    return max(map(step_of, committed(folder)), default=0)
+
+
 def commit(draft: Path, final: Path, snapshot: Snapshot) -> None:
     """Describe what was written in a manifest, and give it its name once all of it is on disk."""
     files = {path.name: describe(path) for path in sorted(draft.iterdir())}

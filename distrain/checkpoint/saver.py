@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +43,11 @@ class Checkpointer:
     A checkpoint that cannot be written is told of, and training goes on; the next one is another try.
     """
 
-    def __init__(self, folder: Path, group: Group, config: CheckpointConfig) -> None:
+    def __init__(
+        self, folder: Path, group: Group, config: CheckpointConfig, fence: Callable[[], None] = lambda: None
+    ) -> None:
+        """`fence` is called on the leading rank before a checkpoint gets its name, and raises if it must not."""
+        self._fence = fence
         self._folder = folder
         self._group = group
         self._config = config
@@ -159,6 +163,7 @@ class Checkpointer:
                 if final.exists():  # never overwritten
                     shutil.rmtree(draft)
                 else:
+                    self._fence()
                     commit(draft, final, snapshot)
                 self._prune(final)
         except (OSError, DamagedCheckpointError, CheckpointException) as error:

@@ -299,6 +299,22 @@ class CheckpointConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    patience: float = option(
+        600.0,
+        "seconds without a step, or a batch of validation, after which a rank counts as hung; 0: never",
+        free=True,
+    )
+    attempts: int = option(
+        3, "starts in a row that may end without a new checkpoint before the run is refused; 0: any number", free=True
+    )
+
+    def __post_init__(self) -> None:
+        _at_least("resilience.patience", self.patience, 0)
+        _at_least("resilience.attempts", self.attempts, 0)
+
+
+@dataclass
 class TrackConfig:
     uri: str = option(
         "", "MLflow tracking URI, or none; empty: $MLFLOW_TRACKING_URI, else a database in run.dir", free=True
@@ -324,6 +340,7 @@ class Config:
     average: AverageConfig = field(default_factory=AverageConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,9 @@
 """The process group: who takes part in a run, and what they agree on."""
 
+import ctypes
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from distrain.errors import LostRankError
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 # What gloo and NCCL say when the other side is gone; they have no exception of its own for it.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -26,6 +31,7 @@ class Group:
     device: torch.device = torch.device("cpu")
 
     def __enter__(self) -> Self:
+        die_with_parent()
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         backend = "gloo"
@@ -79,6 +85,15 @@ class Group:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when torchrun, which started it, dies, so that none is left to hold a GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it died before the kernel was told
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def new_gloo_group() -> dist.ProcessGroup:

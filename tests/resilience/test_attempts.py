@@ -1,0 +1,104 @@
+"""Attempts at a run: written down, counted, fenced, watched."""
+
+import json
+import signal
+
+import psutil
+import pytest
+from launching import SMALL, Training, train
+
+from distrain.checkpoint import newest_step
+
+# 203 samples in steps of 12 are 16.9 steps an epoch: 3 epochs are 51 steps.
+SHORT = (*SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
+
+
+@pytest.fixture(scope="module")
+def settings(on_dataset) -> tuple[str, ...]:
+    return (*SHORT, *on_dataset)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory):
+    return train(tmp_path_factory.mktemp("runs") / "undisturbed", *settings, ranks=2)
+
+
+def attempts(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
+
+
+def test_a_restart_is_written_down_with_what_it_cost(settings, tmp_path):
+    folder = tmp_path / "run"
+    training = Training(folder, *settings)
+    training.wait_for_step(12)
+    training.kill()
+    reached = int((folder / "beat").read_text().split()[0])
+    saved = newest_step(folder / "checkpoints")
+    assert train(folder, *settings).code == 0
+    first, second = attempts(folder)
+    assert (first["attempt"], first["cause"], first["from_step"], first["lost_steps"]) == (1, "", 0, 0)
+    assert (second["attempt"], second["from_step"], second["lost_steps"]) == (2, saved, reached - saved)
+    assert second["cause"].startswith("ended without a word")
+    assert all(second["seconds"][part] > 0 for part in ("down", "join", "load", "first_step"))
+    assert json.loads((folder / "attempt.json").read_text())["end"] == "done"
+
+
+def test_three_attempts_in_a_row_without_a_checkpoint_are_the_last(settings, tmp_path):
+    folder = tmp_path / "run"
+    for _ in range(3):
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        training = Training(folder, *settings, "checkpoint.every_steps=1000", "evaluate.every_epochs=3")
+        training.wait_for_step(3)
+        training.kill()
+    refused = train(folder, *settings)
+    assert refused.code == 78
+    assert refused.output.strip().splitlines()[-1] == (
+        f"distrain: {folder}/attempt.json: 3 attempts in a row ended without a checkpoint after step 0: "
+        "mend what ends them (their last lines tell), delete that file, and run again"
+    )
+    (folder / "attempt.json").unlink()
+    assert train(folder, *settings).code == 0
+
+
+def test_an_attempt_that_was_taken_over_commits_nothing_more(settings, tmp_path):
+    folder = tmp_path / "run"
+    training = Training(folder, *settings)
+    training.wait_for_step(8)
+    current = json.loads((folder / "attempt.json").read_text())
+    (folder / "attempt.json").write_text(json.dumps({**current, "attempt": 2, "host": "elsewhere"}))
+    before = newest_step(folder / "checkpoints")
+    stale = training.wait()
+    assert stale.code == 1
+    assert "attempt 2 on elsewhere has taken over" in stale.output
+    assert newest_step(folder / "checkpoints") <= before + 7
+    assert newest_step(folder / "checkpoints") < 51
+    assert json.loads((folder / "attempt.json").read_text())["attempt"] == 2
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_and_the_attempt_ends(undisturbed, settings, tmp_path, frozen):
+    folder = tmp_path / "run"
+    training = Training(folder, *settings, "resilience.patience=3", ranks=2)
+    training.wait_for_step(9)
+    ranks = {process.environ()["RANK"]: process for process in training.workers() if "RANK" in process.environ()}
+    ranks[str(frozen)].suspend()
+    ended = training.wait()
+    assert ended.code != 0
+    assert f"distrain: rank {frozen} on " in ended.output
+    assert "has not moved for 3 s" in ended.output
+    stacks = [path.read_text() for path in (folder / "stacks").iterdir()]
+    assert any("train_step" in text or "run_steps" in text for text in stacks)
+    assert train(folder, *settings, ranks=2).digest == undisturbed.digest
+
+
+def test_workers_die_with_their_launcher(settings, tmp_path):
+    training = Training(tmp_path / "run", *settings, "train.epochs=1000", ranks=2)
+    training.wait_for_step(5)
+    workers = training.workers()
+    assert len(workers) >= 2
+    training.process.send_signal(signal.SIGKILL)
+    training.process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive
