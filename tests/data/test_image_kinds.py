@@ -18,12 +18,13 @@ from distrain.config import DataConfig
 from distrain.data.augment import Windows
 from distrain.data.image import ImageError, measure
 from distrain.data.loader import Request
-from distrain.data.loaders import open_loader
+from distrain.data.loaders import open_loader, parts
+from distrain.data.loaders.parts import decode
 from distrain.data.plan import LaneBatch
 from distrain.data.quarantine import Quarantine
 from distrain.data.scan import scan
 from distrain.data.source import Source
-from distrain.data.store import LocalStore
+from distrain.data.store import DataError, LocalStore
 
 WIDTH, HEIGHT = 300, 220
 SIZE = 96
@@ -176,6 +177,33 @@ def test_loaders_agree_with_each_other_and_with_torchvision(pixels, kind, window
     assert distance(ours, dalis) <= 1
     assert distance(ours, peers) <= 0.01
     assert distance(dalis, peers) <= 1
+
+
+def parts_of(content, decoder):
+    """Forty windows of a JPEG by `decoder`, and those of the whole image."""
+    whole = decode(content)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        top, left = int(rng.integers(HEIGHT)), int(rng.integers(WIDTH))
+        height, width = int(rng.integers(1, HEIGHT - top + 1)), int(rng.integers(1, WIDTH - left + 1))
+        yield decoder(content, top, left, height, width), whole[:, top : top + height, left : left + width]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("JPEG")])
+def test_a_part_of_a_jpeg_is_bit_for_bit_that_of_the_whole(kind):
+    assert all(torch.equal(part, expected) for part, expected in parts_of(KINDS[kind][1], parts.jpegs.decode))
+
+
+def test_jpegs_are_decoded_whole_where_there_is_no_decoder_of_parts(monkeypatch):
+    monkeypatch.setattr(parts.jpegs, "_codec", None)
+    pairs = parts_of(KINDS["JPEG 4:2:0"][1], parts.decode_part)
+    assert all(torch.equal(part, expected) for part, expected in pairs)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"\xff\xd8" + bytes(300), KINDS["JPEG"][1][:100], b"no image"])
+def test_what_is_no_image_is_an_error_of_the_data(content):
+    with pytest.raises(DataError, match="cannot be decoded"):
+        parts.decode_part(content, 0, 0, 8, 8)
 
 
 def test_an_animation_is_no_image():

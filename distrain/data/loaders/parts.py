@@ -56,7 +56,7 @@ def resize(image: torch.Tensor, size: int, interpolation: str) -> torch.Tensor:
 def decode_part(encoded: bytes, top: int, left: int, height: int, width: int) -> torch.Tensor:
     """A part that lies inside an encoded image, as uint8 [3, height, width]. Raises DataError if it is no image."""
     if encoded.startswith(b"\xff\xd8") and height and width:
-        part = _jpegs.decode(encoded, top, left, height, width)
+        part = jpegs.decode(encoded, top, left, height, width)
         if part is not None:
             return part
     return decode(encoded)[:, top : top + height, left : left + width]
@@ -90,4 +90,4 @@ class _Jpegs(threading.local):
         return None if image is None else torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
 
-_jpegs = _Jpegs()
+jpegs = _Jpegs()
