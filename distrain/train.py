@@ -8,7 +8,8 @@ from contextlib import closing
 import torch
 
 from distrain import __version__
-from distrain.checkpoint import Checkpointer, check_identity, weights_digest
+from distrain.checkpoint import Checkpointer, check_identity, newest_step, weights_digest
+from distrain.choices import Choices
 from distrain.config import Config, changeable_settings, fixed_settings
 from distrain.data.feed import (
     choose_loader,
@@ -22,16 +23,19 @@ from distrain.data.index import Index
 from distrain.data.loader import Batch, normalize
 from distrain.data.order import resolve_shuffle
 from distrain.data.plan import Plan
-from distrain.errors import EXIT_DONE, EXIT_STOPPED
+from distrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from distrain.evaluate import Accuracy, evaluate
 from distrain.learner import Learner
 from distrain.parallel.group import Agreement, Group
 from distrain.parallel.strategy import Update
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
+from distrain.resilience.divergence import Diverged, Divergence
 from distrain.resilience.stopping import Stopped, StopRequest
 from distrain.rng import Stream, torch_seed
 from distrain.track import Tracker
+
+OMITTED = "omitted_steps"  # among the choices of a run: windows of steps, [first, end]
 
 
 def train(config: Config) -> int:
@@ -48,7 +52,14 @@ def train(config: Config) -> int:
                 Tracker(config, group.leads, plan.steps) as tracker,
                 Attempt(config, group) as attempt,
             ):
-                accuracy, digest = run_steps(config, plan, train_index, val_index, group, stop, tracker, attempt)
+                while True:
+                    try:
+                        accuracy, digest = run_steps(
+                            config, plan, train_index, val_index, group, stop, tracker, attempt
+                        )
+                        break
+                    except Diverged as diverged:
+                        go_back(config, group, diverged, tracker)
         except Stopped as stopped:
             tracker.say(f"stopped by {stopped}; all is saved, run the same command again to go on")
             group.barrier()
@@ -58,6 +69,31 @@ def train(config: Config) -> int:
         tracker.say(f"done: {accuracy}  weights {digest}")
         group.barrier()
     return EXIT_DONE
+
+
+def go_back(config: Config, group: Group, diverged: Diverged, tracker: Tracker) -> None:
+    """Note that the steps from the last checkpoint up to where training diverged are to be left out.
+
+    Raises UserError if that has happened too often.
+    """
+    choices = Choices(config.run.folder)
+    windows = group.from_leader(choices.get(OMITTED, list) if group.leads else None)
+    if len(windows) >= config.resilience.rollbacks:
+        raise UserError(
+            f"training diverged for the {len(windows) + 1}th time, more than resilience.rollbacks="
+            f"{config.resilience.rollbacks} allows: {diverged}; try a lower optimizer.lr or optimizer.clip_norm=1"
+        )
+    if group.leads:
+        start = newest_step(config.run.folder / "checkpoints")
+        choices.set(OMITTED, [*windows, [start, diverged.step + 1]])
+        tracker.say(f"{diverged}: going back to step {start}, and on from there at step {diverged.step + 1}")
+    group.barrier()
+
+
+def omitted_steps(config: Config, group: Group) -> set[int]:
+    """The steps that are left out because training diverged in them."""
+    windows = group.from_leader(Choices(config.run.folder).get(OMITTED, list) if group.leads else None)
+    return {step for first, end in windows for step in range(first, end)}
 
 
 def run_steps(
@@ -81,9 +117,7 @@ def run_steps(
         choose_loader(config, plan, train_index, group.device, tracker.say) if group.leads else None
     )
     with (
-        closing(
-            Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint, attempt.require_current)
-        ) as checkpoints,
+        closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint, attempt)) as checkpoints,
         closing(make_loader(config, loader, train_index, quarantine, group.device)) as train_loader,
         closing(make_loader(config, loader, val_index, val_quarantine, group.device)) as val_loader,
     ):
@@ -110,19 +144,26 @@ def run_steps(
                 raise Stopped(stop.reason or "a signal to another rank")
             return saving
 
+        def between_batches() -> None:
+            attempt.strike("evaluate", step)
+            heed_wishes()
+
         evaluation_steps = plan.steps_every(config.evaluate.every_epochs)
-        requests = train_requests(config, plan, train_index, group.lanes(config.batch.lanes), start)
+        omitted, lanes = omitted_steps(config, group), group.lanes(config.batch.lanes)
+        requests = train_requests(config, plan, train_index, lanes, start, omitted)
+        requests = attempt.faults.watch(requests, start, len(lanes))
         batches = cut(train_loader.stream(requests), learner.parts)
+        divergence = Divergence(config.resilience)
         speed = Speed(plan.batch, start)
         skipped = torch.zeros((), dtype=torch.int64, device=group.device)
         overdue = False
         try:
-            for step in range(start, plan.steps + 1):
+            for step in (step for step in range(start, plan.steps + 1) if step not in omitted):
                 if step == plan.steps or checkpoints.is_due(step, overdue):
                     checkpoints.save(step, learner.state(), extra)
                     tracker.log(step, {"checkpoint/stall_seconds": checkpoints.stall})
                 if step in evaluation_steps:
-                    accuracy = evaluate(learner.judged, val_index, val_loader, config, group, heed_wishes)
+                    accuracy = evaluate(learner.judged, val_index, val_loader, config, group, between_batches)
                     tracker.log(step, accuracy.metrics())
                     if checkpoints.note_best(step, accuracy.top1 / accuracy.images):
                         checkpoints.save(step, learner.state(), extra)
@@ -131,11 +172,14 @@ def run_steps(
                     checkpoints.require()
                     return accuracy, weights_digest(learner.state())
                 overdue = heed_wishes()
+                attempt.strike("step", step)
+                attempt.faults.poison(learner.strategy.network, step)
 
                 lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
                 means, update = train_step(learner, step, batches, lr)
                 learner.update_average(step + 1)
                 skipped += ~update.applied
+                divergence.see(step, means[0], update.applied)
 
                 attempt.has_done(step + 1)
                 tracker.advance(step + 1)

@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -71,7 +71,7 @@ def newest_step(folder: Path) -> int:
     return max(map(step_of, committed(folder)), default=0)
 
 
-def commit(draft: Path, final: Path, snapshot: Snapshot) -> None:
+def commit(draft: Path, final: Path, snapshot: Snapshot, before_naming: Callable[[], None] = lambda: None) -> None:
     """Describe what was written in a manifest, and give it its name once all of it is on disk."""
     files = {path.name: describe(path) for path in sorted(draft.iterdir())}
     manifest = draft / MANIFEST
@@ -80,6 +80,7 @@ def commit(draft: Path, final: Path, snapshot: Snapshot) -> None:
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(draft)
+    before_naming()
     draft.rename(final)
     _sync_folder(final.parent)
 

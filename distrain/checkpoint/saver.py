@@ -3,11 +3,11 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -37,17 +37,30 @@ from distrain.parallel.group import Group, new_gloo_group
 log = logging.getLogger(__name__)
 
 
+class Events(Protocol):
+    """Who is told of what happens to a checkpoint. Whatever it raises ends the attempt, but for an OSError."""
+
+    def before_naming(self) -> None:
+        """On the leading rank, when all of it is written: it gets its name unless this raises."""
+        ...
+
+    def strike(self, place: str, step: int) -> None:
+        """At each of the places of resilience.faults."""
+        ...
+
+    def full_disk(self, step: int) -> AbstractContextManager[None]:
+        """Around all writing."""
+        ...
+
+
 class Checkpointer:
     """Saves and restores the training state of one run. Every rank has one, and all call it alike.
 
     A checkpoint that cannot be written is told of, and training goes on; the next one is another try.
     """
 
-    def __init__(
-        self, folder: Path, group: Group, config: CheckpointConfig, fence: Callable[[], None] = lambda: None
-    ) -> None:
-        """`fence` is called on the leading rank before a checkpoint gets its name, and raises if it must not."""
-        self._fence = fence
+    def __init__(self, folder: Path, group: Group, config: CheckpointConfig, events: Events) -> None:
+        self._events = events
         self._folder = folder
         self._group = group
         self._config = config
@@ -87,6 +100,7 @@ class Checkpointer:
             return
         began = time.monotonic()
         self.wait()
+        self._events.strike("stage", step)
         for name, tensor in tensors.items():
             if name not in self._staged:
                 self._staged[name] = torch.empty_like(tensor, device="cpu")
@@ -157,20 +171,30 @@ class Checkpointer:
         final = place_of(self._folder, snapshot.step)
         draft = draft_of(final)
         try:
-            # CheckpointException is a BaseException and would end the thread without a word.
-            save(snapshot.tensors, checkpoint_id=draft, process_group=self._writers)
-            if self._group.leads:
-                if final.exists():  # never overwritten
-                    shutil.rmtree(draft)
-                else:
-                    self._fence()
-                    commit(draft, final, snapshot)
-                self._prune(final)
+            with self._events.full_disk(snapshot.step):
+                self._events.strike("write", snapshot.step)
+                # CheckpointException is a BaseException and would end the thread without a word.
+                save(snapshot.tensors, checkpoint_id=draft, process_group=self._writers)
+                if self._group.leads:
+                    self._commit(draft, final, snapshot)
+                    self._prune(final)
+            self._events.strike("commit", snapshot.step)
         except (OSError, DamagedCheckpointError, CheckpointException) as error:
             if self._group.leads:
                 shutil.rmtree(draft, ignore_errors=True)
             reason = " ".join(str(_cause(error)).split())
             raise OSError(f"checkpoint of step {snapshot.step} could not be written: {reason}") from error
+
+    def _commit(self, draft: Path, final: Path, snapshot: Snapshot) -> None:
+        def before_naming() -> None:
+            self._events.strike("rename", snapshot.step)
+            self._events.before_naming()
+
+        self._events.strike("manifest", snapshot.step)
+        if final.exists():  # never overwritten
+            shutil.rmtree(draft)
+        else:
+            commit(draft, final, snapshot, before_naming)
 
     def _prune(self, newest: Path) -> None:
         """Remove what need not be kept, once the newest is known to be good."""

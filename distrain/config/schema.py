@@ -309,9 +309,17 @@ class ResilienceConfig:
         3, "starts in a row that may end without a new checkpoint before the run is refused; 0: any number", free=True
     )
 
+    bad_steps: int = option(
+        5, "updates in a row without a finite gradient that send the run back to its last checkpoint; 0: never"
+    )
+    spike: float = option(0.0, "loss / median of the last 100 that does so too, such as 3; 0: never")
+    rollbacks: int = option(3, "times a run may be sent back, each time passing over the samples that led there")
+    faults: list[str] = option([], "for tests: KIND@PLACE:STEP/RANK, such as sigkill@step:12/1", free=True)
+
     def __post_init__(self) -> None:
         _at_least("resilience.patience", self.patience, 0)
-        _at_least("resilience.attempts", self.attempts, 0)
+        for key in ("attempts", "bad_steps", "spike", "rollbacks"):
+            _at_least(f"resilience.{key}", getattr(self, key), 0)
 
 
 @dataclass

@@ -1,15 +1,16 @@
 """Puts the parts of the data plane together for a run: index, plan, store, loader."""
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import closing
-from itertools import islice
+from functools import partial
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 
+from distrain.choices import Choices
 from distrain.config import Config
 from distrain.data import index as data_index
 from distrain.data.augment import centre_windows, draw_windows, size_at
@@ -23,7 +24,7 @@ from distrain.data.remote import open_store
 from distrain.data.source import Source
 from distrain.errors import UserError
 
-_TRIAL_BATCHES = 4
+_TRIAL_BATCHES = 8  # at least
 _TRIAL_ROUNDS = 2
 
 
@@ -48,11 +49,16 @@ def make_plan(config: Config, index: Index) -> Plan:
     return Plan(len(index), lanes, per_lane, config.train.epochs, order)
 
 
-def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start: int = 0) -> Iterator[Request]:
-    """What a rank decodes: for every step from `start` on, the share of each of its lanes.
+def train_requests(
+    config: Config, plan: Plan, index: Index, lanes: range, start: int = 0, omitted: Container[int] = ()
+) -> Iterator[Request]:
+    """What a rank decodes: for every step from `start` on, but those `omitted`, the share of each of its lanes.
 
     All images of a step have the size of the epoch it starts in.
     """
+
+    windowed = resolve_shuffle(config.data, index) == "window"
+    ahead = len(lanes) * window_requests(config, index, config.batch.per_lane) if windowed else 0
 
     def request(lane: int, stream: IntArray, size: int) -> Request:
         samples = plan.lane_samples(lane, stream)
@@ -63,9 +69,9 @@ def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start
             """The next sample of the lane: known beforehand, so that every run replaces a bad one by the same."""
             return request(lane, stream[place : place + 1] + 1, size)
 
-        return Request(samples, windows, size, spare, augmented=True)
+        return Request(samples, windows, size, spare, augmented=True, ahead=ahead)
 
-    for step in range(start, plan.steps):
+    for step in (step for step in range(start, plan.steps) if step not in omitted):
         size = size_at(config.data, plan.epoch_at(step))
         for lane in lanes:
             yield request(lane, plan.stream(step), size)
@@ -73,12 +79,13 @@ def train_requests(config: Config, plan: Plan, index: Index, lanes: range, start
 
 def validation_requests(config: Config, index: Index, batches: range) -> Iterator[Request]:
     """What to decode for these batches of `evaluate.batch` images each; the last one may be smaller."""
+    ahead = window_requests(config, index, config.evaluate.batch * batches.step) if index.remote else 0
     for number in batches:
         start = number * config.evaluate.batch
         ids = np.arange(start, min(start + config.evaluate.batch, len(index)))
         samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
         windows = centre_windows(config.data, index.width[ids], index.height[ids])
-        yield Request(samples, windows, config.data.image_size)
+        yield Request(samples, windows, config.data.image_size, ahead=ahead)
 
 
 def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
@@ -88,48 +95,66 @@ def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
 
 def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
     """The loader `name` over an index."""
-    source = Source(index, open_store(index, config.data), quarantine, announced_ahead(config, index))
+    source = Source(index, open_store(index, config.data), quarantine)
     batch = max(config.batch.per_lane, config.evaluate.batch)
     return open_loader(name, config.data, config.run.seed, batch, source, device)
 
 
-def announced_ahead(config: Config, index: Index) -> int:
-    """Requests of a window of shards: so far ahead of need the store is told what to download."""
-    if resolve_shuffle(config.data, index) != "window":
-        return 0
-    window = config.data.window_shards * len(index) / len(index.shards)
-    return math.ceil(window / config.batch.per_lane)
+def window_requests(config: Config, index: Index, stride: int) -> int:
+    """How many requests, each of which goes on `stride` samples after the one before, a window of shards takes: so
+    far ahead of need the store is told what to download."""
+    return math.ceil(config.data.window_shards * len(index) / len(index.shards) / stride)
 
 
 def choose_loader(config: Config, plan: Plan, index: Index, device: torch.device, say: Callable[[str], None]) -> str:
     """The loader to use: the configured one, or for `auto` the faster of all on the first batches of this run.
 
     The choice is kept in the run's folder, because another loader rounds pixels differently and a resumed run
-    is to see the same ones.
+    is to see the same ones. Raises UserError for a loader that is not installed.
     """
-    if config.data.loader != "auto":
-        return config.data.loader
-    record = config.run.folder / "loader.json"
-    if record.exists():
-        return str(json.loads(record.read_text())["loader"])
+    chosen = config.data.loader
+    if chosen == "auto":
+        fastest = partial(_find_fastest, config, plan, index, device, say)
+        chosen = str(Choices(config.run.folder).get("loader", fastest))
+    if chosen == "dali" and not _has_dali():
+        raise UserError(
+            "data.loader=dali needs NVIDIA DALI, which is not installed: install nvidia-dali-cuda130 or set "
+            "data.loader=torch"
+        )
+    return chosen
+
+
+def _find_fastest(config: Config, plan: Plan, index: Index, device: torch.device, say: Callable[[str], None]) -> str:
+    if not _has_dali():
+        say("data.loader=auto: torch, because NVIDIA DALI is not installed")
+        return "torch"
+    quarantine = make_quarantine(config, index, "train")
     rates = dict.fromkeys(LOADERS, 0.0)
     for _ in range(_TRIAL_ROUNDS):
         for name in LOADERS:
-            rates[name] = max(rates[name], _measure(config, name, plan, index, device))
+            with closing(make_loader(config, name, index, quarantine, device)) as loader:
+                rates[name] = max(rates[name], _measure(config, loader, plan, index))
     best = max(rates, key=lambda name: rates[name])
-    draft = record.with_suffix(".tmp")
-    draft.write_text(json.dumps({"loader": best, "images_per_second": rates}))
-    draft.replace(record)
     say(f"data.loader=auto: {best}, of " + ", ".join(f"{name} {rate:,.0f} images/s" for name, rate in rates.items()))
     return best
 
 
-def _measure(config: Config, name: str, plan: Plan, index: Index, device: torch.device) -> float:
-    """Images per second of one rank over a few batches, after one to warm up."""
-    requests = islice(train_requests(config, plan, index, range(config.batch.lanes)), _TRIAL_BATCHES + 1)
-    with closing(make_loader(config, name, index, make_quarantine(config, index, "train"), device)) as loader:
-        batches = loader.stream(requests)
-        next(batches)
+def _measure(config: Config, loader: Loader, plan: Plan, index: Index) -> float:
+    """Images per second of one rank in the long run: nothing counts that was made ahead, nor a part of what the
+    threads make side by side."""
+    threads = config.data.threads
+    requests = cycle(train_requests(config, plan, index, range(1)))
+    with closing(loader.stream(requests)) as batches:
+        for _ in range(max(config.data.prefetch, threads) + 1):
+            next(batches)
         began = time.monotonic()
-        images = sum(len(batch.labels) for batch in batches)
+        images = sum(len(batch.labels) for batch in islice(batches, threads * math.ceil(_TRIAL_BATCHES / threads)))
         return images / (time.monotonic() - began)
+
+
+def _has_dali() -> bool:
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True

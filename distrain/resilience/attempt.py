@@ -1,6 +1,7 @@
 """An attempt at a run: watched by the other ranks, written down by the leading one."""
 
 import time
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
@@ -8,6 +9,7 @@ from distrain.checkpoint import newest_step
 from distrain.config import Config
 from distrain.errors import UserError
 from distrain.parallel.group import Group
+from distrain.resilience.faults import Faults
 from distrain.resilience.ledger import Ledger
 from distrain.resilience.stopping import Stopped
 from distrain.resilience.watchdog import Watchdog
@@ -29,6 +31,7 @@ class Attempt:
         if group.leads:
             step = newest_step(folder / "checkpoints")
             self._ledger = Ledger(folder, group.world, step, config.resilience.attempts)
+        self.faults = Faults(config.resilience.faults, folder, group.rank)
         self._began = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -59,7 +62,15 @@ class Attempt:
         if self._ledger is not None:
             self._ledger.beat(step)
 
-    def require_current(self) -> None:
-        """Raises StaleAttemptError on the leading rank if another attempt has begun."""
+    def strike(self, place: str, step: int) -> None:
+        """See Faults."""
+        self.faults.strike(place, step)
+
+    def full_disk(self, step: int) -> AbstractContextManager[None]:
+        """See Faults."""
+        return self.faults.full_disk(step)
+
+    def before_naming(self) -> None:
+        """A checkpoint is about to get its name. Raises StaleAttemptError if another attempt has begun."""
         if self._ledger is not None:
             self._ledger.require_current()

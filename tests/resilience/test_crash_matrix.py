@@ -1,0 +1,109 @@
+"""Every kind of fault, in training, validation and checkpointing, on several ranks: the weights are those of a run that
+nothing happened to. One run meets them one after the other; its launcher starts it again each time."""
+
+import json
+
+import pytest
+from launching import SMALL, Training, train
+
+# 203 samples in steps of 12 are 16.9 steps an epoch: 6 epochs are 102 steps, validated at 17, 34, 51, 68, 85 and 102.
+SHORT = (
+    *SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=6", "checkpoint.every_steps=7", "evaluate.batch=16",
+    "resilience.attempts=0", "resilience.patience=4",
+)  # fmt: skip
+RESTARTING = ("--standalone", "--max-restarts", "30", "--monitor-interval", "0.05")
+
+TRAINING = (
+    "sigkill@step:5/1", "sigstop@step:10", "exception@step:16/1", "hang@load:20/1", "oom@step:25", "exit@step:30/1",
+    "sigterm@step:40/1", "flip@commit:49", "sigkill@step:51",
+)  # fmt: skip
+VALIDATION = (
+    "sigkill@evaluate:17", "hang@evaluate:34/1", "exception@evaluate:51", "sigterm@evaluate:68/1", "exit@evaluate:85/1",
+    "sigstop@evaluate:102/1",
+)  # fmt: skip
+CHECKPOINTING = (
+    "sigkill@stage:7/1", "sigkill@write:14", "exit@manifest:21", "sigkill@rename:28", "exception@commit:35/1",
+    "diskfull@write:49/1", "ioerror@manifest:56", "sigterm@write:63", "truncate@commit:77", "sigkill@step:79/1",
+    "exit@commit:84",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(on_dataset) -> tuple[str, ...]:
+    return (*SHORT, *on_dataset)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def undisturbed(request, settings, tmp_path_factory):
+    result = train(tmp_path_factory.mktemp("runs") / f"on{request.param}", *settings, ranks=request.param)
+    assert result.code == 0, result.output
+    return request.param, result
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "faults", [TRAINING, VALIDATION, CHECKPOINTING], ids=["training", "validation", "checkpointing"]
+)
+def test_no_fault_changes_a_bit(undisturbed, settings, tmp_path, faults):
+    ranks, expected = undisturbed
+    planned = f"resilience.faults=[{','.join(faults)}]"
+    training = Training(tmp_path / "run", *settings, planned, ranks=ranks, rendezvous=RESTARTING)
+    result = training.wait(timeout=500)
+    assert result.code == 0, result.output
+    assert result.digest == expected.digest
+    assert result.series("train/loss") == expected.series("train/loss")
+
+    struck = [json.loads(line)["fault"] for line in (result.folder / "faults.jsonl").read_text().splitlines()]
+    assert sorted(struck) == sorted(fault if "/" in fault else f"{fault}/0" for fault in faults)
+    attempts = [json.loads(line) for line in (result.folder / "attempts.jsonl").read_text().splitlines()]
+    assert len(attempts) > len(faults) // 2
+    assert max(attempt["lost_steps"] for attempt in attempts) <= 2 * 7  # where the newest checkpoint was spoilt
+    stopped = [attempt for attempt in attempts if attempt["cause"].startswith("stopped by")]
+    assert [attempt["lost_steps"] for attempt in stopped] == [0] * len(stopped)
+    assert len(stopped) == sum("sigterm" in fault for fault in faults)
+
+
+def test_one_bad_gradient_is_passed_over_and_many_send_the_run_back(settings, tmp_path):
+    one = train(tmp_path / "one", *settings, "resilience.faults=[nan@step:9/1]", ranks=2)
+    assert one.code == 0, one.output
+    assert one.series("train/skipped_updates")[10] == 1
+
+    bad = ",".join(f"nan@step:{step}" for step in (24, 25, 26))
+    back = train(tmp_path / "back", *settings, "resilience.bad_steps=3", f"resilience.faults=[{bad}]", ranks=2)
+    assert back.code == 0, back.output
+    said = (
+        "3 updates in a row had no finite gradient, up to step 26: going back to step 21, and on from there at step 27"
+    )
+    assert said in back.output
+
+    # The same steps left out without a fault.
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "choices.json").write_text(json.dumps({"omitted_steps": [[21, 27]]}))
+    without = train(tmp_path / "without", *settings, "resilience.bad_steps=3", ranks=2)
+    assert without.digest == back.digest
+    assert not {22, 23, 24, 25, 26, 27} & without.series("train/loss").keys()
+
+
+def test_a_run_that_diverges_again_and_again_is_given_up_in_one_line(settings, tmp_path):
+    bad = ",".join(f"nan@step:{step}" for step in range(8, 20))
+    limits = ("resilience.bad_steps=2", "resilience.rollbacks=2")
+    result = train(tmp_path / "run", *settings, *limits, f"resilience.faults=[{bad}]")
+    assert result.code == 78, result.output
+    assert "distrain: training diverged for the 3th time, more than resilience.rollbacks=2 allows: 2 updates" in (
+        result.output
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("sigkil@step:3", "kind sigkil is not known: did you mean sigkill?"),
+        ("sigkill@stepp:3", "place stepp is not known: did you mean step?"),
+        ("sigkill@step", "'sigkill@step' is not KIND@PLACE:STEP or KIND@PLACE:STEP/RANK"),
+    ],
+)
+def test_a_fault_that_is_misspelt_is_one_line(settings, tmp_path, fault, message):
+    refused = train(tmp_path / "run", *settings, f"resilience.faults=[{fault}]")
+    assert refused.code == 78
+    assert message in refused.output.strip().splitlines()[-1]
