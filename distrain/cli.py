@@ -17,6 +17,7 @@ TOOLS = {
     "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
     "bench": ("distrain.bench.tool", "measure loaders and training steps against peers and limits"),
     "checkpoints": ("distrain.checkpoint.tool", "list, verify, look into and prune the checkpoints of a run"),
+    "soak": ("distrain.resilience.soak", "train under random faults and compare with an undisturbed run"),
     "shards": ("distrain.data.tool", "fetch or index training data"),
 }
 
@@ -50,7 +51,8 @@ def run(argv: Sequence[str]) -> int:
     """Run the command line and return the exit code. Raises UserError for the user's mistakes."""
     if argv and argv[0] in TOOLS:
         module, summary = TOOLS[argv[0]]
-        parser = argparse.ArgumentParser(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
+        kind = AnyOrder if argv[0] == "soak" else argparse.ArgumentParser  # the others have subcommands
+        parser = kind(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
         importlib.import_module(module).configure(parser)
         args = parser.parse_args(argv[1:])
         return int(args.run(args))

@@ -1,3 +1,5 @@
+import resource
+
 from distrain.track.spool import Spool
 
 
@@ -24,3 +26,18 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_the_step_recorded_again(tmp_p
     spool.append(2, {"loss": 2.0})
     assert path.read_bytes().startswith(whole + b'{"step": 2, "time"')
     assert [entry.step for entry in Spool(path).entries()] == [1, 2]
+
+
+def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, caplog):
+    spool = Spool(tmp_path / "metrics.jsonl")
+    spool.append(1, {"a": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, limits[1]))
+    try:
+        spool.append(2, {"a": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "metrics cannot be written" in caplog.text
+    assert [entry.step for entry in Spool(tmp_path / "metrics.jsonl").entries()] == [1]
+    spool.append(3, {"a": 3.0})
+    assert [entry.step for entry in Spool(tmp_path / "metrics.jsonl").entries()] == [1, 2, 3]
