@@ -64,6 +64,11 @@ class Index:
         return locate(self.root, self.shards[shard].name)
 
     @cached_property
+    def remote(self) -> bool:
+        """Whether there are shards that have to be downloaded."""
+        return any(is_remote(self.location(shard)) for shard in range(len(self.shards)))
+
+    @cached_property
     def digest(self) -> str:
         """Identity of the data: equal for equal images, labels and order, wherever they lie."""
         hasher = sha256()

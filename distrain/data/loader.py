@@ -20,6 +20,8 @@ class Request(NamedTuple):
     bad sample is left out."""
     augmented: bool = False
     """Whether the pixels are changed as in training."""
+    ahead: int = 0
+    """How many requests before this one's turn the store is told of it."""
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.config import DataConfig
-from distrain.data.index import Index, is_remote
+from distrain.data.index import Index
 from distrain.data.plan import IntArray, Order, Share
 from distrain.errors import UserError
 from distrain.rng import Stream, hash64
@@ -121,7 +121,7 @@ def resolve_shuffle(data: DataConfig, index: Index) -> str:
     """What `data.shuffle` means for this data: reads in any order where they are local, else shard by shard."""
     if data.shuffle != "auto":
         return data.shuffle
-    return "window" if any(is_remote(index.location(shard)) for shard in range(len(index.shards))) else "global"
+    return "window" if index.remote else "global"
 
 
 def permute(count: int, seed: int, *keys: int) -> NDArray[np.int32]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from distrain.config import DataConfig
 from distrain.data.cache import ShardCache, Write
-from distrain.data.index import Index, is_remote
+from distrain.data.index import Index
 from distrain.data.store import LocalStore, Store, damaged
 from distrain.data.transfer import Closed, Transfer, TransferError
 from distrain.errors import UserError
@@ -99,8 +99,7 @@ class RemoteStore:
 
 def open_store(index: Index, data: DataConfig) -> Store:
     """A store that suits the place of the shards. Raises UserError when they cannot be used."""
-    remote = any(is_remote(index.location(shard)) for shard in range(len(index.shards)))
-    return RemoteStore(index, data) if remote else LocalStore(index)
+    return RemoteStore(index, data) if index.remote else LocalStore(index)
 
 
 def _cache_folder(data: DataConfig) -> Path:

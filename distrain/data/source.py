@@ -28,11 +28,10 @@ class Found(NamedTuple):
 class Source:
     """Reads samples from a store for a loader, vetting them against the index."""
 
-    def __init__(self, index: Index, store: Store, quarantine: Quarantine, ahead: int = 0) -> None:
+    def __init__(self, index: Index, store: Store, quarantine: Quarantine) -> None:
         self.index = index
         self._store = store
         self._quarantine = quarantine
-        self._ahead = ahead
 
     def read(self, sample: int) -> bytes:
         """The encoded image. Raises DataError when it is not one that a decoder should be given."""
@@ -59,12 +58,12 @@ class Source:
             request, place = request.spare(place), 0
 
     def announce(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Pass requests on, letting the store know of each of them `ahead` requests before."""
+        """Pass requests on, letting the store know of each of them as early as it says."""
         waiting: deque[Request] = deque()
         for request in requests:
             self._store.prefetch(request.samples.ids)
             waiting.append(request)
-            if len(waiting) > self._ahead:
+            if len(waiting) > request.ahead:
                 yield waiting.popleft()
         yield from waiting
 
