@@ -18,7 +18,7 @@ TOOLS = {
     "bench": ("distrain.bench.tool", "measure loaders and training steps against peers and limits"),
     "checkpoints": ("distrain.checkpoint.tool", "list, verify, look into and prune the checkpoints of a run"),
     "soak": ("distrain.resilience.soak", "train under random faults and compare with an undisturbed run"),
-    "shards": ("distrain.data.tool", "fetch or index training data"),
+    "shards": ("distrain.data.tool", "build, fetch, index, verify and look at training data"),
 }
 
 _DESCRIPTION = """\
