@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from launching import SMALL, train
+from forking import train
+from launching import SMALL
 from reading import exit_codes, open_at, start_reader_of, start_readers
 from s3fs import S3FileSystem
 from servers import serve, serve_s3
@@ -470,15 +471,25 @@ def test_training_from_s3_ends_in_the_same_weights_as_from_disk(run_on, local_di
     assert run_on("s3", s3).digest == local_digest
 
 
-def test_training_over_a_failing_server_ends_in_the_same_weights_as_from_disk(run_on, local_digest, server):
-    server.faults = {
-        "train-000000.tar": ["corrupt", 503],
-        "train-000001.tar": ["stall", "cut"],
-        "train-000002.tar": [500, 503, 500],
-        "train-000003.tar": ["cut", "corrupt", "stall"],
-        "val-000000.tar": ["stall", 503],
-    }
-    assert run_on("faulty", server.url).digest == local_digest
+FAULTS = {
+    "train.parquet": [503, "cut"],
+    "val.parquet": ["stall"],
+    "train-000000.tar": ["corrupt", 503],
+    "train-000001.tar": ["stall", "cut"],
+    "train-000002.tar": [500, 503, 500],
+    "train-000003.tar": ["cut", "corrupt", "stall"],
+    "val-000000.tar": ["stall", 503],
+}
+
+
+@pytest.mark.parametrize("protocol", ["http", "s3"])
+def test_training_over_a_failing_server_ends_in_the_same_weights_as_from_disk(
+    run_on, local_digest, server, protocol, monkeypatch
+):
+    use_s3(monkeypatch, server.url)
+    server.faults = {name: list(faults) for name, faults in FAULTS.items()}
+    root = {"http": server.url, "s3": "s3://f"}[protocol]
+    assert run_on(f"faulty-{protocol}", root).digest == local_digest
     assert not any(server.faults.values())
 
 
@@ -486,7 +497,7 @@ def test_training_without_a_shard_ends_with_one_line(run_on, server, folder):
     (folder / SHARD).unlink()
     result = run_on("missing", server.url)
     assert result.code == 78
-    assert result.output.strip().splitlines()[-1] == (
-        f"distrain: {server.url}/{SHARD}: there is no such file; put the shard back or index the shards again"
-    )
+    assert result.lines == [
+        f"{server.url}/{SHARD}: there is no such file; put the shard back or index the shards again"
+    ]
     assert "Traceback" not in result.output
