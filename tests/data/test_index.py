@@ -184,3 +184,27 @@ def test_a_file_that_is_no_index_is_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match=r"bad\.parquet: not an index"):
         index.load(f"{tmp_path}/bad.parquet")
+
+
+def test_the_index_of_imagenet_loads_and_takes_less_than_64_megabytes(tmp_path):
+    numbers = np.arange(1_281_167)
+    built = index.Index(
+        root=str(tmp_path),
+        shards=tuple(index.Shard(f"train-{number:06d}.tar", 250_000_000, number) for number in range(570)),
+        classes=tuple(str(number) for number in range(1000)),
+        shard=(numbers // 2248).astype(np.int32),
+        offset=numbers * 110_000,
+        size=(numbers % 200_003).astype(np.int32),
+        label=(numbers % 1000).astype(np.int32),
+        width=(numbers % 499 + 1).astype(np.int32),
+        height=(numbers % 503 + 1).astype(np.int32),
+        crc32=(numbers * 2_654_435_761 % 2**32).astype(np.uint32),
+    )
+    index.save(built, tmp_path / "i.parquet")
+    tracemalloc.start()
+    loaded = index.load(f"{tmp_path}/i.parquet")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loaded.digest == built.digest
+    assert (loaded.shards, loaded.classes) == (built.shards, built.classes)
+    assert held < peak < 64e6
