@@ -81,12 +81,13 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
 
 
 def _sheet_config(index_path: str, config_file: str | None, count: int, folder: str) -> Config:
+    """Of a run with one lane that minds no bad sample."""
     batch = BatchConfig(lanes=1, per_lane=max(count, 2))
     if config_file is None:
-        data = DataConfig(train=index_path, val=index_path)
+        data = DataConfig(train=index_path, val=index_path, max_bad=1.0)
         return Config(run=RunConfig(name="sheet", dir=folder), data=data, batch=batch)
-    paths = [f"data.train={index_path}", f"data.val={index_path}", "run.name=sheet", f"run.dir={folder}"]
-    return replace(config.load(config_file, paths), batch=batch)
+    settings = [f"data.train={index_path}", f"data.val={index_path}", "data.max_bad=1"]
+    return replace(config.load(config_file, [*settings, "run.name=sheet", f"run.dir={folder}"]), batch=batch)
 
 
 def _arrange(pixels: NDArray[np.uint8], names: list[str]) -> Any:

@@ -217,6 +217,14 @@ def test_show_sums_up_many_classes_and_unreadable_images(shards, original, tmp_p
     assert "most: class100 2" in out
 
 
+def test_the_sheet_passes_over_bad_samples_as_training_does(shards, original, copy):
+    few = index.Index(**{**vars(original), "root": str(copy), "width": original.width * (np.arange(203) % 4 == 0)})
+    index.save(few, copy / "few.parquet")
+    code, _, err = shards("show", copy / "few.parquet", "--sheet", copy / "s.png", "--samples", 6)
+    assert (code, err) == (0, "")
+    assert Image.open(copy / "s.png").width > 0
+
+
 def test_the_sheet_shows_what_training_will_see(shards, dataset, tmp_path):
     from contextlib import closing
 
