@@ -30,7 +30,7 @@ from distrain.errors import UserError
 DECODE = "decode alone"
 WEBDATASET = "webdataset + DataLoader"
 DALI = "DALI's WebDataset reader"
-PARTS = ("read and checksum", "decode the window", "resize", "mirror and put into the batch")
+PARTS = ("read and checksum", "decode the window", "resize and mirror", "put into the batch")
 _SUFFIXES = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
@@ -191,7 +191,7 @@ def profile(index: Index, data: DataConfig, ids: np.ndarray) -> dict[str, float]
     store = open_store(index, data)
     samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
     *windows, flips = draw_windows(data, 0, samples, index.width[ids], index.height[ids])
-    batch = torch.empty(32, 3, data.image_size, data.image_size, dtype=torch.uint8, memory_format=torch.channels_last)
+    batch = np.empty((32, data.image_size, data.image_size, 3), np.uint8)
     times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for place, sample in enumerate(ids.tolist()):
         began = [time.perf_counter()]
@@ -199,9 +199,9 @@ def profile(index: Index, data: DataConfig, ids: np.ndarray) -> dict[str, float]
         began.append(time.perf_counter())
         image = cut(encoded, int(index.height[sample]), int(index.width[sample]), *(int(w[place]) for w in windows))
         began.append(time.perf_counter())
-        image = resize(image, data.image_size, data.interpolation)
+        image = resize(image, data.image_size, data.interpolation, bool(flips[place]))
         began.append(time.perf_counter())
-        batch[place % len(batch)] = image.flip(-1)[0] if flips[place] else image[0]
+        batch[place % len(batch)] = image
         began.append(time.perf_counter())
         for part, seconds in zip(PARTS, np.diff(began).tolist(), strict=True):
             times[part] += 1e6 * seconds / len(ids)

@@ -181,23 +181,23 @@ def test_loaders_agree_with_each_other_and_with_torchvision(pixels, kind, window
 
 def parts_of(content, decoder):
     """Forty windows of a JPEG by `decoder`, and those of the whole image."""
-    whole = decode(content)
+    whole = decode(content).permute(1, 2, 0).numpy()
     rng = np.random.default_rng(0)
     for _ in range(40):
         top, left = int(rng.integers(HEIGHT)), int(rng.integers(WIDTH))
         height, width = int(rng.integers(1, HEIGHT - top + 1)), int(rng.integers(1, WIDTH - left + 1))
-        yield decoder(content, top, left, height, width), whole[:, top : top + height, left : left + width]
+        yield decoder(content, top, left, height, width), whole[top : top + height, left : left + width]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("JPEG")])
 def test_a_part_of_a_jpeg_is_bit_for_bit_that_of_the_whole(kind):
-    assert all(torch.equal(part, expected) for part, expected in parts_of(KINDS[kind][1], parts.jpegs.decode))
+    assert all(np.array_equal(part, expected) for part, expected in parts_of(KINDS[kind][1], parts.jpegs.decode))
 
 
 def test_jpegs_are_decoded_whole_where_there_is_no_decoder_of_parts(monkeypatch):
     monkeypatch.setattr(parts.jpegs, "_codec", None)
     pairs = parts_of(KINDS["JPEG 4:2:0"][1], parts.decode_part)
-    assert all(torch.equal(part, expected) for part, expected in pairs)
+    assert all(np.array_equal(part, expected) for part, expected in pairs)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"\xff\xd8" + bytes(300), KINDS["JPEG"][1][:100], b"no image"])

@@ -9,7 +9,7 @@ import torch
 
 from distrain.config import DataConfig
 from distrain.data.loader import Batch, Request
-from distrain.data.loaders.parts import cut, resize
+from distrain.data.loaders.parts import Pixels, cut, resize
 from distrain.data.pixels import change_pixels, changes_pixels
 from distrain.data.source import Found, Source
 
@@ -49,12 +49,12 @@ class TorchLoader:
         shape = len(request.samples.ids), 3, request.size, request.size
         pinned = self._device.type == "cuda"
         images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
+        pixels = images.permute(0, 2, 3, 1).numpy()
         labels: list[int] = []
         for place in range(len(images)):
             found = self._take(request, place)
             if found is not None:
-                assert isinstance(found.decoded, torch.Tensor)
-                images[len(labels)] = found.decoded
+                pixels[len(labels)] = found.decoded
                 labels.append(int(self._source.index.label[found.sample]))
         return Batch(images[: len(labels)], torch.tensor(labels, dtype=torch.int64, pin_memory=pinned))
 
@@ -75,18 +75,18 @@ class TorchLoader:
 
         return self._source.take(note_spares(request), place, lambda encoded: self._make(*asked[-1], encoded))
 
-    def _make(self, request: Request, place: int, encoded: bytes) -> torch.Tensor:
-        """uint8 [3, size, size]. Raises DataError if `encoded` is no image."""
+    def _make(self, request: Request, place: int, encoded: bytes) -> Pixels:
+        """uint8 [size, size, 3]. Raises DataError if `encoded` is no image."""
         *window, flip = (int(part[place]) for part in request.windows)
         index, sample = self._source.index, int(request.samples.ids[place])
         image = cut(encoded, int(index.height[sample]), int(index.width[sample]), *window)
-        image = resize(image, request.size, self._data.interpolation)
-        if flip:
-            image = image.flip(-1)
+        image = resize(image, request.size, self._data.interpolation, bool(flip))
         if request.augmented and self._changes_pixels:
             keys = tuple(int(key[place]) for key in request.samples)
-            return change_pixels(image[0], self._data, self._seed, keys)  # type: ignore[arg-type]
-        return image[0]
+            planes = torch.from_numpy(image).permute(2, 0, 1)
+            planes = change_pixels(planes, self._data, self._seed, keys)  # type: ignore[arg-type]
+            return planes.permute(1, 2, 0).numpy()
+        return image
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
