@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from distrain.parallel.group import RELIABLE_RESTARTS
+
 # A network of 14 layers that trains at hundreds of steps a second on 8-pixel images.
 SMALL = (
     "model.name=densenet_bc_10_4",
@@ -121,7 +123,7 @@ def train(folder: Path, *overrides: str, ranks: int = 1, **options) -> Result:
 
 def environment() -> dict[str, str]:
     """A user's environment, one computing thread for each process, and no tracking server of the tester's."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **RELIABLE_RESTARTS}
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -13,6 +13,9 @@ import torch.distributed as dist
 
 from distrain.errors import LostRankError
 
+# For torchrun: without it ranks that are started again may meet addresses of those before them, and wait in vain.
+RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 # What gloo and NCCL say when the other side is gone; they have no exception of its own for it.

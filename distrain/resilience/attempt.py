@@ -26,7 +26,7 @@ class Attempt:
     def __init__(self, config: Config, group: Group) -> None:
         self._group = group
         folder = config.run.folder
-        self._watchdog = Watchdog(group, folder / "stacks", config.resilience.patience)
+        self._watchdog = Watchdog(group, folder, config.resilience.patience)
         self._ledger: Ledger | None = None
         if group.leads:
             step = newest_step(folder / "checkpoints")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from rich.table import Table
 from distrain import config
 from distrain.data.feed import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.parallel.group import RELIABLE_RESTARTS
 from distrain.resilience.faults import Fault, parse_fault
 
 # What may happen to a run whose numbers must not change. Each is followed by a restart, the last ones by way of a kill.
@@ -131,7 +133,7 @@ def _train(arguments: list[str], ranks: int) -> str:
     """Train to the end, starting again as often as it takes. Returns the digest of the weights."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(_RESTARTS), "--monitor-interval"]
     command = [sys.executable, *torchrun, "0.05", "--nproc-per-node", str(ranks), "-m", "distrain", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **RELIABLE_RESTARTS})
     last = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("done: ")), None)
     if done.returncode or last is None:
         print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)

@@ -1,27 +1,26 @@
 """Watching over ranks: one that stops moving gets every rank's stack written down, is named, and ends the attempt.
 
-Each rank has a thread that tells a store how far its rank has come, and looks after its own rank and the next one: a
-rank that is stuck still has a thread to say so, and one that is frozen has a neighbour.
+Each rank has a thread that writes down how far its rank has come, in a file in the run's folder, and looks after its
+own rank and the next one: a rank that is stuck still has a thread to say so, and one that is frozen has a neighbour.
+Files, because whatever else ranks share is kept by one of them, and that may be the one.
 """
 
 import faulthandler
 import os
+import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from datetime import timedelta
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-
 from distrain.parallel.group import Group
 
-_ALARM = "alarm"
-_LAST_WORDS_S = 1.0  # for the other ranks to hear of it
+_LAST_WORDS_S = 1.0  # for the other ranks to hear of an alarm
 
 
 class Beat(NamedTuple):
@@ -45,9 +44,10 @@ class Watchdog:
     A context manager that owns the thread. With a patience of 0 it does nothing.
     """
 
-    def __init__(self, group: Group, folder: Path, patience: float) -> None:
-        self._rank, self._world = group.rank, group.world
-        self._folder = folder
+    def __init__(self, group: Group, run_folder: Path, patience: float) -> None:
+        self._group = group
+        self._stacks = run_folder / "stacks"
+        self._watch = run_folder / "watch"
         self._patience = patience
         self._beat = Beat(0, "start", 0, socket.gethostname(), os.getpid())
         self._done = threading.Event()
@@ -55,8 +55,13 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._patience:
-            self._store = _open_store(self._world)
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            # A folder for this attempt alone, so that nobody is taken for one of an earlier attempt.
+            self._folder = self._watch / self._group.from_leader(f"{time.time():.3f}")
+            if self._group.leads:
+                shutil.rmtree(self._watch, ignore_errors=True)
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._group.barrier()
+            self._thread = threading.Thread(target=self._keep_watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -72,65 +77,55 @@ class Watchdog:
         """Say that this rank moves, and where it is."""
         self._beat = self._beat._replace(moves=self._beat.moves + 1, phase=phase, step=step)
 
-    def _watch(self) -> None:
-        neighbour = (self._rank + 1) % self._world
-        seen: dict[int, tuple[Beat, float]] = {}
-        last_word = time.monotonic()
-        while True:
-            over = self._done.wait(min(1.0, self._patience / 8))
-            now = time.monotonic()
-            try:
-                self._store.set(f"beat/{self._rank}", " ".join(map(str, self._beat)))
-                if over:
-                    return
-                for rank in {self._rank, neighbour}:
-                    beat = self._beat if rank == self._rank else self._look_at(rank)
+    def _keep_watch(self) -> None:
+        neighbour = (self._group.rank + 1) % self._group.world
+        seen: dict[int, tuple[int, float]] = {}
+        over = False
+        while not over:
+            over = self._done.wait(min(max(self._patience / 20, 0.1), 10.0))
+            with suppress(OSError):  # a folder that cannot be reached for a while is no reason to end
+                self._write_beat()
+                if (self._folder / "alarm").exists() and not over:
+                    self._end((self._folder / "alarm").read_text())
+                for rank in {self._group.rank, neighbour}:
+                    beat = self._beat if rank == self._group.rank else self._read_beat(rank)
+                    now = time.monotonic()
                     if beat is None or beat.moves == -1:
                         continue
-                    if rank not in seen or seen[rank][0].moves != beat.moves:
-                        seen[rank] = beat, now
+                    if rank not in seen or seen[rank][0] != beat.moves:
+                        seen[rank] = beat.moves, now
                     elif now - seen[rank][1] > self._patience:
                         self._raise_alarm(rank, beat)
-                if self._store.check([_ALARM]):
-                    self._end(self._store.get(_ALARM).decode())
-                last_word = now
-            except (RuntimeError, DistError):  # the store is gone, with the rank or agent that kept it
-                if over:
-                    return
-                if now - last_word > self._patience:
-                    self._end("lost the store through which ranks watch one another")
 
-    def _look_at(self, rank: int) -> Beat | None:
-        key = f"beat/{rank}"
-        return Beat.parse(self._store.get(key).decode()) if self._store.check([key]) else None
+    def _write_beat(self) -> None:
+        path = self._folder / f"rank-{self._group.rank}"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(" ".join(map(str, self._beat)))
+        draft.replace(path)
+
+    def _read_beat(self, rank: int) -> Beat | None:
+        path = self._folder / f"rank-{rank}"
+        return Beat.parse(path.read_text()) if path.exists() else None
 
     def _raise_alarm(self, rank: int, beat: Beat) -> None:
         text = (
             f"rank {rank} on {beat.host} (process {beat.pid}) has not moved for {self._patience:g} s, in phase "
-            f"{beat.phase} of step {beat.step}: the stacks of all ranks are in {self._folder}; this attempt ends"
+            f"{beat.phase} of step {beat.step}: the stacks of all ranks are in {self._stacks}; this attempt ends"
         )
-        if not self._store.check([_ALARM]):
-            print(f"distrain: {text}", file=sys.stderr, flush=True)
-        self._store.set(_ALARM, text)
+        print(f"distrain: {text}", file=sys.stderr, flush=True)
+        (self._folder / "alarm").write_text(text)
         time.sleep(_LAST_WORDS_S)
-        is_frozen = rank != self._rank and beat.host == self._beat.host
+        is_frozen = rank != self._group.rank and beat.host == self._beat.host
         self._end(text, kill=beat.pid if is_frozen else None)  # as it would not hear of anything else
 
     def _end(self, text: str, kill: int | None = None) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank-{self._rank}-{os.getpid()}.txt").open("w") as file:
-            file.write(f"{text}\n\n")
-            file.flush()
-            faulthandler.dump_traceback(file)
+        with suppress(OSError):
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            with (self._stacks / f"rank-{self._group.rank}-{os.getpid()}.txt").open("w") as file:
+                file.write(f"{text}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file)
         if kill is not None:
-            os.kill(kill, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(kill, signal.SIGKILL)
         os._exit(1)
-
-
-def _open_store(world: int) -> Store:
-    """A store that all ranks of this attempt share, apart from the one that the process group uses."""
-    if world == 1 or "MASTER_ADDR" not in os.environ:
-        return HashStore()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-    return PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
