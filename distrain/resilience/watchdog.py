@@ -78,8 +78,8 @@ class Watchdog:
         self._beat = self._beat._replace(moves=self._beat.moves + 1, phase=phase, step=step)
 
     def _keep_watch(self) -> None:
-        neighbour = (self._group.rank + 1) % self._group.world
-        seen: dict[int, tuple[int, float]] = {}
+        neighbour = (self._group.rank + 1) % self._group.world  # in a world of one that is itself
+        seen: dict[int, tuple[float, float]] = {}  # the sign of life of a rank, and since when it is the same
         over = False
         while not over:
             over = self._done.wait(min(max(self._patience / 20, 0.1), 10.0))
@@ -87,14 +87,16 @@ class Watchdog:
                 self._write_beat()
                 if (self._folder / "alarm").exists() and not over:
                     self._end((self._folder / "alarm").read_text())
-                for rank in {self._group.rank, neighbour}:
-                    beat = self._beat if rank == self._group.rank else self._read_beat(rank)
+                # A frozen neighbour first: whoever waits for it does not move either, and has longer to wait.
+                for rank, patience in ((neighbour, self._patience), (self._group.rank, 1.25 * self._patience)):
+                    is_own = rank == self._group.rank
+                    beat, sign = (self._beat, float(self._beat.moves)) if is_own else self._read_beat(rank)
                     now = time.monotonic()
                     if beat is None or beat.moves == -1:
                         continue
-                    if rank not in seen or seen[rank][0] != beat.moves:
-                        seen[rank] = beat.moves, now
-                    elif now - seen[rank][1] > self._patience:
+                    if rank not in seen or seen[rank][0] != sign:
+                        seen[rank] = sign, now
+                    elif now - seen[rank][1] > patience:
                         self._raise_alarm(rank, beat)
 
     def _write_beat(self) -> None:
@@ -103,9 +105,10 @@ class Watchdog:
         draft.write_text(" ".join(map(str, self._beat)))
         draft.replace(path)
 
-    def _read_beat(self, rank: int) -> Beat | None:
+    def _read_beat(self, rank: int) -> tuple[Beat | None, float]:
+        """A rank's beat and when it was written, which goes on as long as its process is not frozen."""
         path = self._folder / f"rank-{rank}"
-        return Beat.parse(path.read_text()) if path.exists() else None
+        return (Beat.parse(path.read_text()), path.stat().st_mtime) if path.exists() else (None, 0.0)
 
     def _raise_alarm(self, rank: int, beat: Beat) -> None:
         text = (
