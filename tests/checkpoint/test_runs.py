@@ -61,7 +61,7 @@ def small_disk(tmp_path) -> Path:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_on_a_full_disk_training_goes_on_and_saves_once_there_is_room(
     undisturbed, settings, small_disk, tmp_path, ranks
 ):

@@ -32,6 +32,7 @@ def test_a_killed_run_ends_in_the_same_bits_under_zero(settings, strategy, tmp_p
     assert result.digest == undisturbed.digest
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_zero_to_ddp_and_to_other_ranks_and_loses_nothing(settings, tmp_path):
     undisturbed = train(tmp_path / "undisturbed", *settings)
     training = Training(tmp_path / "moved", *settings, "parallel.strategy=zero3", ranks=2)

@@ -75,7 +75,7 @@ def test_an_attempt_that_was_taken_over_commits_nothing_more(settings, tmp_path)
     assert json.loads((folder / "attempt.json").read_text())["attempt"] == 2
 
 
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_frozen_rank_is_named_and_the_attempt_ends(undisturbed, settings, tmp_path, frozen):
     folder = tmp_path / "run"
     training = Training(folder, *settings, "resilience.patience=3", ranks=2)

@@ -45,6 +45,7 @@ def test_control_c_saves_and_stops_a_run(on_dataset, tmp_path):
     assert train(tmp_path / "run", *settings).digest == train(tmp_path / "other", *settings).digest
 
 
+@pytest.mark.slow
 def test_a_time_budget_saves_and_stops_and_the_next_start_has_it_again(on_dataset, tmp_path):
     settings = (*SHORT, *on_dataset, "train.epochs=200", "train.max_minutes=0.1", "evaluate.every_epochs=300")
     first = train(tmp_path / "run", *settings, ranks=2)
