@@ -80,7 +80,7 @@ def go_back(config: Config, group: Group, diverged: Diverged, tracker: Tracker) 
     windows = group.from_leader(choices.get(OMITTED, list) if group.leads else None)
     if len(windows) >= config.resilience.rollbacks:
         raise UserError(
-            f"training diverged for the {len(windows) + 1}th time, more than resilience.rollbacks="
+            f"training diverged {len(windows) + 1} times, more than resilience.rollbacks="
             f"{config.resilience.rollbacks} allows: {diverged}; try a lower optimizer.lr or optimizer.clip_norm=1"
         )
     if group.leads:

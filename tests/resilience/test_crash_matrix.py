@@ -86,9 +86,7 @@ def test_a_run_that_diverges_again_and_again_is_given_up_in_one_line(settings, t
     limits = ("resilience.bad_steps=2", "resilience.rollbacks=2")
     result = train(tmp_path / "run", *settings, *limits, f"resilience.faults=[{bad}]")
     assert result.code == 78, result.output
-    assert "distrain: training diverged for the 3th time, more than resilience.rollbacks=2 allows: 2 updates" in (
-        result.output
-    )
+    assert "distrain: training diverged 3 times, more than resilience.rollbacks=2 allows: 2 updates" in (result.output)
 
 
 @pytest.mark.parametrize(
