@@ -149,7 +149,8 @@ def test_a_run_refuses_to_go_on_under_other_settings(undisturbed, settings):
     assert refused.code == 78
     assert refused.output.strip() == (
         "distrain: optimizer.lr was 0.05 when this run began and is 0.06 now: "
-        "set it back, or start a new run with another run.name"
+        "set it back, name it in run.change=[optimizer.lr] if it is to change from here on, "
+        "or start a new run with another run.name"
     )
 
 
