@@ -1,7 +1,10 @@
-"""Command lines that take key=value anywhere."""
+"""What command lines have in common: key=value anywhere, figures written to a file."""
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from distrain.errors import UserError
 
 
 class AnyOrder(argparse.ArgumentParser):
@@ -20,3 +23,11 @@ class AnyOrder(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._is_inside = False
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if the file that --json names cannot be written, before there are any figures to lose."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error

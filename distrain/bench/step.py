@@ -76,12 +76,14 @@ def open_contestant(job: Job, name: str, group: Group, folder: str) -> Callable[
     extra = [] if name in (BARE, DDP_ALONE) else name.split()
     settings = config.load(job.config, [*job.overrides, *extra, f"run.dir={folder}"])
     config.check_ranks(settings, group.world)
-    return loop_alone(settings, group, name) if name in (BARE, DDP_ALONE) else loop_of_ours(settings, group)
+    if name in (BARE, DDP_ALONE):
+        return loop_alone(settings, group, name)
+    return loop_of_ours(Learner(settings, group, None, lambda line: None), group.device)
 
 
-def loop_of_ours(settings: Config, group: Group) -> Callable[[], int]:
-    learner = Learner(settings, group, None, lambda line: None)
-    batches = (batch for batch in repeat(made_up_batch(settings, group.device)))
+def loop_of_ours(learner: Learner, device: torch.device) -> Callable[[], int]:
+    settings = learner.config
+    batches = (batch for batch in repeat(made_up_batch(settings, device)))
     steps = iter(range(1 << 60))
 
     def run() -> int:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distrain import config, models
+from distrain.arguments import check_writable
 from distrain.bench.rounds import Rate, ratio
 from distrain.bench.step import BARE, DDP_ALONE, Job
 from distrain.config import Config
@@ -26,7 +27,7 @@ _VARIANTS = {
     "recompute": [f"train.recompute={name}" for name in ("none", "selective", "block")],
     "compile": ["train.compile=false", "train.compile=true"],
 }
-_NEEDED = ["run.name=bench", "data.train=none", "data.val=none"]  # of which nothing is used
+NEEDED = ["run.name=bench", "data.train=none", "data.val=none"]  # of which nothing is used
 
 # Dense multiply-adds of half precision, 10^12 per second, doubled; from NVIDIA's data sheets.
 _PEAK_TFLOPS = {"V100": 125, "A100": 312, "A10G": 125, "L4": 121, "L40S": 362, "H100": 989, "H200": 989, "B200": 2250}
@@ -57,14 +58,14 @@ def configure(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    overrides = [*_NEEDED, *args.overrides]
+    overrides = [*NEEDED, *args.overrides]
     settings = config.load(args.config, overrides)
     models.configure(settings.model.name, **settings.model.options)
     for name in ("ranks", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: no such folder to write to")
+    if args.json:
+        check_writable(args.json)
     job = Job(args.config, overrides, [BARE, DDP_ALONE, *variants(args.vary)], args.steps, args.rounds, memory=False)
     for name in job.contestants[2:]:
         config.check_ranks(config.load(args.config, [*overrides, name]), args.ranks)

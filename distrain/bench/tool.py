@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distrain.arguments import AnyOrder
-from distrain.bench import step_tool
+from distrain.arguments import AnyOrder, check_writable
+from distrain.bench import checkpoint, step_tool
 from distrain.bench.loader import DALI, DECODE, WEBDATASET, bench_loaders
 from distrain.bench.rounds import ratio
 from distrain.config import DataConfig
@@ -39,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     loader.set_defaults(run=_loader)
     step_tool.configure(commands)
+    checkpoint.configure(commands)
 
 
 def _loader(args: argparse.Namespace) -> int:
@@ -46,7 +47,7 @@ def _loader(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if args.json:
-        _check_writable(args.json)
+        check_writable(args.json)
     torch.set_num_threads(1)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     data = DataConfig(
@@ -72,10 +73,3 @@ def _loader(args: argparse.Namespace) -> int:
         figures = {"rounds": {rate.name: rate.rounds for rate in rates}, "microseconds": parts}
         args.json.write_text(json.dumps(figures, indent=1))
     return EXIT_DONE
-
-
-def _check_writable(path: Path) -> None:
-    try:
-        path.open("a").close()
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error

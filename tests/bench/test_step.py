@@ -33,7 +33,10 @@ def test_strategies_are_compared_with_a_bare_loop_in_speed_and_memory(monkeypatc
         (("--vary", "colour"), "--vary colour is not known: it must be of strategy, format, recompute, compile"),
         (("--ranks", "3"), "batch.lanes=2 does not fit 3 ranks"),
         (("--steps", "0"), "--steps must be at least 1"),
-        (("--json", "/nowhere/figures.json"), "--json /nowhere/figures.json: no such folder to write to"),
+        (
+            ("--json", "/nowhere/figures.json"),
+            "--json /nowhere/figures.json: cannot be written",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(monkeypatch, capsys, words, message):
