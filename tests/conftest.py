@@ -3,6 +3,7 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,8 @@ from distrain.data.scan import scan
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 CLASSES = ["red", "green", "blue"]
 

@@ -59,7 +59,9 @@ class Training:
         ranks: int = 1,
         rendezvous: tuple[str, ...] = ("--standalone",),
         program: tuple[str, ...] = ("-m", "distrain"),
+        host: tuple[str, ...] = (),
     ):
+        """`host`: a command that runs what follows it elsewhere."""
         torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
         alone = ranks == 1 and rendezvous == ("--standalone",)
         start = [sys.executable] if alone else [sys.executable, *torchrun]
@@ -69,7 +71,7 @@ class Training:
         with self._log.open("a") as log:
             self._began = log.tell()
             self.process = subprocess.Popen(
-                [*start, *program, f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides],
+                [*host, *start, *program, f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides],
                 stdout=log, stderr=subprocess.STDOUT, env=environment(),
             )  # fmt: skip
 

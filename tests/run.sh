@@ -9,4 +9,5 @@ prepare_environment dev
 if [ $# -eq 0 ]; then
     set -- -m "not slow"
 fi
-exec python -m pytest "$@"
+# Most tests wait for processes that they have started: two at a time keep two cores busy.
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"

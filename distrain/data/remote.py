@@ -36,7 +36,7 @@ class RemoteStore:
         self._index = index
         self._closing = threading.Event()
         self._transfer = Transfer(data.retries, data.retry_wait, data.stall, self._closing)
-        self._cache = ShardCache(_cache_folder(data), limit, self._closing)
+        self._cache = ShardCache(cache_folder(data), limit, self._closing)
         self._names = [self._name(shard) for shard in range(len(index.shards))]
         self._announced: SimpleQueue[int] = SimpleQueue()
         self._waiting: set[int] = set()
@@ -102,6 +102,6 @@ def open_store(index: Index, data: DataConfig) -> Store:
     return RemoteStore(index, data) if index.remote else LocalStore(index)
 
 
-def _cache_folder(data: DataConfig) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     default = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}" / "shards"
     return Path(data.cache).expanduser() if data.cache else default

@@ -1,0 +1,1 @@
+"""From one command to many nodes: `python -m launch`, from a checkout."""

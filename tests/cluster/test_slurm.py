@@ -1,0 +1,251 @@
+"""The scripts of slurm/ as they are, on a real Slurm. Each run ends in the weights of one that nothing happened to."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster.machines import REPOSITORY, Cluster, environment
+from launching import SMALL, read_metrics
+
+SCRIPT = "regnety_400mf.sh"
+# 203 samples in steps of 16: 24 epochs are 304 steps.
+SETTINGS = (
+    *SMALL, "batch.lanes=4", "batch.per_lane=4", "train.epochs=24", "checkpoint.every_steps=20", "data.lighting=0",
+    "evaluate.every_epochs=8", "resilience.patience=6", "optimizer.weight_decay=0",
+)  # fmt: skip
+STEPS = 304
+
+
+class Run:
+    """A run of the tests' small network, where a job's `RUN` says."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+
+    def wait_for_step(self, step: int, timeout: float = 60) -> None:
+        deadline = time.monotonic() + timeout
+        while max((entry["step"] for entry in read_metrics(self.folder)), default=0) < step:
+            assert time.monotonic() < deadline, f"step {step} not reached:\n{self.output}"
+            time.sleep(0.02)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def digest(self) -> str:
+        done = [line for line in self.output.splitlines() if " done: top-1" in line]
+        assert done, self.output
+        return done[-1].rpartition("weights ")[2]
+
+    @property
+    def causes(self) -> list[str]:
+        """Why each attempt but the last ended."""
+        return [entry["cause"] for entry in self.attempts if entry["cause"]]
+
+    @property
+    def attempts(self) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / "attempts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    return Run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def extra(on_dataset) -> str:
+    return " ".join(
+        [*SETTINGS, *(setting for setting in on_dataset if not setting.startswith(("data.train=", "data.val=")))]
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(extra, dataset, tmp_path_factory) -> str:
+    """The digest of the same run on as many ranks, where nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    data = (f"data.train={dataset}/train.parquet", f"data.val={dataset}/val.parquet")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "launch", "local", "--nodes", "2", "--ranks", "2", "--config",
+            "configs/regnety_400mf.yaml", f"run.dir={folder}", "run.name=run", *extra.split(), *data,
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().rpartition("weights ")[2]
+
+
+def submit(cluster: Cluster, run: Run, extra: str, dataset: Path, *options: str, doctor: str = "0") -> str:
+    """On two nodes of two make-believe GPUs, unless the options say otherwise."""
+    variables = {"RUN": str(run.folder), "EXTRA": extra, "DATA": str(dataset), "DOCTOR": doctor}
+    return cluster.submit(SCRIPT, run.log, "--nodes=2", "--gpus-per-node=2", *options, **variables)
+
+
+def test_two_nodes_train_one_run(run, extra, dataset, undisturbed):
+    database = f"sqlite:///{run.folder.parent}/mlflow.db"
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra.replace("track.uri=none", f"track.uri={database}"), dataset, doctor="1")
+        cluster.wait_for(job, "COMPLETED")
+    assert run.digest == undisturbed
+    assert "all 2 hosts are fit" in run.output
+    logs = run.folder / "logs" / f"{job}.0.0"
+    assert {path.stem for path in logs.glob("*.out")} == {"n1-0", "n1-1", "n2-2", "n2-3"}
+    assert "done: top-1" in (logs / "n1-0.out").read_text()
+
+    import mlflow
+
+    mlflow.set_tracking_uri(database)
+    (reported,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert reported.info.status == "FINISHED"
+    assert reported.data.metrics["train/loss"] > 0
+
+
+def test_a_preempted_job_saves_and_goes_on_when_it_is_its_turn_again(run, extra, dataset, undisturbed):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(30)
+        urgent = cluster.head("sbatch", "-p", "high", "-N2", "--exclusive", "-o/dev/null", "--wrap=sleep 2").split()[-1]
+        cluster.wait_for(urgent, "COMPLETED")
+        cluster.wait_for(job, "COMPLETED")
+        assert cluster.restarts(job) == 1
+    assert run.digest == undisturbed
+    assert run.causes == ["stopped by SIGTERM"]
+    assert run.attempts[-1]["lost_steps"] == 0
+    assert f"start {job}.0.0 of" in run.output
+    assert f"start {job}.1.0 of" in run.output
+
+
+@pytest.mark.parametrize("receiver", [(), ("--batch",)], ids=["step", "batch"])
+def test_a_warning_before_the_time_limit_saves_and_requeues(run, extra, dataset, undisturbed, receiver):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(30)
+        cluster.head("scancel", *receiver, "--signal=USR1", job)
+        cluster.wait_for(job, "PENDING")
+        cluster.wait_for(job, "COMPLETED")
+    assert run.digest == undisturbed
+    assert len(run.causes) == 1
+    assert run.causes[0].startswith("stopped by SIG")
+    assert run.attempts[-1]["lost_steps"] == 0
+
+
+def test_a_cancelled_job_stays_cancelled_and_has_saved(run, extra, dataset, undisturbed):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(30)
+        cluster.head("scancel", job)
+        cluster.wait_for(job, "CANCELLED")
+        time.sleep(8)  # longer than a requeued job is held back
+        assert cluster.state(job) == "CANCELLED"
+        again = submit(cluster, run, extra, dataset)
+        cluster.wait_for(again, "COMPLETED")
+    assert run.digest == undisturbed
+    assert run.attempts[-1]["lost_steps"] == 0
+
+
+def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_is(run, extra, dataset, undisturbed):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(50)
+        cluster.on("n2", "pkill", "-KILL", "--oldest", "--full", "[-]u -m distrain")
+        cluster.wait_for(job, "COMPLETED")
+        assert cluster.restarts(job) == 0
+    assert run.digest == undisturbed
+    assert "rank 2 on n2" in run.output
+    assert "ended with signal 9" in run.output
+    assert f"start {job}.0.1 of" in run.output
+    assert run.attempts[-1]["lost_steps"] <= 20
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["batch-host", "worker-host"])
+def test_a_node_that_dies_is_replaced_by_a_spare(run, extra, dataset, undisturbed, lost):
+    with Cluster(3) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(50)
+        dead = cluster.hosts(job)[lost]
+        cluster.kill(dead)
+        cluster.wait_for(job, "COMPLETED")
+        assert dead not in cluster.hosts(job)
+        assert cluster.restarts(job) == 1
+    assert run.digest == undisturbed
+    assert run.attempts[-1]["lost_steps"] <= 20 + 1
+
+
+def test_without_a_spare_it_goes_on_with_fewer_nodes(run, extra, dataset):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset, "--no-kill")
+        run.wait_for_step(50)
+        worker_host = cluster.hosts(job)[1]
+        cluster.kill(worker_host)
+        cluster.wait_for(job, "COMPLETED")
+        assert cluster.restarts(job) == 0
+    assert f"start {job}.0.1 of {run.folder} on n1" in run.output
+    steps = [entry["step"] for entry in read_metrics(run.folder) if "train/loss" in entry["metrics"]]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_survivor_behind_a_cut_cable_cannot_overwrite_what_has_taken_over(run, extra, dataset, tmp_path):
+    longer = f"{extra} train.epochs=100"  # for Slurm takes half a minute to notice and start anew
+    with Cluster(2) as cluster:
+        alone = Run(tmp_path / "alone")
+        cluster.wait_for(submit(cluster, alone, longer, dataset, "--nodes=1"), "COMPLETED")
+
+        job = submit(cluster, run, longer, dataset, "--nodes=1")
+        run.wait_for_step(20)
+        (cut,) = cluster.hosts(job)
+        cluster.cut(cut)
+        cluster.wait_for(job, "COMPLETED")
+        assert cluster.hosts(job) != [cut]
+        errors = "".join(path.read_text() for path in run.folder.glob(f"logs/{job}.0.0/*.err"))
+    assert "has taken over" in errors
+    assert run.digest == alone.digest
+
+
+def test_a_network_that_is_away_for_a_moment_costs_nothing(run, extra, dataset, undisturbed):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(50)
+        cluster.cut("n2")
+        time.sleep(1.5)
+        cluster.heal("n2")
+        cluster.wait_for(job, "COMPLETED")
+    assert run.digest == undisturbed
+    assert run.causes == []
+
+
+def test_a_controller_that_is_started_again_costs_nothing(run, extra, dataset, undisturbed):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, extra, dataset)
+        run.wait_for_step(50)
+        cluster.restart_controller()
+        cluster.wait_for(job, "COMPLETED")
+    assert run.digest == undisturbed
+    assert run.causes == []
+
+
+def test_a_sweep_is_an_array_with_a_run_for_each_learning_rate(tmp_path, extra, dataset):
+    extra = extra.replace("optimizer.lr=0.05", "") + " train.epochs=2"
+    with Cluster(2) as cluster:
+        job = cluster.submit(
+            "sweep_lr.sh", tmp_path / "%a.log", "--nodes=1", "--gpus-per-node=1", "--array=0-2%2",
+            RUN=f"{tmp_path}/run", EXTRA=extra, DATA=str(dataset), DOCTOR="0",
+        )  # fmt: skip
+        for task in range(3):
+            cluster.wait_for(f"{job}_{task}", "COMPLETED")
+    for task, rate in enumerate((0.4, 0.8, 1.2)):
+        assert f"lr: {rate}" in (tmp_path / f"run-{task}" / "config.yaml").read_text()
+
+
+def test_a_mistake_ends_the_job_and_is_not_tried_again(run, extra, dataset):
+    with Cluster(2) as cluster:
+        job = submit(cluster, run, f"{extra} model.num_classes=10", dataset)
+        cluster.wait_for(job, "FAILED")
+        time.sleep(6)
+        assert cluster.state(job) == "FAILED"
+    assert "has 3 classes: set model.num_classes=3" in run.output
+    assert run.output.count("launch: ") == 2

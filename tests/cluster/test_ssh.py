@@ -1,0 +1,138 @@
+"""`launch ssh` and `launch doctor` on hosts that a real sshd lets in."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster.machines import REPOSITORY, SCRIPT, Cluster, environment
+from launching import SMALL
+
+_SSHD = "/usr/sbin/sshd"
+_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not (Path(_SSHD).exists() and _FAKETIME.exists()), reason="needs openssh-server and faketime"),
+]
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[Cluster]:
+    with Cluster(4) as cluster:
+        open_doors(cluster, tmp_path / "ssh")
+        yield cluster
+
+
+def open_doors(cluster: Cluster, keys: Path) -> None:
+    """Let root of every machine in everywhere else by one key, which all have in their own /root/.ssh."""
+    keys.mkdir()
+    for name in ("id_ed25519", "host"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
+    (keys / "id_ed25519.pub").rename(keys / "authorized_keys")
+    (keys / "known_hosts").write_text(f"n* {(keys / 'host.pub').read_text()}")
+    Path("/root/.ssh").mkdir(exist_ok=True, mode=0o700)
+    Path("/run/sshd").mkdir(exist_ok=True)
+    cluster.head("mount", "--bind", str(keys), "/root/.ssh")
+    for node in cluster.nodes:
+        cluster.on(node, "mount", "--bind", str(keys), "/root/.ssh")
+        start_sshd(cluster, node, keys)
+
+
+def start_sshd(cluster: Cluster, node: str, keys: Path, *options: str) -> None:
+    words = ["-f", "/dev/null", "-h", str(keys / "host"), "-o", "StrictModes=no", "-o", "UsePAM=no"]
+    for option in options:
+        words += ["-o", option]
+    cluster.on(node, _SSHD, *words)
+
+
+def launch(cluster: Cluster, *words: str) -> "subprocess.CompletedProcess[str]":
+    """On the head."""
+    return subprocess.run(
+        [SCRIPT, "exec", sys.executable, "-m", "launch", *words],
+        cwd=REPOSITORY, capture_output=True, text=True, env={**environment(), "MC_DIR": str(cluster.folder)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(on_dataset) -> tuple[str, ...]:
+    return (
+        *SMALL, *on_dataset, "batch.lanes=4", "batch.per_lane=4", "train.epochs=12", "checkpoint.every_steps=20",
+        "evaluate.every_epochs=4", "resilience.patience=6",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(settings, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "local", "--ranks", "3", f"run.dir={folder}", "run.name=run", *settings],
+        cwd=REPOSITORY, capture_output=True, text=True, env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().rpartition("weights ")[2]
+
+
+def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, undisturbed, tmp_path):
+    words = ("ssh", "--hosts", "n1,n2,n3", f"run.dir={tmp_path}", "run.name=run", *settings)
+    done = launch(cluster, *words, "resilience.faults=[sigkill@step:40/1]")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 3 hosts are fit" in done.stdout
+    assert done.stdout.strip().rpartition("weights ")[2] == undisturbed
+    assert "rank 1 on n2" in done.stderr
+    assert "launch: starting again on n1, n2, n3" in done.stderr
+
+
+def test_a_lost_host_is_left_out_if_that_is_allowed(cluster, settings, tmp_path):
+    words = ("ssh", "--no-doctor", "--hosts", "n1,n2,n3", "--min-nodes", "2", f"run.dir={tmp_path}", "run.name=run")
+    command = [SCRIPT, "exec", sys.executable, "-m", "launch", *words, *settings]
+    variables = {**environment(), "MC_DIR": str(cluster.folder)}
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+    ) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if "step 40/" in line:
+                cluster.kill("n3")
+                break
+        output = job.stdout.read()
+        assert job.wait(timeout=200) == 0, output
+    assert "launch: starting again on n1, n2\n" in output
+    attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
+    assert len(attempts) == 2
+
+
+def test_the_doctor_names_every_unfit_host(cluster, settings, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cluster.on(
+        "n2", "tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "50mbit", "burst", "64kb", "latency", "400ms"
+    )
+    cluster.on("n3", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(cache))
+    other = tmp_path / "errors.py"
+    other.write_text(f"{(REPOSITORY / 'distrain' / 'errors.py').read_text()}\n")
+    cluster.on("n3", "mount", "--bind", str(other), str(REPOSITORY / "distrain" / "errors.py"))
+    cluster.on("n4", "pkill", "sshd")
+    ahead = f"SetEnv=LD_PRELOAD={_FAKETIME} FAKETIME=+30s FAKETIME_DONT_FAKE_MONOTONIC=1"
+    start_sshd(cluster, "n4", tmp_path / "ssh", ahead)
+
+    words = ("--hosts", "n1,n2,n3,n4", f"run.dir={tmp_path}", "run.name=run", f"data.cache={cache}", *settings)
+    done = launch(cluster, "doctor", *words)
+    assert done.returncode == 78, done.stdout + done.stderr
+    unfit = [line.partition("unfit: ")[2] for line in done.stdout.splitlines() if "unfit: " in line]
+    assert any(line.startswith("n2: slow network") for line in unfit)
+    assert any(line.startswith("n3: cache_write_gbps: ") and "No space left" in line for line in unfit)
+    assert any(line.startswith("n3: other code") for line in unfit)
+    assert any(line.startswith("n4: clock is +30.0 s off") for line in unfit)
+    assert not any(line.startswith("n1") for line in unfit)
+    assert not (tmp_path / "run" / "attempt.json").exists()
+
+
+def test_an_unreachable_host_is_named(cluster, settings, tmp_path):
+    cluster.kill("n2")
+    done = launch(cluster, "doctor", "--hosts", "n1,n2", f"run.dir={tmp_path}", "run.name=run", *settings)
+    assert done.returncode == 1
+    assert "launch: lost n2" in done.stderr

@@ -1,0 +1,46 @@
+import subprocess
+import sys
+
+import pytest
+from launching import environment
+
+COMMAND = ("slurm", "--config", "configs/regnety_16gf.yaml")
+
+
+def launch(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "launch", *words], capture_output=True, text=True, env=environment())
+
+
+def test_the_script_asks_for_as_many_nodes_as_the_lanes_need():
+    words = ("--dry-run", "--gpus", "4", "--partition", "gpu", "--account", "us", "--time", "2:00:00")
+    done = launch(*COMMAND, *words, "--image", "/images/distrain.sif", "train.epochs=30", "data.crop_scale=[0.1, 1]")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    # 32 lanes on nodes of 4.
+    for option in ("nodes=8", "gpus-per-node=4", "partition=gpu", "account=us", "time=2:00:00", "requeue"):
+        assert f"#SBATCH --{option}" in lines
+    assert "RUN=runs/regnety_16gf" in lines
+    assert "CONTAINER=/images/distrain.sif" in lines
+    assert "overrides=(train.epochs=30 'data.crop_scale=[0.1, 1]')" in lines
+
+
+def test_the_scripts_that_are_there_ask_for_what_it_would_write():
+    done = launch(*COMMAND, "--dry-run")
+    with open("slurm/regnety_16gf.sh") as file:
+        shipped = [line for line in file.read().splitlines() if line.startswith("#SBATCH")]
+    assert [line for line in done.stdout.splitlines() if line.startswith("#SBATCH")] == shipped
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("slurm",), "nothing to train: give --config FILE"),
+        ((*COMMAND, "--gpus", "0"), "--gpus must be at least 1"),
+        ((*COMMAND, "train.epoch=3"), "did you mean train.epochs?"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, message):
+    done = launch(*words)
+    assert done.returncode == 78
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
