@@ -9,7 +9,6 @@ class RankLogs(DefaultLogsSpecs):
     """Whole in FOLDER/NODE-RANK.out and .err, and on the screen too."""
 
     def __init__(self, folder: Path, node: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         super().__init__(log_dir=str(folder), tee=Std.ALL)
         self._folder = folder
         self._node = node

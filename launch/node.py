@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distrain.errors import EXIT_STOPPED, EXIT_USER
+from distrain.errors import EXIT_STOPPED, EXIT_USER, UserError
 from launch.place import Place, count_ranks, variables
 
 NAME = "DISTRAIN_HOST"  # what this node is called, for its ranks
@@ -44,10 +44,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or every host without reverse DNS is a warning
     place = Place(args.node, args.nodes, args.head, args.job)
     ranks = args.ranks or count_ranks()
     os.environ.update({**variables(place, ranks), NAME: args.name})
-    logs = args.logs.resolve() / args.job if args.logs else None
+    logs = make_folder(args.logs.resolve() / args.job) if args.logs else None
     requests = StopRequests()
     if args.attended:
         threading.Thread(target=requests.heed_standard_input, daemon=True).start()
@@ -96,6 +97,15 @@ def supervise(
         print(f"launch: {name}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def make_folder(path: Path) -> Path:
+    """Raises UserError if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot hold the logs: {error.strerror}; set run.dir elsewhere") from error
+    return path
 
 
 def report(name: str, rank: int, failure: Any, logs: Path | None) -> None:

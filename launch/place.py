@@ -42,7 +42,6 @@ def variables(place: Place, ranks: int) -> dict[str, str]:
     found = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         "NCCL_DEBUG": "WARN",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # or every connection of a host without reverse DNS is a warning
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
     }
     if place.nodes > 1 and (interface := interface_towards(place)) is not None:

@@ -33,8 +33,8 @@ _WRITTEN = 64 << 20  # bytes
 _LEAST_FREE_GB = 1.0
 _LARGEST_SKEW_S = 0.5
 _LEAST_LINK_GBPS = 0.05  # 10^9 bytes per second, less than half of gigabit Ethernet
-_SLOW = 0.5  # share of the median speed of all hosts
-_SLOW_DISK = 0.1  # disks vary more
+_LEAST_DISK_GBPS = 0.01
+_SLOW = 0.5  # share of the median speed of all hosts' GPUs
 
 Facts = dict[str, Any]
 
@@ -220,13 +220,14 @@ def judge(hosts: Sequence[Facts]) -> dict[str, list[str]]:
         for facts in hosts:
             if name in facts and facts[name] != usual[0][0]:
                 note(facts, f"other {name}: {facts[name]}, and elsewhere {usual[0][0]}")
-    for name, share in (("gflops", _SLOW), ("run_write_gbps", _SLOW_DISK), ("cache_write_gbps", _SLOW_DISK)):
-        speeds = [facts[name] for facts in hosts if name in facts]
-        for facts in hosts:
-            if name in facts and facts[name] < share * median(speeds):
-                note(facts, f"slow, {name} {facts[name]:.3g}, and elsewhere {median(speeds):.3g}")
+    speeds = [facts["gflops"] for facts in hosts if "gpu" in facts]
+    for facts in hosts:
+        if "gpu" in facts and facts["gflops"] < _SLOW * median(speeds):
+            note(facts, f"slow GPU, {facts['gflops']:,.0f} Gmul/s, and elsewhere {median(speeds):,.0f}")
     for facts in hosts:
         for name in ("run", "cache"):
+            if facts.get(f"{name}_write_gbps", _LEAST_DISK_GBPS) < _LEAST_DISK_GBPS:
+                note(facts, f"slow disk, {name} folder takes {1000 * facts[f'{name}_write_gbps']:.3g} MB/s")
             if facts.get(f"{name}_free_gb", _LEAST_FREE_GB) < _LEAST_FREE_GB:
                 note(facts, f"{name} folder has {facts[f'{name}_free_gb']:.2f} GB left")
         if abs(facts["clock_s"]) > _LARGEST_SKEW_S:

@@ -24,8 +24,9 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "launch", *words]
 
 
-def launch(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command(*words), capture_output=True, text=True, env=environment(), timeout=200)
+def launch(*words: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    surroundings = {**environment(), **variables}
+    return subprocess.run(command(*words), capture_output=True, text=True, env=surroundings, timeout=200)
 
 
 def run_on_nodes(folder: Path, settings, *words: str) -> "subprocess.CompletedProcess[str]":
@@ -95,11 +96,20 @@ def test_a_launcher_that_is_killed_leaves_nothing_running_and_nothing_lost(setti
         time.sleep(0.1)
 
 
-def test_a_run_that_cannot_start_is_given_up(settings, tmp_path):
-    # The folder of the run is a file, which no rank can use.
+def test_a_run_whose_folder_cannot_be_made_is_told_in_a_line(settings, tmp_path):
     (tmp_path / "run").write_text("")
-    done = run_on_nodes(tmp_path, settings)
+    done = launch("local", f"run.dir={tmp_path}", "run.name=run", *settings)
     assert done.returncode == 78, done.stdout + done.stderr
+    assert "cannot hold the logs: Not a directory; set run.dir elsewhere" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_run_that_never_begins_is_given_up(settings, tmp_path):
+    words = ("local", "--ranks", "2", f"run.dir={tmp_path}", "run.name=run", *settings)
+    done = launch(*words, GLOO_SOCKET_IFNAME="nosuch0")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("Unable to find address for: nosuch0") == 3
+    assert done.stderr.endswith("launch: 3 starts in a row ended before training began: giving up\n")
 
 
 @pytest.mark.parametrize(

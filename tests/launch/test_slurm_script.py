@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launching import environment
@@ -26,8 +27,8 @@ def test_the_script_asks_for_as_many_nodes_as_the_lanes_need():
 
 def test_the_scripts_that_are_there_ask_for_what_it_would_write():
     done = launch(*COMMAND, "--dry-run")
-    with open("slurm/regnety_16gf.sh") as file:
-        shipped = [line for line in file.read().splitlines() if line.startswith("#SBATCH")]
+    script = Path("slurm/regnety_16gf.sh").read_text()
+    shipped = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     assert [line for line in done.stdout.splitlines() if line.startswith("#SBATCH")] == shipped
 
 
