@@ -43,17 +43,19 @@ class DDP:
         self._optimizer = build_optimizer(network, config.optimizer)
         self._scale = LossScale(config.train.precision, group.device)
         self.network: nn.Module = Autocast(network, config.train.precision)
-        # Running statistics are LaneStatistics' business, and DDP's broadcast of them would undo it.
-        keep_buffers: dict[str, Any] = {_BUFFERS_OPTION: False}
-        self._ddp = DistributedDataParallel(
-            self.network, gradient_as_bucket_view=True, bucket_cap_mb=config.parallel.bucket_mb, **keep_buffers
-        )
-        self._settle(example)
+        self._ddp: DistributedDataParallel | None = None
+        if group.world > 1:  # alone it would copy every gradient for nothing
+            # Running statistics are LaneStatistics' business, and DDP's broadcast of them would undo it.
+            keep_buffers: dict[str, Any] = {_BUFFERS_OPTION: False}
+            self._ddp = DistributedDataParallel(
+                self.network, gradient_as_bucket_view=True, bucket_cap_mb=config.parallel.bucket_mb, **keep_buffers
+            )
+            self._settle(self._ddp, example)
         prime(self._optimizer)
         if saved is not None:
             self._load(saved)
 
-    def _settle(self, images: torch.Tensor) -> None:
+    def _settle(self, ddp: DistributedDataParallel, images: torch.Tensor) -> None:
         """Run the network on throw-away images, so that the first real step is like all others.
 
         After its first backward pass DDP orders its gradient buckets anew, and from three ranks on the sum of
@@ -62,17 +64,18 @@ class DDP:
         """
         buffers = {name: buffer.clone() for name, buffer in self._plain.named_buffers()}
         for _ in range(2):  # the buckets are rebuilt at the start of the second
-            self._ddp(images).sum().backward()
+            ddp(images).sum().backward()
         self._optimizer.zero_grad()
         for name, buffer in self._plain.named_buffers():
             buffer.copy_(buffers[name])
 
     def micro_batch(self, number: int) -> AbstractContextManager[None]:
         """Gradients travel with the last micro-batch of a step only."""
-        return nullcontext() if number == self._mine - 1 else self._ddp.no_sync()
+        return nullcontext() if self._ddp is None or number == self._mine - 1 else self._ddp.no_sync()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._ddp(images)
+        logits: torch.Tensor = (self._ddp or self.network)(images)
+        return logits
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss * (self._share * self._scale.value)).backward()
