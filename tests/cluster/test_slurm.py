@@ -10,6 +10,8 @@ import pytest
 from cluster.machines import REPOSITORY, Cluster, environment
 from launching import SMALL, read_metrics
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 SCRIPT = "regnety_400mf.sh"
 # 203 samples in steps of 16: 24 epochs are 304 steps.
 SETTINGS = (

@@ -65,6 +65,7 @@ def test_three_nodes_train_what_one_does_and_start_again_after_crashes(settings,
     assert names <= {path.name for path in first.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_saves_everywhere_and_exits_75(settings, undisturbed, tmp_path, number):
     words = ("local", "--nodes", "3", "--ranks", "1", f"run.dir={tmp_path}", "run.name=run", *settings)
@@ -83,6 +84,7 @@ def test_asked_to_stop_it_saves_everywhere_and_exits_75(settings, undisturbed, t
     assert attempts[-1]["lost_steps"] == 0
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_nothing_running_and_nothing_lost(settings, tmp_path):
     words = ("local", "--nodes", "3", "--ranks", "1", f"run.dir={tmp_path}", "run.name=run", *settings)
     with subprocess.Popen(command(*words), stdout=subprocess.DEVNULL, env=environment()) as job:
@@ -104,6 +106,7 @@ def test_a_run_whose_folder_cannot_be_made_is_told_in_a_line(settings, tmp_path)
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_never_begins_is_given_up(settings, tmp_path):
     words = ("local", "--ranks", "2", f"run.dir={tmp_path}", "run.name=run", *settings)
     done = launch(*words, GLOO_SOCKET_IFNAME="nosuch0")

@@ -12,9 +12,12 @@ import psutil
 import pytest
 from launching import SMALL, environment, read_metrics
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2, to make network namespaces"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2, to make network namespaces"
+    ),
+]
 
 ADDRESSES = {"a": "10.99.0.1", "b": "10.99.0.2"}
 
