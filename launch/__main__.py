@@ -9,6 +9,7 @@ from distrain import config
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from launch import node
 from launch import slurm as batch
+from launch.place import count_ranks
 from launch.supervise import Host, Job, read_hosts
 
 _SSH = (
@@ -105,7 +106,7 @@ def play_hosts(nodes: int, ranks: int | None) -> list[Host]:
     """Hosts on this machine, which share its processors."""
     if nodes < 1 or (ranks is not None and ranks < 1):
         raise UserError("--nodes and --ranks must be at least 1")
-    threads = max(1, len(os.sched_getaffinity(0)) // (nodes * (ranks or node.count_ranks())))
+    threads = max(1, len(os.sched_getaffinity(0)) // (nodes * (ranks or count_ranks())))
     variables = {"OMP_NUM_THREADS": str(threads)}
     return [Host(f"node{number}", "127.0.0.1", variables=variables) for number in range(nodes)]
 
@@ -118,7 +119,7 @@ def hosts_by_ssh(args: argparse.Namespace) -> list[Host]:
 def run_local(args: argparse.Namespace) -> int:
     hosts = play_hosts(args.nodes, args.ranks)
     settings = config.load(args.config, args.overrides)
-    config.check_ranks(settings, args.nodes * (args.ranks or node.count_ranks()))
+    config.check_ranks(settings, args.nodes * (args.ranks or count_ranks()))
     with Job(settings, hosts, args.ranks, training_arguments(args), len(hosts)) as job:
         return job.run()
 

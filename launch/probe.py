@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -80,13 +81,13 @@ def examine_host(settings: Config) -> Facts:
     attempt("data", lambda: " ".join(index.digest[:12] for index in load_indexes(settings)))
     folders = {"run": settings.run.folder, "cache": cache_folder(settings.data)}
     for name, folder in folders.items():
-        attempt(f"{name}_free_gb", lambda folder=folder: free_gb(folder))
-        attempt(f"{name}_write_gbps", lambda folder=folder: measure_writing(folder))
+        attempt(f"{name}_free_gb", partial(free_gb, folder))
+        attempt(f"{name}_write_gbps", partial(measure_writing, folder))
     facts["torch"] = torch.__version__
     if torch.cuda.is_available():
         facts["gpus"] = torch.cuda.device_count()
         facts["gpu"] = torch.cuda.get_device_name()
-        facts["driver"] = str(torch._C._cuda_getDriverVersion())
+        attempt("driver", lambda: Path("/sys/module/nvidia/version").read_text().strip())
         facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         free = [torch.cuda.mem_get_info(device) for device in range(facts["gpus"])]
         facts["gpu_used"] = max(1 - left / whole for left, whole in free)

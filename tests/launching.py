@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +27,8 @@ SMALL = (
     "track.uri=none",
     "track.every_steps=1",
 )
+
+README = Path(__file__).parents[1] / "README.md"
 
 
 @dataclass
@@ -132,3 +136,19 @@ def read_metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def readme_command(beginning: str) -> list[str]:
+    """The words of the one command in README that begins so, its continuation lines included."""
+    (found,) = re.findall(rf"^ +({re.escape(beginning)}(?:.*\\\n)*.*)$", README.read_text(), re.MULTILINE)
+    return shlex.split(found.replace("\\\n", " "))
+
+
+def digest_on_one_node(folder: Path, *arguments: str, ranks: int) -> str:
+    """The digest of a run that `python -m launch local` takes to its end, a thread in each rank."""
+    command = [sys.executable, "-m", "launch", "local", "--ranks", str(ranks), *arguments, f"run.dir={folder}"]
+    done = subprocess.run(
+        [*command, "run.name=run"], cwd=README.parent, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().rpartition("weights ")[2]

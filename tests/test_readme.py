@@ -6,17 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launching import SMALL, environment
+from launching import README, SMALL, environment, readme_command
 
 EXTRA = {"parallel.offload=true": ["parallel.strategy=zero1"]}
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-
-
-def command(beginning: str) -> list[str]:
-    """The words of the one command that begins so, its continuation lines included."""
-    (found,) = re.findall(rf"^ +({re.escape(beginning)}(?:.*\\\n)*.*)$", TEXT, re.MULTILINE)
-    return shlex.split(found.replace("\\\n", " "))
+TEXT = README.read_text()
 
 
 def run(words: list[str]) -> str:
@@ -32,7 +26,10 @@ def run(words: list[str]) -> str:
 def test_the_changed_run_trains(on_dataset, tmp_path):
     small = [f"run.dir={tmp_path}", *on_dataset, "track.uri=none", "train.epochs=1", "schedule.warmup_epochs=0"]
     said = run(
-        [*command("torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml run.name=mine"), *small]
+        [
+            *readme_command("torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml run.name=mine"),
+            *small,
+        ]
     )
     assert "done: top-1" in said
     assert (tmp_path / "mine" / "checkpoints").is_dir()
@@ -66,7 +63,7 @@ def test_the_settings_of_strategy_precision_and_memory_exist():
 
 
 def test_the_benchmark_of_steps_runs():
-    words = command("python -m distrain bench step model.name=regnety_400mf")
+    words = readme_command("python -m distrain bench step model.name=regnety_400mf")
     small = ["--rounds", "1", "--steps", "1", "data.image_size=32", "batch.lanes=2", "batch.per_lane=2"]
     assert "bare PyTorch loop" in run([*(word for word in words if word != "--memory"), *small])
 

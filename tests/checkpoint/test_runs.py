@@ -7,18 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import SMALL, Training, train
+from launching import Training, train
 
 from distrain.__main__ import main
 from distrain.checkpoint.files import committed, read_best, step_of
-
-# 203 samples in steps of 12 are 16.9 steps an epoch: 3 epochs are 51 steps.
-SHORT = (*SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
-
-
-@pytest.fixture(scope="module")
-def settings(on_dataset) -> tuple[str, ...]:
-    return (*SHORT, *on_dataset)
 
 
 @pytest.fixture(scope="module")

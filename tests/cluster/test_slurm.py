@@ -1,18 +1,16 @@
 """The scripts of slurm/ as they are, on a real Slurm. Each run ends in the weights of one that nothing happened to."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from cluster.machines import REPOSITORY, Cluster, environment
-from launching import SMALL, read_metrics
+from cluster.machines import Cluster
+from launching import SMALL, digest_on_one_node, read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-SCRIPT = "regnety_400mf.sh"
+SCRIPT = "regnety_16gf.sh"
 # 203 samples in steps of 16: 24 epochs are 304 steps.
 SETTINGS = (
     *SMALL, "batch.lanes=4", "batch.per_lane=4", "train.epochs=24", "checkpoint.every_steps=20", "data.lighting=0",
@@ -69,17 +67,9 @@ def extra(on_dataset) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(extra, dataset, tmp_path_factory) -> str:
     """The digest of the same run on as many ranks, where nothing happens."""
-    folder = tmp_path_factory.mktemp("undisturbed")
     data = (f"data.train={dataset}/train.parquet", f"data.val={dataset}/val.parquet")
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "launch", "local", "--nodes", "2", "--ranks", "2", "--config",
-            "configs/regnety_400mf.yaml", f"run.dir={folder}", "run.name=run", *extra.split(), *data,
-        ],
-        cwd=REPOSITORY, capture_output=True, text=True, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().rpartition("weights ")[2]
+    arguments = ("--config", "configs/regnety_16gf.yaml", *extra.split(), *data)
+    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *arguments, ranks=4)
 
 
 def submit(cluster: Cluster, run: Run, extra: str, dataset: Path, *options: str, doctor: str = "0") -> str:

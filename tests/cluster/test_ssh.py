@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cluster.machines import REPOSITORY, SCRIPT, Cluster, environment
-from launching import SMALL
+from launching import SMALL, digest_on_one_node
 
 _SSHD = "/usr/sbin/sshd"
 
@@ -67,13 +67,7 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", "local", "--ranks", "6", f"run.dir={folder}", "run.name=run", *settings],
-        cwd=REPOSITORY, capture_output=True, text=True, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().rpartition("weights ")[2]
+    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=6)
 
 
 def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, undisturbed, tmp_path):

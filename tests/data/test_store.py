@@ -7,7 +7,7 @@ from shutil import copytree
 
 import numpy as np
 import pytest
-from conftest import write_split
+from made_up import write_split
 
 from distrain.data import index
 from distrain.data.store import DataError, LocalStore

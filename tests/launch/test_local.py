@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import SMALL, environment, read_metrics
+from launching import SMALL, digest_on_one_node, environment, read_metrics
 
 # 203 samples in steps of 16: 6 epochs are 76 steps.
 SETTINGS = (
@@ -35,11 +35,7 @@ def run_on_nodes(folder: Path, settings, *words: str) -> "subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> str:
-    """The digest of a run on one node of as many ranks."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = launch("local", "--ranks", "3", f"run.dir={folder}", "run.name=run", *settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().rpartition("weights ")[2]
+    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=3)
 
 
 def test_three_nodes_train_what_one_does_and_start_again_after_crashes(settings, undisturbed, tmp_path):

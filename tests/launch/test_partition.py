@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import SMALL, environment, read_metrics
+from launching import SMALL, digest_on_one_node, environment, read_metrics
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,14 +97,7 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> str:
-    """The digest of a run on one host, of as many ranks."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", "node", "--ranks", "2", "--", f"run.dir={folder}", "run.name=run", *settings],
-        capture_output=True, text=True, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip().rpartition("weights ")[2]
+    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=2)
 
 
 def wait_for_step(folder: Path, step: int, nodes: Nodes) -> None:

@@ -5,17 +5,9 @@ import signal
 
 import psutil
 import pytest
-from launching import SMALL, Training, train
+from launching import Training, train
 
 from distrain.checkpoint import newest_step
-
-# 203 samples in steps of 12 are 16.9 steps an epoch: 3 epochs are 51 steps.
-SHORT = (*SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
-
-
-@pytest.fixture(scope="module")
-def settings(on_dataset) -> tuple[str, ...]:
-    return (*SHORT, *on_dataset)
 
 
 @pytest.fixture(scope="module")

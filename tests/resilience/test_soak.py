@@ -1,7 +1,8 @@
 import json
+from pathlib import Path
 
 import pytest
-from launching import SMALL
+from launching import SMALL, readme_command
 
 from distrain.__main__ import main
 from distrain.resilience.soak import draw_faults
@@ -29,11 +30,13 @@ def test_a_run_too_short_for_its_faults_is_one_line(monkeypatch, capsys, on_data
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_survives_random_faults_bit_for_bit(monkeypatch, capsys, on_dataset, tmp_path):
-    settings = (*SMALL, *on_dataset, "batch.lanes=3", "batch.per_lane=4", "train.epochs=15", "checkpoint.every_steps=5")
+    """The command of README, on a small network and small images."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    command = readme_command("python -m distrain soak")
+    small = (*SMALL, *on_dataset, "batch.lanes=3", "batch.per_lane=4", "train.epochs=15", "checkpoint.every_steps=5")
     limits = ("evaluate.batch=16", "evaluate.every_epochs=0.5", "resilience.patience=4", f"run.dir={tmp_path}")
     figures = tmp_path / "figures.json"
-    words = (*settings, *limits, "run.name=run", "--faults", "25", "--seed", "1", "--json", str(figures))
-    assert soak(monkeypatch, *words) == 0
+    assert soak(monkeypatch, *command[4:], *small, *limits, "--seed", "1", "--json", str(figures)) == 0
     measured = json.loads(figures.read_text())
     assert len(measured["struck"]) == 25
     assert measured["digests"]["soaked"] == measured["digests"]["undisturbed"]

@@ -1,0 +1,74 @@
+"""Lists of images and folders of them, as sources of shards."""
+
+import pytest
+from images import encoded
+
+from distrain.data.originals import find
+from distrain.errors import UserError
+
+
+@pytest.fixture
+def listing(tmp_path):
+    """Writes a list beside the images a.jpg and b.jpg and returns its path."""
+    for number, name in enumerate("ab"):
+        (tmp_path / f"{name}.jpg").write_bytes(encoded(number))
+
+    def write(text):
+        (tmp_path / "list.csv").write_text(text)
+        return tmp_path / "list.csv"
+
+    return write
+
+
+def test_a_list_may_name_its_classes(listing):
+    found = find(listing("label,path,note\ntiger,a.jpg,x\n\nbear,b.jpg,y\n"), "train")
+    assert found.classes == ("bear", "tiger")
+    assert found.label.tolist() == [1, 0]
+    assert [found.read(image) for image in (0, 1)] == [encoded(0), encoded(1)]
+
+
+def test_a_list_may_number_its_classes(listing):
+    found = find(listing("path,label\na.jpg,2\nb.jpg,0\n"), "train")
+    assert found.classes == ("0", "1", "2")
+    assert found.label.tolist() == [2, 0]
+
+
+def test_a_list_takes_the_order_of_classes_that_is_given(listing):
+    found = find(listing("path,label\na.jpg,tiger\nb.jpg,bear\n"), "train", ["tiger", "lion", "bear"])
+    assert found.label.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1 must name the columns: path,label"),
+        ("path,class\na.jpg,1\n", r"line 1 must name the columns: path,label \(label is missing\)"),
+        ("path,label\n", "lists no images"),
+        ("path,label\na.jpg,1\nb.jpg\n", "line 3 needs a path and a label"),
+        ("path,label\na.jpg,1\n,1\n", "line 3 needs a path and a label"),
+        ("path,label\na.jpg,tiger\nc.jpg,tiger\n", r"line 3: c\.jpg: no such file"),
+        ("path,label\na.jpg,tiger\nb.jpg,tigr\n", "line 3 has label 'tigr', .* did you mean tiger"),
+        ("path,label\na.jpg,tiger\nb.jpg,7\n", r"line 3 has label 7, outside 0\.\.1"),
+    ],
+)
+def test_a_mistake_in_a_list_is_named_with_its_line(listing, text, message):
+    with pytest.raises(UserError, match=rf"list\.csv: {message}"):
+        find(listing(text), "train", ["tiger", "bear"])
+
+
+def test_a_source_that_holds_no_images_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        find(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="has no sub-folders"):
+        find(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match=r"holds the splits train, not classes; give one, as .*/train"):
+        find(tmp_path, "train")
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(UserError, match="its 2 class folders hold no files"):
+        find(tmp_path, "train")
+    with pytest.raises(UserError, match="cat: no class of that name: did you mean cats"):
+        find(tmp_path, "train", ["cats", "train"])
+    (tmp_path / "a.zip").touch()
+    with pytest.raises(UserError, match=r"neither a folder nor a \.csv or \.tar"):
+        find(tmp_path / "a.zip", "train")
