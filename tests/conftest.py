@@ -14,6 +14,16 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 
+LONGEST = (
+    "test_slurm.py", "test_equivalence.py", "test_crash_matrix.py", "test_ssh.py", "test_strategies.py",
+    "test_training.py", "test_soak.py", "test_compilation.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that none is left to one worker when the other is done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
     set -- -m "not slow"
 fi
 # Most tests wait for processes that they have started: two at a time keep two cores busy.
-exec python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from launching import README, SMALL, environment, readme_command
 
 EXTRA = {"parallel.offload=true": ["parallel.strategy=zero1"]}
@@ -62,6 +63,7 @@ def test_the_settings_of_strategy_precision_and_memory_exist():
         )
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_steps_runs():
     words = readme_command("python -m distrain bench step model.name=regnety_400mf")
     small = ["--rounds", "1", "--steps", "1", "data.image_size=32", "batch.lanes=2", "batch.per_lane=2"]

@@ -69,7 +69,7 @@ def test_every_sample_is_trained_on_once_per_epoch(undisturbed, ranks):
     assert len(seen) == 51 * 12  # of which three belong to the epoch that follows
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_several_steps_the_run_ends_in_the_same_bits(undisturbed, settings, tmp_path, ranks):
     folder = tmp_path / "killed"
     for step in (10, 23, 38):

@@ -1,6 +1,7 @@
 """Puts the parts of the data plane together for a run: index, plan, store, loader."""
 
 import math
+import socket
 import time
 from collections.abc import Callable, Container, Iterator
 from contextlib import closing
@@ -22,7 +23,7 @@ from distrain.data.plan import IntArray, LaneBatch, Plan
 from distrain.data.quarantine import Quarantine
 from distrain.data.remote import open_store
 from distrain.data.source import Source
-from distrain.errors import UserError
+from distrain.errors import RankError, UserError
 
 _TRIAL_BATCHES = 8  # at least
 _TRIAL_ROUNDS = 2
@@ -94,7 +95,9 @@ def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
 
 
 def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
-    """The loader `name` over an index."""
+    """The loader `name` over an index. Raises RankError if it is not installed on this machine."""
+    if name == "dali":
+        _require_dali()
     source = Source(index, open_store(index, config.data), quarantine)
     batch = max(config.batch.per_lane, config.evaluate.batch)
     return open_loader(name, config.data, config.run.seed, batch, source, device)
@@ -116,11 +119,8 @@ def choose_loader(config: Config, plan: Plan, index: Index, device: torch.device
     if chosen == "auto":
         fastest = partial(_find_fastest, config, plan, index, device, say)
         chosen = str(Choices(config.run.folder).get("loader", fastest))
-    if chosen == "dali" and not _has_dali():
-        raise UserError(
-            "data.loader=dali needs NVIDIA DALI, which is not installed: install nvidia-dali-cuda130 or set "
-            "data.loader=torch"
-        )
+    if chosen == "dali":
+        _require_dali()
     return chosen
 
 
@@ -150,6 +150,14 @@ def _measure(config: Config, loader: Loader, plan: Plan, index: Index) -> float:
         began = time.monotonic()
         images = sum(len(batch.labels) for batch in islice(batches, threads * math.ceil(_TRIAL_BATCHES / threads)))
         return images / (time.monotonic() - began)
+
+
+def _require_dali() -> None:
+    if not _has_dali():
+        raise RankError(
+            f"data.loader=dali needs NVIDIA DALI, which is not installed on {socket.gethostname()}: install "
+            "nvidia-dali-cuda130 or set data.loader=torch"
+        )
 
 
 def _has_dali() -> bool:

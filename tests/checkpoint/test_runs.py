@@ -33,6 +33,7 @@ def test_the_newest_the_best_and_every_nth_stay(settings, tmp_path):
     assert set(kept.series("checkpoint/stall_seconds")) == {*range(7, 51, 7), 51}
 
 
+@pytest.mark.slow
 def test_a_time_between_checkpoints_makes_more_of_them(settings, tmp_path):
     often = ("checkpoint.every_steps=1000", "checkpoint.every_minutes=0.001", "checkpoint.keep=100")
     alone = train(tmp_path / "alone", *settings, *often)

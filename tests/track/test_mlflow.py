@@ -68,6 +68,7 @@ def test_the_end_of_a_run_says_how_to_see_it(restarted):
     assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_database_is_made_leaves_no_half_made_one(on_dataset, tmp_path):
     folder = tmp_path / "early"
     settings = (*LONGER, *on_dataset, "track.uri=''", "train.epochs=0.5")
