@@ -21,6 +21,16 @@ def main() -> int:
         return 128 + signal.SIGPIPE
 
 
+def entry() -> None:
+    """main() as the whole of a process."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == EXIT_USER:
+        os._exit(code)  # libraries that are taken down in the middle of their work may abort, with another code
+    sys.exit(code)
+
+
 def run() -> int:
     from distrain import cli
 
@@ -62,4 +72,4 @@ def say(error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
