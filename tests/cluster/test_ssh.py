@@ -82,7 +82,7 @@ def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, un
 
 def test_a_lost_host_is_left_out_if_that_is_allowed(cluster, settings, tmp_path):
     words = ("ssh", "--no-doctor", "--hosts", "n1,n2,n3", "--min-nodes", "2", f"run.dir={tmp_path}", "run.name=run")
-    settings = (*settings, "train.epochs=60")  # for the host to be lost in the middle of it
+    settings = (*settings, "train.epochs=30")  # for the host to be lost in the middle of it
     command = [SCRIPT, "exec", sys.executable, "-m", "launch", *words, *settings]
     variables = {**environment(), "MC_DIR": str(cluster.folder)}
     with subprocess.Popen(
