@@ -67,7 +67,7 @@ def supervise(
 
     from launch.logs import RankLogs
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we report failures ourselves
+    logging.disable(logging.ERROR)  # we report failures ourselves, and each of torch's loggers has its own level
     config = LaunchConfig(
         min_nodes=place.nodes,
         max_nodes=place.nodes,
