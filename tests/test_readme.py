@@ -71,7 +71,7 @@ def test_the_benchmark_of_steps_runs():
 
 
 def test_the_options_of_the_table_exist():
-    table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("## Three ways")]
+    table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("## Ways to run")]
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
     assert len(overrides) == 7
     words = [word for override in overrides for word in override.split()]
