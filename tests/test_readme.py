@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from launching import README, SMALL, environment, readme_command
 
+from distrain.__main__ import main
+from distrain.errors import EXIT_DONE
+
 EXTRA = {"parallel.offload=true": ["parallel.strategy=zero1"]}
 ROOT = Path(__file__).parents[1]
 TEXT = README.read_text()
@@ -44,23 +47,18 @@ def test_all_ways_to_run_train(on_dataset, tmp_path):
         assert "done: top-1" in run([*shlex.split(way), *small, f"run.name={number}"])
 
 
-def test_the_settings_of_strategy_precision_and_memory_exist():
+def is_understood(monkeypatch, *overrides: str) -> bool:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["distrain", "--config", "configs/quickstart.yaml", *overrides, "--print-config"])
+    return main() == EXIT_DONE
+
+
+def test_the_settings_of_strategy_precision_and_memory_exist(monkeypatch):
     table = TEXT[TEXT.index("## Strategy, precision") : TEXT.index("compares them with")]
     overrides = re.findall(r"`((?:parallel|train)\.[a-z_]+=[^`]*)`", table)
     assert len(overrides) == 6
     for override in overrides:
-        run(
-            [
-                "python",
-                "-m",
-                "distrain",
-                "--config",
-                "configs/quickstart.yaml",
-                override,
-                *EXTRA.get(override, []),
-                "--print-config",
-            ]
-        )
+        assert is_understood(monkeypatch, override, *EXTRA.get(override, []))
 
 
 @pytest.mark.slow
@@ -70,9 +68,9 @@ def test_the_benchmark_of_steps_runs():
     assert "bare PyTorch loop" in run([*(word for word in words if word != "--memory"), *small])
 
 
-def test_the_options_of_the_table_exist():
+def test_the_options_of_the_table_exist(monkeypatch):
     table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("## Ways to run")]
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
     assert len(overrides) == 7
     words = [word for override in overrides for word in override.split()]
-    run(["python", "-m", "distrain", "--config", "configs/quickstart.yaml", *words, "train.epochs=9", "--print-config"])
+    assert is_understood(monkeypatch, *words, "train.epochs=9")

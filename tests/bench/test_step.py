@@ -13,6 +13,7 @@ def bench(monkeypatch, *words: str) -> int:
     return main()
 
 
+@pytest.mark.slow
 def test_strategies_are_compared_with_a_bare_loop_in_speed_and_memory(monkeypatch, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     words = ("--ranks", "2", "--rounds", "1", "--memory", "--vary", "format", "--json", str(figures))

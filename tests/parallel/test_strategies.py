@@ -115,7 +115,9 @@ def resumable(strategy: str) -> tuple[str, ...]:
     return f"parallel.strategy={strategy}", *lanes, *DENSENET, *OPTIMIZERS["adamw" if strategy == "zero2" else "sgd"]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def resumed(request, undisturbed, tmp_path_factory) -> tuple[int, dict[tuple[str, str], Done]]:
     """Every half-way state taken over by every strategy."""
     ranks, (saved, _), folder = request.param, undisturbed, tmp_path_factory.mktemp("resumed")
