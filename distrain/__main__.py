@@ -50,8 +50,12 @@ def run() -> int:
 
 
 def leave_it_to_another_rank() -> None:
-    """Give the rank that knows better time to speak. Once it has ended, torchrun ends the others, while they wait
-    here; one that is still there after some seconds has to speak itself."""
+    """Give the rank that knows better time to speak. Once it has ended, torchrun ends the others, by a SIGTERM while
+    they wait here or before; one that is still there after some seconds has to speak itself."""
+    from distrain.resilience.stopping import StopRequest
+
+    if StopRequest.sigterm_came:
+        signal.raise_signal(signal.SIGTERM)
     time.sleep(5)
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -21,6 +21,8 @@ class StopRequest:
     SIGTERM is what schedulers send at preemption, SIGUSR1 what they send on request some time before the limit.
     SIGINT, Ctrl-C, ends the process at once when it comes again.
     """
+
+    sigterm_came: ClassVar[bool] = False  # to any of this process, also one that is over
 
     def __init__(self, folder: Path, minutes: float = 0.0) -> None:
         """`minutes` from now it is true by itself; never if 0."""
@@ -53,4 +55,5 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
             os._exit(128 + number)
+        StopRequest.sigterm_came |= number == signal.SIGTERM
         self.reason = signal.Signals(number).name

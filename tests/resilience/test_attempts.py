@@ -83,6 +83,13 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(undisturbed, settings, tmp_
     assert train(folder, *settings, ranks=2).digest == undisturbed.digest
 
 
+def test_the_survivor_of_a_killed_rank_ends_in_silence_as_torchrun_tells_the_cause(settings, tmp_path):
+    died = train(tmp_path / "run", *settings, "resilience.faults=[sigkill@step:9/1]", ranks=2)
+    assert died.code == 1
+    assert "Signal 9 (SIGKILL)" in died.output
+    assert "distrain:" not in died.output
+
+
 def test_workers_die_with_their_launcher(settings, tmp_path):
     training = Training(tmp_path / "run", *settings, "train.epochs=1000", ranks=2)
     training.wait_for_step(5)
