@@ -9,6 +9,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
@@ -133,9 +134,18 @@ def _train(arguments: list[str], ranks: int) -> str:
     """Train to the end, starting again as often as it takes. Returns the digest of the weights."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(_RESTARTS), "--monitor-interval"]
     command = [sys.executable, *torchrun, "0.05", "--nproc-per-node", str(ranks), "-m", "distrain", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **RELIABLE_RESTARTS})
-    last = next((line for line in reversed(done.stdout.splitlines()) if line.startswith("done: ")), None)
-    if done.returncode or last is None:
-        print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
-        raise UserError("soak: training did not come to its end; what it said last stands above")
+    last = ""
+    with TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **RELIABLE_RESTARTS}
+        ) as training:
+            assert training.stdout is not None
+            for line in training.stdout:
+                print(line, end="", flush=True)
+                if line.startswith("done: "):
+                    last = line.strip()
+        if training.returncode or not last:
+            errors.seek(0)
+            print(errors.read()[-3000:], file=sys.stderr)
+            raise UserError("soak: training did not come to its end; its last errors stand above")
     return last.rpartition("weights ")[2]
