@@ -6,7 +6,9 @@ import signal
 import sys
 import time
 
-from distrain.errors import EXIT_USER, LostRankError, RankError, TemporaryError, UserError
+from distrain.errors import EXIT_USER, LostRankError, RankError, SharedError, TemporaryError, UserError
+
+_LAST_WORDS_S = 5  # that another rank has to say why it ends
 
 
 def main() -> int:
@@ -37,26 +39,33 @@ def run() -> int:
     try:
         return cli.run(sys.argv[1:])
     except UserError as error:
-        # Most mistakes are found by all ranks alike.
-        if not isinstance(error, RankError) and int(os.environ.get("RANK", 0)) > 0:
-            leave_it_to_another_rank()
+        if not isinstance(error, RankError):
+            leave_it_to_the_leader()
         say(error)
         return EXIT_USER
     except TemporaryError as error:
+        if isinstance(error, SharedError):
+            leave_it_to_the_leader()
         if isinstance(error, LostRankError):
-            leave_it_to_another_rank()
+            leave_it_to_the_lost_rank()
         say(error)
         return 1
 
 
-def leave_it_to_another_rank() -> None:
-    """Give the rank that knows better time to speak. Once it has ended, torchrun ends the others, by a SIGTERM while
-    they wait here or before; one that is still there after some seconds has to speak itself."""
+def leave_it_to_the_leader() -> None:
+    """Give rank 0 time to say what all would say alike. Once it has ended, torchrun ends those that wait here; one
+    that is still there after some seconds has to speak itself."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(_LAST_WORDS_S)
+
+
+def leave_it_to_the_lost_rank() -> None:
+    """The same for a rank that is gone. torchrun may have seen that first: then this one was told to end already."""
     from distrain.resilience.stopping import StopRequest
 
     if StopRequest.sigterm_came:
         signal.raise_signal(signal.SIGTERM)
-    time.sleep(5)
+    time.sleep(_LAST_WORDS_S)
 
 
 def lost_its_reader() -> bool:

@@ -23,8 +23,12 @@ class TemporaryError(Exception):
     """Something outside failed that may work later. The message is one line; running again may help."""
 
 
+class SharedError(TemporaryError):
+    """A TemporaryError that all ranks come upon alike: rank 0 speaks for all."""
+
+
 class LostRankError(TemporaryError):
-    """Another rank is gone or about to go. Why, it says itself, or the launcher does."""
+    """Another rank is gone. Why, it says itself, or the launcher does."""
 
 
 class StaleAttemptError(TemporaryError):

@@ -31,7 +31,7 @@ from distrain.checkpoint.files import (
     write_best,
 )
 from distrain.config import CheckpointConfig
-from distrain.errors import LostRankError, TemporaryError, UserError
+from distrain.errors import SharedError, UserError
 from distrain.parallel.group import Group, new_gloo_group
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,9 @@ class Checkpointer:
         return self._whole
 
     def require(self) -> None:
-        """Return once the last save is there. Raises TemporaryError, on all ranks, if it could not be written."""
+        """Return once the last save is there. Raises SharedError, on all ranks, if it could not be written."""
         if self._group.any(not self.wait()):
-            kind = TemporaryError if self._group.leads else LostRankError
-            raise kind(
+            raise SharedError(
                 f"{self._folder}: the last checkpoint, of step {self._last}, could not be written: "
                 "make room or mend the folder and run again, from the checkpoint before"
             )

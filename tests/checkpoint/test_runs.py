@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -47,9 +48,11 @@ def small_disk(tmp_path) -> Path:
     """A disk that some checkpoints fit on."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
     if mounted.returncode:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip(f"no small disk can be had: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -83,6 +86,20 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_done(settings, sma
     result = train(folder, *settings)
     assert result.code == 1
     assert re.search(r"distrain: .*: the last checkpoint, of step 51, could not be written: make room", result.output)
+
+
+def test_a_stop_that_cannot_be_saved_is_told_by_one_rank(settings, small_disk, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(small_disk)
+    (small_disk / "filler").write_bytes(bytes(2_050_000))
+    training = Training(folder, *settings, "train.epochs=1000", ranks=2)
+    training.wait_for_step(5)
+    training.signal_workers(signal.SIGTERM)
+    result = training.wait()
+    assert result.code == 1
+    told = re.findall(r"distrain: (rank 1: )?.*: the last checkpoint, of step \d+, could not be written", result.output)
+    assert told == [""]
 
 
 def test_a_finished_run_goes_on_for_more_epochs_only_on_purpose(settings, tmp_path):
