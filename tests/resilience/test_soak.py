@@ -40,4 +40,6 @@ def test_a_run_survives_random_faults_bit_for_bit(monkeypatch, capsys, on_datase
     measured = json.loads(figures.read_text())
     assert len(measured["struck"]) == 25
     assert measured["digests"]["soaked"] == measured["digests"]["undisturbed"]
-    assert "the same bits" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "the same bits" in told
+    assert "resuming at step" in told
