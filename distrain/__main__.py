@@ -18,7 +18,7 @@ def main() -> int:
         finally:  # also where argparse leaves, after --help
             sys.stdout.flush()
     except BrokenPipeError:
-        if not lost_its_reader():
+        if not stdout_closed():
             raise
         return 128 + signal.SIGPIPE
 
@@ -40,26 +40,26 @@ def run() -> int:
         return cli.run(sys.argv[1:])
     except UserError as error:
         if not isinstance(error, RankError):
-            leave_it_to_the_leader()
-        say(error)
+            yield_to_main_rank()
+        info(error)
         return EXIT_USER
     except TemporaryError as error:
         if isinstance(error, SharedError):
-            leave_it_to_the_leader()
+            yield_to_main_rank()
         if isinstance(error, LostRankError):
-            leave_it_to_the_lost_rank()
-        say(error)
+            yield_to_lost_rank()
+        info(error)
         return 1
 
 
-def leave_it_to_the_leader() -> None:
+def yield_to_main_rank() -> None:
     """Give rank 0 time to say what all would say alike. Once it has ended, torchrun ends those that wait here; one
     that is still there after some seconds has to speak itself."""
     if int(os.environ.get("RANK", 0)) > 0:
         time.sleep(_LAST_WORDS_S)
 
 
-def leave_it_to_the_lost_rank() -> None:
+def yield_to_lost_rank() -> None:
     """The same for a rank that is gone. torchrun may have seen that first: then this one was told to end already."""
     from distrain.resilience.stopping import StopRequest
 
@@ -68,7 +68,7 @@ def leave_it_to_the_lost_rank() -> None:
     time.sleep(_LAST_WORDS_S)
 
 
-def lost_its_reader() -> bool:
+def stdout_closed() -> bool:
     """Whether what is printed has nowhere to go, as behind `| head`. It then goes to /dev/null, so that Python does not
     complain at exit."""
     watch = select.poll()
@@ -79,7 +79,7 @@ def lost_its_reader() -> bool:
     return True
 
 
-def say(error: Exception) -> None:
+def info(error: Exception) -> None:
     rank = int(os.environ.get("RANK", 0))
     print(f"distrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from distrain.config import Config
 
 TOOLS = {
-    "models": ("distrain.models.tool", "list the networks, their cost and published accuracy"),
-    "bench": ("distrain.bench.tool", "measure loaders and training steps against peers and limits"),
-    "checkpoints": ("distrain.checkpoint.tool", "list, verify, look into and prune the checkpoints of a run"),
+    "models": ("distrain.models.cli", "list the networks, their cost and published accuracy"),
+    "bench": ("distrain.bench.cli", "measure loaders and training steps against peers and limits"),
+    "checkpoints": ("distrain.checkpoint.cli", "list, verify, look into and prune the checkpoints of a run"),
     "soak": ("distrain.resilience.soak", "train under random faults and compare with an undisturbed run"),
-    "shards": ("distrain.data.tool", "build, fetch, index, verify and look at training data"),
+    "shards": ("distrain.data.cli", "build, fetch, index, verify and look at training data"),
 }
 
 _DESCRIPTION = """\

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from distrain.config import Config
-from distrain.data.feed import validation_requests
 from distrain.data.index import Index
-from distrain.data.loader import Batch, Loader, normalize
+from distrain.data.loading.feed import validation_requests
+from distrain.data.loading.loader import Batch, Loader, normalize
 from distrain.parallel.group import Group
 
 

@@ -8,12 +8,12 @@ from torch.nn import CrossEntropyLoss
 
 from distrain import models
 from distrain.config import Config
-from distrain.parallel.execution import example_images, prepare
+from distrain.execution.precision import Autocast
+from distrain.execution.prepare import example_images, prepare
 from distrain.parallel.group import Group
-from distrain.parallel.precision import Autocast
 from distrain.parallel.statistics import LaneStatistics
 from distrain.parallel.strategy import State, open_strategy
-from distrain.recipe.averaging import WeightAverage
+from distrain.recipe.ema import EMA
 from distrain.rng import Stream, torch_seed
 
 
@@ -23,25 +23,25 @@ class Learner:
     Raises UserError where network, device and configuration do not fit one another.
     """
 
-    def __init__(self, config: Config, group: Group, saved: State | None, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, group: Group, saved: State | None, info: Callable[[str], None]) -> None:
         self.config = config
         network = build_network(config, group.device)
-        execution = prepare(config, network, group, say)
+        execution = prepare(config, network, group, info)
         self.memory_format = execution.memory_format
         self.parts = execution.parts
         self.micro_batches = [(lane, part) for lane in group.lanes(config.batch.lanes) for part in range(self.parts)]
         """This rank's share of a step: (lane, part of its batch)."""
-        self._average = WeightAverage(network, config.average.decay) if config.average.decay else None
+        self._average = EMA(network, config.average.decay) if config.average.decay else None
 
         everywhere = config.batch.lanes * self.parts
         self.statistics = LaneStatistics(network, group, everywhere, reported=2)
         self.criterion = CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
         example = example_images(config, group.device, self.memory_format)[:: self.parts]
         self.strategy = open_strategy(config, network, group, everywhere, example, saved)
-        self.judged: nn.Module = self.strategy.network
+        self.eval_model: nn.Module = self.strategy.network
         """The network whose accuracy counts. Every rank has to call it as often."""
         if self._average is not None:
-            self.judged = Autocast(self._average.network, config.train.precision)
+            self.eval_model = Autocast(self._average.network, config.train.precision)
             if saved is not None:
                 self._average.load(saved)
 

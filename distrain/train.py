@@ -9,9 +9,9 @@ import torch
 
 from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, newest_step, weights_digest
-from distrain.choices import Choices
 from distrain.config import Config, changeable_settings, fixed_settings
-from distrain.data.feed import (
+from distrain.data.index import Index
+from distrain.data.loading.feed import (
     choose_loader,
     load_indexes,
     make_loader,
@@ -19,14 +19,14 @@ from distrain.data.feed import (
     make_quarantine,
     train_requests,
 )
-from distrain.data.index import Index
-from distrain.data.loader import Batch, normalize
-from distrain.data.order import resolve_shuffle
-from distrain.data.plan import Plan
+from distrain.data.loading.loader import Batch, normalize
+from distrain.data.sampling.order import resolve_shuffle
+from distrain.data.sampling.plan import Plan
+from distrain.decisions import RunDecisions
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from distrain.evaluate import Accuracy, evaluate
 from distrain.learner import Learner
-from distrain.parallel.group import Agreement, Group
+from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import Update
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
@@ -35,7 +35,7 @@ from distrain.resilience.stopping import Stopped, StopRequest
 from distrain.rng import Stream, torch_seed
 from distrain.track import Tracker
 
-OMITTED = "omitted_steps"  # among the choices of a run: windows of steps, [first, end]
+OMITTED = "skipped_steps"  # among the choices of a run: windows of steps, [first, end]
 
 
 def train(config: Config) -> int:
@@ -49,7 +49,7 @@ def train(config: Config) -> int:
     with Group() as group, StopRequest(config.run.folder, config.train.max_minutes) as stop:
         try:
             with (
-                Tracker(config, group.leads, plan.steps) as tracker,
+                Tracker(config, group.is_main, plan.steps) as tracker,
                 Attempt(config, group) as attempt,
             ):
                 while True:
@@ -61,12 +61,12 @@ def train(config: Config) -> int:
                     except Diverged as diverged:
                         go_back(config, group, diverged, tracker)
         except Stopped as stopped:
-            tracker.say(f"stopped by {stopped}; all is saved, run the same command again to go on")
+            tracker.info(f"stopped by {stopped}; all is saved, run the same command again to go on")
             group.barrier()
             stop.clear_file()
             return EXIT_STOPPED
-        tracker.say(tracker.how_to_look)
-        tracker.say(f"done: {accuracy}  weights {digest}")
+        tracker.info(tracker.view_hint)
+        tracker.info(f"done: {accuracy}  weights {digest}")
         group.barrier()
     return EXIT_DONE
 
@@ -76,23 +76,23 @@ def go_back(config: Config, group: Group, diverged: Diverged, tracker: Tracker) 
 
     Raises UserError if that has happened too often.
     """
-    choices = Choices(config.run.folder)
-    windows = group.from_leader(choices.get(OMITTED, list) if group.leads else None)
+    decisions = RunDecisions(config.run.folder)
+    windows = group.broadcast(decisions.get(OMITTED, list) if group.is_main else None)
     if len(windows) >= config.resilience.rollbacks:
         raise UserError(
             f"training diverged {len(windows) + 1} times, more than resilience.rollbacks="
             f"{config.resilience.rollbacks} allows: {diverged}; try a lower optimizer.lr or optimizer.clip_norm=1"
         )
-    if group.leads:
+    if group.is_main:
         start = newest_step(config.run.folder / "checkpoints")
-        choices.set(OMITTED, [*windows, [start, diverged.step + 1]])
-        tracker.say(f"{diverged}: going back to step {start}, and on from there at step {diverged.step + 1}")
+        decisions.set(OMITTED, [*windows, [start, diverged.step + 1]])
+        tracker.info(f"{diverged}: going back to step {start}, and on from there at step {diverged.step + 1}")
     group.barrier()
 
 
-def omitted_steps(config: Config, group: Group) -> set[int]:
+def load_skipped_steps(config: Config, group: Group) -> set[int]:
     """The steps that are left out because training diverged in them."""
-    windows = group.from_leader(Choices(config.run.folder).get(OMITTED, list) if group.leads else None)
+    windows = group.broadcast(RunDecisions(config.run.folder).get(OMITTED, list) if group.is_main else None)
     return {step for first, end in windows for step in range(first, end)}
 
 
@@ -113,8 +113,8 @@ def run_steps(
     quarantine, val_quarantine = (
         make_quarantine(config, index, split) for split, index in (("train", train_index), ("val", val_index))
     )
-    loader = group.from_leader(
-        choose_loader(config, plan, train_index, group.device, tracker.say) if group.leads else None
+    loader = group.broadcast(
+        choose_loader(config, plan, train_index, group.device, tracker.info) if group.is_main else None
     )
     with (
         closing(Checkpointer(config.run.folder / "checkpoints", group, config.checkpoint, attempt)) as checkpoints,
@@ -131,15 +131,15 @@ def run_steps(
         if (snapshot := checkpoints.restore()) is not None:
             check_identity(snapshot.extra["identity"], identity, changeable_settings(config), config.run.change)
             start, saved = snapshot.step, snapshot.tensors
-            tracker.say(f"resuming at step {start} of {plan.steps}")
-        learner = Learner(config, group, saved, tracker.say)
+            tracker.info(f"resuming at step {start} of {plan.steps}")
+        learner = Learner(config, group, saved, tracker.info)
         attempt.restored(start)
-        agreement = Agreement(group)
+        agreement = AsyncFlags(group)
 
         def heed_wishes() -> bool:
             """Stop if any rank was asked to; return whether a checkpoint is overdue."""
             attempt.moves("step-or-validation", step)
-            stopping, saving = agreement.exchange(bool(stop), group.leads and checkpoints.is_overdue())
+            stopping, saving = agreement.exchange(bool(stop), group.is_main and checkpoints.is_overdue())
             if stopping:
                 raise Stopped(stop.reason or "a signal to another rank")
             return saving
@@ -149,8 +149,8 @@ def run_steps(
             heed_wishes()
 
         evaluation_steps = plan.steps_every(config.evaluate.every_epochs)
-        omitted, lanes = omitted_steps(config, group), group.lanes(config.batch.lanes)
-        requests = train_requests(config, plan, train_index, lanes, start, omitted)
+        skipped_steps, lanes = load_skipped_steps(config, group), group.lanes(config.batch.lanes)
+        requests = train_requests(config, plan, train_index, lanes, start, skipped_steps)
         requests = attempt.faults.watch(requests, start, len(lanes))
         batches = cut(train_loader.stream(requests), learner.parts)
         divergence = Divergence(config.resilience)
@@ -158,12 +158,12 @@ def run_steps(
         skipped = torch.zeros((), dtype=torch.int64, device=group.device)
         overdue = False
         try:
-            for step in (step for step in range(start, plan.steps + 1) if step not in omitted):
+            for step in (step for step in range(start, plan.steps + 1) if step not in skipped_steps):
                 if step == plan.steps or checkpoints.is_due(step, overdue):
                     checkpoints.save(step, learner.state(), extra)
                     tracker.log(step, {"checkpoint/stall_seconds": checkpoints.stall})
                 if step in evaluation_steps:
-                    accuracy = evaluate(learner.judged, val_index, val_loader, config, group, between_batches)
+                    accuracy = evaluate(learner.eval_model, val_index, val_loader, config, group, between_batches)
                     tracker.log(step, accuracy.metrics())
                     if checkpoints.note_best(step, accuracy.top1 / accuracy.images):
                         checkpoints.save(step, learner.state(), extra)
@@ -198,7 +198,7 @@ def run_steps(
             checkpoints.require()
             raise
         finally:
-            agreement.settle()
+            agreement.wait()
             batches.close()
     raise AssertionError("the last step returns")
 

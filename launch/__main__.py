@@ -102,7 +102,7 @@ def training_arguments(args: argparse.Namespace) -> list[str]:
     return [*(["--config", args.config] if args.config else []), *args.overrides]
 
 
-def play_hosts(nodes: int, ranks: int | None) -> list[Host]:
+def simulated_hosts(nodes: int, ranks: int | None) -> list[Host]:
     """Hosts on this machine, which share its processors."""
     if nodes < 1 or (ranks is not None and ranks < 1):
         raise UserError("--nodes and --ranks must be at least 1")
@@ -117,7 +117,7 @@ def hosts_by_ssh(args: argparse.Namespace) -> list[Host]:
 
 
 def run_local(args: argparse.Namespace) -> int:
-    hosts = play_hosts(args.nodes, args.ranks)
+    hosts = simulated_hosts(args.nodes, args.ranks)
     settings = config.load(args.config, args.overrides)
     config.check_ranks(settings, args.nodes * (args.ranks or count_ranks()))
     with Job(settings, hosts, args.ranks, training_arguments(args), len(hosts)) as job:
@@ -137,7 +137,7 @@ def run_ssh(args: argparse.Namespace) -> int:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    hosts = hosts_by_ssh(args) if args.hosts or args.hostfile else play_hosts(args.nodes, args.ranks)
+    hosts = hosts_by_ssh(args) if args.hosts or args.hostfile else simulated_hosts(args.nodes, args.ranks)
     settings = config.load(args.config, args.overrides)
     with Job(settings, hosts, args.ranks, training_arguments(args), len(hosts)) as job:
         return job.examine()

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     logs = make_folder(args.logs.resolve() / args.job) if args.logs else None
     requests = StopRequests()
     if args.attended:
-        threading.Thread(target=requests.heed_standard_input, daemon=True).start()
+        threading.Thread(target=requests.watch_stdin, daemon=True).start()
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
     program = ["launch.probe" if args.probe else "distrain", *arguments]
     return supervise(place, ranks, args.name, logs, program, requests)
@@ -115,12 +115,12 @@ def report(name: str, rank: int, failure: Any, logs: Path | None) -> None:
     if logs is None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
         return
-    last = last_words(logs / f"{name}-{rank}.err")
+    last = tail_traceback(logs / f"{name}-{rank}.err")
     when = f"{failure.timestamp}.{time.time_ns() % 10**9:09d}"
     (logs / f"failed-{when}-{name}.txt").write_text(f"{text}{':' if last else ''}\n{last}")
 
 
-def last_words(path: Path) -> str:
+def tail_traceback(path: Path) -> str:
     """The last traceback in a log, or its last lines."""
     text = path.read_text(errors="replace") if path.exists() else ""
     lines = [_RANK_PREFIX.sub("", line) for line in text.splitlines()]
@@ -137,7 +137,7 @@ class StopRequests:
         for number in _STOPPING:
             signal.signal(number, self._handle)
 
-    def heed_standard_input(self) -> None:
+    def watch_stdin(self) -> None:
         """Whoever holds its other end asks for a stop by a line, or by letting go."""
         sys.stdin.readline()
         os.kill(os.getpid(), signal.SIGTERM)

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from distrain import config
 from distrain.config import Config
-from distrain.data.feed import load_indexes
-from distrain.data.remote import cache_folder
+from distrain.data.loading.feed import load_indexes
+from distrain.data.storage.remote import cache_folder
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.parallel.group import Group
 from launch.node import NAME
@@ -153,7 +153,7 @@ def measure_clocks(group: Group, hosts: Sequence[Facts], leaders: Sequence[int])
                 dist.recv(moment, 0, group=group.control)
                 moment.fill_(time.time())
                 dist.send(moment, 0, group=group.control)
-    for number, skew in group.from_leader(skews).items():
+    for number, skew in group.broadcast(skews).items():
         hosts[number]["clock_s"] = skew
 
 
@@ -274,7 +274,7 @@ def main() -> int:
     with Group() as group:
         hosts = examine(settings, group)
         unfit = judge(hosts)
-        if group.leads:
+        if group.is_main:
             Console(width=None if sys.stdout.isatty() else 140).print(tabulate(hosts))
             for host, reasons in unfit.items():
                 for reason in reasons:

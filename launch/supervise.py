@@ -18,7 +18,7 @@ from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
 
 EXIT_LOST = 255  # ssh's own, where it has lost the host or never reached it
 _GRACE_S = 20.0  # for the other nodes to end by themselves, once one has ended badly
-_FRUITLESS_STARTS = 3  # in a row, in which no rank came so far as to begin an attempt
+_STARTS_WITHOUT_PROGRESS = 3  # in a row, in which no rank came so far as to begin an attempt
 _WAIT_S = 10.0  # between looks whether a lost host is back
 
 
@@ -83,21 +83,21 @@ class Job:
 
     def run(self) -> int:
         """Start it again and again until it is done, stopped or hopeless. Returns 0, 75, 78 or 1."""
-        number, fruitless = 0, 0
+        number, without_progress = 0, 0
         hosts = self._hosts
         while True:
             attempt = self._attempt()
             code = outcome(self._start(hosts, f"{self._name}-{number}").values())
             if code != 1 or self._stopping:
                 return EXIT_STOPPED if code == 1 else code
-            fruitless = fruitless + 1 if self._attempt() == attempt else 0
-            if fruitless == _FRUITLESS_STARTS:
-                say(f"{fruitless} starts in a row ended before training began: giving up")
+            without_progress = without_progress + 1 if self._attempt() == attempt else 0
+            if without_progress == _STARTS_WITHOUT_PROGRESS:
+                info(f"{without_progress} starts in a row ended before training began: giving up")
                 return 1
             if (hosts := self._gather()) == []:
                 return EXIT_STOPPED
             number += 1
-            say(f"starting again on {', '.join(host.name for host in hosts)}")
+            info(f"starting again on {', '.join(host.name for host in hosts)}")
 
     def _start(self, hosts: Sequence[Host], job: str, *options: str) -> dict[str, int]:
         """Start it once and wait for its end. Returns each host's exit code."""
@@ -120,13 +120,13 @@ class Job:
                 if name not in codes and (code := process.poll()) is not None:
                     codes[name] = code
                     if code == EXIT_LOST:
-                        say(f"lost {name}")
+                        info(f"lost {name}")
                     if code != 0:
                         deadline = min(deadline, time.monotonic() + _GRACE_S)
             if time.monotonic() > deadline:
                 for name, process in self._nodes.items():
                     if name not in codes:
-                        say(f"{name} does not end by itself: killed")
+                        info(f"{name} does not end by itself: killed")
                         process.kill()
                 deadline = float("inf")
             time.sleep(0.05)
@@ -146,7 +146,7 @@ class Job:
                 return alive
             if not told:
                 lost = ", ".join(host.name for host in self._hosts if host not in alive)
-                say(f"waiting for {lost} to come back; --min-nodes {len(alive)} would go on without")
+                info(f"waiting for {lost} to come back; --min-nodes {len(alive)} would go on without")
                 told = True
             time.sleep(_WAIT_S)
         return []
@@ -191,7 +191,7 @@ def copy(process: "subprocess.Popen[bytes]") -> None:
         sys.stdout.buffer.flush()
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 

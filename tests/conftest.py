@@ -5,8 +5,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from launching import SMALL
-from made_up import write_split
+from support.processes import SMALL
+from support.synthetic import write_split
+
+from distrain.parallel.group import Group
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the launcher, which is not installed
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,6 +35,13 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _fresh_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A process group of this process alone."""
+    with Group() as group:
+        yield group
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import README, SMALL, environment, readme_command
+from support.processes import README, SMALL, environment, readme_command
 
 from distrain.__main__ import main
 from distrain.errors import EXIT_DONE

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import SMALL, Training, train
+from support.processes import SMALL, Training, train
 
 from distrain.checkpoint import MANIFEST, committed, read
 
@@ -22,10 +22,10 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> dict:
+def uninterrupted(settings, tmp_path_factory) -> dict:
     """The same run on 1, 2 and 3 ranks, each recording the samples it consumed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    recorder = (str(Path(__file__).parent / "recording_main.py"),)
+    recorder = (str(Path(__file__).parent / "support" / "recording_main.py"),)
     results = {ranks: train(folder / f"on{ranks}", *settings, ranks=ranks, program=recorder) for ranks in (1, 2, 3)}
     assert [result.code for result in results.values()] == [0, 0, 0], results
     return results
@@ -35,22 +35,22 @@ def newest(folder: Path) -> Path:
     return committed(folder / "checkpoints")[-1]
 
 
-def test_the_last_line_states_accuracy_images_and_digest(undisturbed):
-    last = undisturbed[1].output.strip().splitlines()[-1]
+def test_the_last_line_states_accuracy_images_and_digest(uninterrupted):
+    last = uninterrupted[1].output.strip().splitlines()[-1]
     assert last.startswith("done: top-1 ")
     assert "of 61 images  weights sha256:" in last
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_losses_do_not_depend_on_the_number_of_ranks(undisturbed, ranks):
-    alone, together = (undisturbed[n].series("train/loss") for n in (1, ranks))
+def test_losses_do_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
+    alone, together = (uninterrupted[n].series("train/loss") for n in (1, ranks))
     assert list(alone) == list(range(1, 52))
     np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_running_statistics_do_not_depend_on_the_number_of_ranks(undisturbed, ranks):
-    alone, together = (read(newest(undisturbed[n].folder)).tensors for n in (1, ranks))
+def test_running_statistics_do_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
+    alone, together = (read(newest(uninterrupted[n].folder)).tensors for n in (1, ranks))
     statistics = [name for name in alone if "running_" in name or "num_batches" in name]
     assert len(statistics) > 10
     for name in statistics:
@@ -58,10 +58,10 @@ def test_running_statistics_do_not_depend_on_the_number_of_ranks(undisturbed, ra
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_every_sample_is_trained_on_once_per_epoch(undisturbed, ranks):
+def test_every_sample_is_trained_on_once_per_epoch(uninterrupted, ranks):
     seen = [
         json.loads(line)
-        for record in undisturbed[ranks].folder.glob("consumed-*.jsonl")
+        for record in uninterrupted[ranks].folder.glob("consumed-*.jsonl")
         for line in record.read_text().splitlines()
     ]
     for epoch in (0, 1, 2):
@@ -70,7 +70,7 @@ def test_every_sample_is_trained_on_once_per_epoch(undisturbed, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_at_several_steps_the_run_ends_in_the_same_bits(undisturbed, settings, tmp_path, ranks):
+def test_killed_at_several_steps_the_run_ends_in_the_same_bits(uninterrupted, settings, tmp_path, ranks):
     folder = tmp_path / "killed"
     for step in (10, 23, 38):
         training = Training(folder, *settings, ranks=ranks)
@@ -79,12 +79,12 @@ def test_killed_at_several_steps_the_run_ends_in_the_same_bits(undisturbed, sett
     result = train(folder, *settings, ranks=ranks)
     assert result.code == 0, result.output
     assert "resuming at step" in result.output
-    assert result.digest == undisturbed[ranks].digest
-    assert result.series("train/loss") == undisturbed[ranks].series("train/loss")
+    assert result.digest == uninterrupted[ranks].digest
+    assert result.series("train/loss") == uninterrupted[ranks].series("train/loss")
     assert len(result.series("train/loss")) == len([m for m in result.metrics if "train/loss" in m["metrics"]])
 
 
-def test_asked_to_stop_it_saves_and_exits_75_and_goes_on_later(undisturbed, settings, tmp_path):
+def test_asked_to_stop_it_saves_and_exits_75_and_goes_on_later(uninterrupted, settings, tmp_path):
     folder = tmp_path / "stopped"
     training = Training(folder, *settings, "checkpoint.every_steps=1000")
     training.wait_for_step(10)
@@ -94,10 +94,10 @@ def test_asked_to_stop_it_saves_and_exits_75_and_goes_on_later(undisturbed, sett
     assert "stopped by SIGTERM" in stopped.output
     saved = json.loads((newest(folder) / MANIFEST).read_text())["step"]
     assert saved == max(stopped.series("train/loss"))
-    assert train(folder, *settings).digest == undisturbed[1].digest
+    assert train(folder, *settings).digest == uninterrupted[1].digest
 
 
-def test_a_stop_file_stops_all_ranks_at_the_same_step(undisturbed, settings, tmp_path):
+def test_a_stop_file_stops_all_ranks_at_the_same_step(uninterrupted, settings, tmp_path):
     folder = tmp_path / "stopped"
     training = Training(folder, *settings, ranks=2)
     training.wait_for_step(10)
@@ -105,10 +105,10 @@ def test_a_stop_file_stops_all_ranks_at_the_same_step(undisturbed, settings, tmp
     stopped = training.wait()
     assert "all is saved" in stopped.output
     assert not (folder / "stop").exists()
-    assert train(folder, *settings, ranks=2).digest == undisturbed[2].digest
+    assert train(folder, *settings, ranks=2).digest == uninterrupted[2].digest
 
 
-def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(undisturbed, settings, tmp_path):
+def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(uninterrupted, settings, tmp_path):
     folder = tmp_path / "damaged"
     training = Training(folder, *settings, ranks=2)
     training.wait_for_step(30)
@@ -122,11 +122,11 @@ def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(un
     result = train(folder, *settings, ranks=2)
     assert f"{damaged.name} is damaged: {data.name}" in result.output
     assert f"resuming at step {int(before.name[-8:])} of 51" in result.output
-    assert result.digest == undisturbed[2].digest
+    assert result.digest == uninterrupted[2].digest
     assert data.name in (damaged.with_name(damaged.name + ".bad") / "reason.txt").read_text()
 
 
-def test_two_agents_that_meet_over_the_network_train_as_one_does(undisturbed, settings, tmp_path):
+def test_two_agents_that_meet_over_the_network_train_as_one_does(uninterrupted, settings, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,17 +135,17 @@ def test_two_agents_that_meet_over_the_network_train_as_one_does(undisturbed, se
     second = Training(tmp_path / "run", *settings, rendezvous=meeting)
     results = [agent.wait() for agent in (first, second)]
     assert [result.code for result in results] == [0, 0], results[0].output
-    assert results[0].output.strip().splitlines()[-1].endswith(undisturbed[2].digest)
+    assert results[0].output.strip().splitlines()[-1].endswith(uninterrupted[2].digest)
 
 
-def test_a_finished_run_started_again_reports_the_same_end(undisturbed, settings):
-    again = train(undisturbed[1].folder, *settings)
+def test_a_finished_run_started_again_reports_the_same_end(uninterrupted, settings):
+    again = train(uninterrupted[1].folder, *settings)
     assert again.code == 0
-    assert again.output.strip().splitlines()[-1] == undisturbed[1].output.strip().splitlines()[-1]
+    assert again.output.strip().splitlines()[-1] == uninterrupted[1].output.strip().splitlines()[-1]
 
 
-def test_a_run_refuses_to_go_on_under_other_settings(undisturbed, settings):
-    refused = train(undisturbed[1].folder, *settings, "optimizer.lr=0.06")
+def test_a_run_refuses_to_go_on_under_other_settings(uninterrupted, settings):
+    refused = train(uninterrupted[1].folder, *settings, "optimizer.lr=0.06")
     assert refused.code == 78
     assert refused.output.strip() == (
         "distrain: optimizer.lr was 0.05 when this run began and is 0.06 now: "

@@ -16,7 +16,7 @@ from rich.table import Table
 from distrain import config
 from distrain.arguments import check_writable
 from distrain.bench.step import loop_of_ours
-from distrain.bench.step_tool import NEEDED
+from distrain.bench.step_cli import NEEDED
 from distrain.checkpoint import Checkpointer
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, UserError
@@ -104,7 +104,7 @@ def tabulate(title: str, seconds: dict[str, list[float]]) -> Table:
 class NoEvents:
     """Nobody is told of a checkpoint."""
 
-    def before_naming(self) -> None: ...
+    def before_commit(self) -> None: ...
 
     def strike(self, place: str, step: int) -> None: ...
 

@@ -15,16 +15,16 @@ from torchvision.transforms.v2 import functional as F
 
 from distrain.bench.rounds import Rate, measure_in_turns
 from distrain.config import DataConfig
-from distrain.data.augment import draw_windows
+from distrain.data.augmentation.crops import draw_crop_boxes
 from distrain.data.index import Index, is_remote
-from distrain.data.loader import Loader, Request
-from distrain.data.loaders import LOADERS, open_loader
-from distrain.data.loaders.parts import cut, decode, resize
-from distrain.data.plan import LaneBatch
-from distrain.data.quarantine import Quarantine
-from distrain.data.remote import open_store
-from distrain.data.scan import IMAGE_SUFFIXES
-from distrain.data.source import Source
+from distrain.data.loading import LOADERS, open_loader
+from distrain.data.loading.jpeg_region import crop, decode, resize
+from distrain.data.loading.loader import Loader, Request
+from distrain.data.loading.quarantine import Quarantine
+from distrain.data.loading.reader import SampleReader
+from distrain.data.sampling.plan import LaneBatch
+from distrain.data.shards.scan import IMAGE_SUFFIXES
+from distrain.data.storage.remote import open_store
 from distrain.errors import UserError
 
 DECODE = "decode alone"
@@ -50,13 +50,13 @@ def bench_loaders(
         raise UserError(f"{data.train}: none of its {len(index):,} images could be read when they were indexed")
     ids = readable[np.arange(images) % len(readable)]
     with ours(index, data, batch, device) as loaders:
-        contestants: dict[str, Callable[[], int]] = {DECODE: decoding(index, data, ids)}
+        candidates: dict[str, Callable[[], int]] = {DECODE: decoding(index, data, ids)}
         for name, loader in loaders.items():
-            contestants[f"distrain, {name}"] = loading(loader, index, data, ids, batch)
-        contestants[WEBDATASET] = peer_webdataset(index, data, images, batch)
+            candidates[f"distrain, {name}"] = loading(loader, index, data, ids, batch)
+        candidates[WEBDATASET] = peer_webdataset(index, data, images, batch)
         if len(readable) == len(index):
-            contestants[DALI] = peer_dali(index, data, images, batch, device)
-        return measure_in_turns(contestants, rounds), profile(index, data, ids)
+            candidates[DALI] = peer_dali(index, data, images, batch, device)
+        return measure_in_turns(candidates, rounds), profile(index, data, ids)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def ours(index: Index, data: DataConfig, batch: int, device: torch.device) -> It
         loaders = {}
         for name in LOADERS:
             quarantine = Quarantine(Path(folder) / name, "train", len(index), 1.0)
-            source = Source(index, open_store(index, data), quarantine)
+            source = SampleReader(index, open_store(index, data), quarantine)
             loaders[name] = open_loader(name, data, 0, batch, source, device)
         try:
             yield loaders
@@ -88,8 +88,8 @@ def requests(index: Index, data: DataConfig, ids: np.ndarray, batch: int) -> Ite
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch]
         samples = LaneBatch(part, np.zeros_like(part), np.zeros_like(part))
-        windows = draw_windows(data, 0, samples, index.width[part], index.height[part])
-        yield Request(samples, windows, data.image_size)
+        crops = draw_crop_boxes(data, 0, samples, index.width[part], index.height[part])
+        yield Request(samples, crops, data.image_size)
 
 
 def decoding(index: Index, data: DataConfig, ids: np.ndarray) -> Callable[[], int]:
@@ -190,14 +190,14 @@ def profile(index: Index, data: DataConfig, ids: np.ndarray) -> dict[str, float]
     """Microseconds per image of one thread in the parts of our torch loader."""
     store = open_store(index, data)
     samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
-    *windows, flips = draw_windows(data, 0, samples, index.width[ids], index.height[ids])
+    *boxes, flips = draw_crop_boxes(data, 0, samples, index.width[ids], index.height[ids])
     batch = np.empty((32, data.image_size, data.image_size, 3), np.uint8)
     times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for place, sample in enumerate(ids.tolist()):
         began = [time.perf_counter()]
         encoded = store.read(sample)
         began.append(time.perf_counter())
-        image = cut(encoded, int(index.height[sample]), int(index.width[sample]), *(int(w[place]) for w in windows))
+        image = crop(encoded, int(index.height[sample]), int(index.width[sample]), *(int(w[place]) for w in boxes))
         began.append(time.perf_counter())
         image = resize(image, data.image_size, data.interpolation, bool(flips[place]))
         began.append(time.perf_counter())

@@ -18,16 +18,16 @@ class Rate:
         return statistics.median(self.rounds)
 
 
-def measure_in_turns(contestants: Mapping[str, Callable[[], int]], rounds: int) -> list[Rate]:
+def measure_in_turns(candidates: Mapping[str, Callable[[], int]], rounds: int) -> list[Rate]:
     """Run every contestant once to warm up, then all of them in turn, `rounds` times.
 
     A contestant does some work and returns how many units it was.
     """
-    for work in contestants.values():
+    for work in candidates.values():
         work()
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    rates: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
-        for name, work in contestants.items():
+        for name, work in candidates.items():
             began = time.perf_counter()
             units = work()
             rates[name].append(units / (time.perf_counter() - began))

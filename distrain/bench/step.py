@@ -23,9 +23,9 @@ from torch.optim import SGD, AdamW
 from distrain import config
 from distrain.bench.rounds import measure_in_turns
 from distrain.config import Config
-from distrain.data.loader import Batch, normalize
+from distrain.data.loading.loader import Batch, normalize
+from distrain.execution.prepare import example_images
 from distrain.learner import Learner, build_network
-from distrain.parallel.execution import example_images
 from distrain.parallel.group import Group
 from distrain.parallel.zero import import_deepspeed
 from distrain.train import train_step
@@ -40,7 +40,7 @@ class Job:
 
     config: str | None
     overrides: list[str]
-    contestants: list[str]
+    candidates: list[str]
     """BARE, DDP_ALONE, or overrides with spaces between."""
     steps: int
     rounds: int
@@ -52,7 +52,7 @@ def perform(job: Job, group: Group) -> dict[str, Any]:
     """{"rates": {contestant: images/s of each round}}, or {"bytes": its peak}; both of all ranks together."""
     before = resident_bytes(job, group.device) if job.memory else 0
     with TemporaryDirectory() as folder:
-        runs = {name: open_contestant(job, name, group, folder) for name in job.contestants}
+        runs = {name: open_candidate(job, name, group, folder) for name in job.candidates}
         if job.memory:
             (run,) = runs.values()
             return {"bytes": peak_bytes(run, job.steps, group) - before}
@@ -71,7 +71,7 @@ def perform(job: Job, group: Group) -> dict[str, Any]:
     return {"rates": {rate.name: rate.rounds for rate in rates}}
 
 
-def open_contestant(job: Job, name: str, group: Group, folder: str) -> Callable[[], int]:
+def open_candidate(job: Job, name: str, group: Group, folder: str) -> Callable[[], int]:
     """A function that takes one step and returns how many images all ranks together took it from."""
     extra = [] if name in (BARE, DDP_ALONE) else name.split()
     settings = config.load(job.config, [*job.overrides, *extra, f"run.dir={folder}"])
@@ -83,7 +83,7 @@ def open_contestant(job: Job, name: str, group: Group, folder: str) -> Callable[
 
 def loop_of_ours(learner: Learner, device: torch.device) -> Callable[[], int]:
     settings = learner.config
-    batches = (batch for batch in repeat(made_up_batch(settings, device)))
+    batches = (batch for batch in repeat(synthetic_batch(settings, device)))
     steps = iter(range(1 << 60))
 
     def run() -> int:
@@ -108,7 +108,7 @@ def loop_alone(settings: Config, group: Group, name: str) -> Callable[[], int]:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
     lanes = len(group.lanes(settings.batch.lanes))
-    batch = made_up_batch(settings, group.device)
+    batch = synthetic_batch(settings, group.device)
 
     def exchange(lane: int) -> AbstractContextManager[None]:
         if isinstance(network, DistributedDataParallel) and lane < lanes - 1:
@@ -129,7 +129,7 @@ def loop_alone(settings: Config, group: Group, name: str) -> Callable[[], int]:
     return run
 
 
-def made_up_batch(settings: Config, device: torch.device) -> Batch:
+def synthetic_batch(settings: Config, device: torch.device) -> Batch:
     """A lane's batch as a loader gives it."""
     noise = example_images(settings, device, torch.channels_last)
     labels = torch.arange(settings.batch.per_lane, device=device) % settings.model.num_classes
@@ -162,7 +162,7 @@ def resident_bytes(job: Job, device: torch.device) -> int:
     """What the process takes before it has a network; nothing on a GPU, where that is not counted anyway."""
     if device.type == "cuda":
         return 0
-    if any("zero" in name for name in job.contestants):
+    if any("zero" in name for name in job.candidates):
         import_deepspeed(device)
     return _status("VmRSS")
 
@@ -177,7 +177,7 @@ def main() -> None:
     job = Job(**json.loads(path.read_text()))
     with Group() as group:
         results = perform(job, group)
-        if group.leads:
+        if group.is_main:
             path.with_suffix(".results").write_text(json.dumps(results))
 
 

@@ -44,12 +44,12 @@ class Snapshot:
     extra: dict[str, Any]
 
 
-def place_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"step-{step:08d}"
 
 
-def draft_of(final: Path) -> Path:
+def tmp_checkpoint_path(final: Path) -> Path:
     """Where a checkpoint is before it is whole."""
     return final.with_name(final.name + _DRAFT)
 
@@ -71,7 +71,7 @@ def newest_step(folder: Path) -> int:
     return max(map(step_of, committed(folder)), default=0)
 
 
-def commit(draft: Path, final: Path, snapshot: Snapshot, before_naming: Callable[[], None] = lambda: None) -> None:
+def commit(draft: Path, final: Path, snapshot: Snapshot, before_commit: Callable[[], None] = lambda: None) -> None:
     """Describe what was written in a manifest, and give it its name once all of it is on disk."""
     files = {path.name: describe(path) for path in sorted(draft.iterdir())}
     manifest = draft / MANIFEST
@@ -80,7 +80,7 @@ def commit(draft: Path, final: Path, snapshot: Snapshot, before_naming: Callable
         file.flush()
         os.fsync(file.fileno())
     _sync_folder(draft)
-    before_naming()
+    before_commit()
     draft.rename(final)
     _sync_folder(final.parent)
 
@@ -138,7 +138,7 @@ def describe(path: Path) -> dict[str, int]:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; cut short, it leaves debris and never a checkpoint with missing files."""
-    doomed = draft_of(path)
+    doomed = tmp_checkpoint_path(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 

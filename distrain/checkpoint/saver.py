@@ -16,17 +16,17 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from distrain.checkpoint.files import (
     DamagedCheckpointError,
     Snapshot,
+    checkpoint_path,
     choose_kept,
     clear_debris,
     commit,
     committed,
-    draft_of,
-    place_of,
     read,
     read_best,
     remove,
     set_aside,
     step_of,
+    tmp_checkpoint_path,
     verify,
     write_best,
 )
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Events(Protocol):
     """Who is told of what happens to a checkpoint. Whatever it raises ends the attempt, but for an OSError."""
 
-    def before_naming(self) -> None:
+    def before_commit(self) -> None:
         """On the leading rank, when all of it is written: it gets its name unless this raises."""
         ...
 
@@ -73,7 +73,7 @@ class Checkpointer:
         self._time = time.monotonic()
         self.stall = 0.0
         """Seconds that the last save has held up training."""
-        if group.leads:
+        if group.is_main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 clear_debris(folder)
@@ -117,7 +117,7 @@ class Checkpointer:
                 writing.result()
                 self._whole = True
             except OSError as error:
-                if self._group.leads:
+                if self._group.is_main:
                     log.error("%s; training goes on, and the next one is tried as usual", error)
         return self._whole
 
@@ -132,10 +132,10 @@ class Checkpointer:
     def note_best(self, step: int, top1: float) -> bool:
         """Whether this is the best validation accuracy so far. If so the checkpoint of `step`, which has to be saved
         then, is kept."""
-        best = self._group.from_leader(read_best(self._folder) if self._group.leads else None)
+        best = self._group.broadcast(read_best(self._folder) if self._group.is_main else None)
         if not self._config.keep_best or (best is not None and top1 <= best[1]):
             return False
-        if self._group.leads:
+        if self._group.is_main:
             with suppress(OSError):
                 write_best(self._folder, step, top1)
         return True
@@ -149,7 +149,7 @@ class Checkpointer:
 
     def restore(self) -> Snapshot | None:
         """The newest whole checkpoint, the same on every rank; damaged ones are set aside with their reason."""
-        chosen = self._group.from_leader(self._newest_whole() if self._group.leads else None)
+        chosen = self._group.broadcast(self._newest_whole() if self._group.is_main else None)
         if chosen is None:
             return None
         snapshot = read(chosen)
@@ -167,33 +167,33 @@ class Checkpointer:
         return None
 
     def _write(self, snapshot: Snapshot) -> None:
-        final = place_of(self._folder, snapshot.step)
-        draft = draft_of(final)
+        final = checkpoint_path(self._folder, snapshot.step)
+        draft = tmp_checkpoint_path(final)
         try:
             with self._events.full_disk(snapshot.step):
                 self._events.strike("write", snapshot.step)
                 # CheckpointException is a BaseException and would end the thread without a word.
                 save(snapshot.tensors, checkpoint_id=draft, process_group=self._writers)
-                if self._group.leads:
+                if self._group.is_main:
                     self._commit(draft, final, snapshot)
                     self._prune(final)
             self._events.strike("commit", snapshot.step)
         except (OSError, DamagedCheckpointError, CheckpointException) as error:
-            if self._group.leads:
+            if self._group.is_main:
                 shutil.rmtree(draft, ignore_errors=True)
             reason = " ".join(str(_cause(error)).split())
             raise OSError(f"checkpoint of step {snapshot.step} could not be written: {reason}") from error
 
     def _commit(self, draft: Path, final: Path, snapshot: Snapshot) -> None:
-        def before_naming() -> None:
+        def before_commit() -> None:
             self._events.strike("rename", snapshot.step)
-            self._events.before_naming()
+            self._events.before_commit()
 
         self._events.strike("manifest", snapshot.step)
         if final.exists():  # never overwritten
             shutil.rmtree(draft)
         else:
-            commit(draft, final, snapshot, before_naming)
+            commit(draft, final, snapshot, before_commit)
 
     def _prune(self, newest: Path) -> None:
         """Remove what need not be kept, once the newest is known to be good."""

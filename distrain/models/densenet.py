@@ -9,7 +9,7 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.models.complexity import Tally
-from distrain.models.layers import conv, pool_globally
+from distrain.models.layers import conv, global_avg_pool
 from distrain.models.options import check_choice, check_probability
 from distrain.models.recomputation import Block
 
@@ -207,7 +207,7 @@ class DenseNet(nn.Module):
         x = self.stem(x)
         for part in self._trunk():
             x = part(x)
-        return self.head(pool_globally(F.relu(self.norm(x), inplace=True)))
+        return self.head(global_avg_pool(F.relu(self.norm(x), inplace=True)))
 
     def count(self, tally: Tally, size: int) -> int:
         tally.norm(self.norm, tally.all([self.stem, *self._trunk()], size))

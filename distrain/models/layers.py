@@ -10,6 +10,6 @@ def conv(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: in
     return nn.Conv2d(width_in, width_out, kernel, stride, padding, groups=groups, bias=False)
 
 
-def pool_globally(x: torch.Tensor) -> torch.Tensor:
+def global_avg_pool(x: torch.Tensor) -> torch.Tensor:
     """Mean over the map: [n, c, h, w] -> [n, c]."""
     return x.mean(dim=(2, 3))

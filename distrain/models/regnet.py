@@ -15,7 +15,7 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.models.complexity import Tally
-from distrain.models.layers import conv, pool_globally
+from distrain.models.layers import conv, global_avg_pool
 from distrain.models.options import check_choice, check_probability
 from distrain.models.recomputation import Block
 from distrain.models.regnet_widths import WIDEST, WidthRule, adjust_width, quantize_widths
@@ -243,7 +243,7 @@ class Bottleneck(Block):
             y = self.se(y)
         y = self.norm3(self.conv3(y))
         if self.drop_path and self.training:
-            y = drop_images(y, self.drop_path)
+            y = drop_path(y, self.drop_path)
         return F.relu((x if self.shortcut is None else self.shortcut(x)) + y, inplace=True)
 
     def count(self, tally: Tally, size: int) -> int:
@@ -285,7 +285,7 @@ class AnyNet(nn.Module):
             x = stage(x)
         if self.final is not None:
             x = F.relu(self.final(x), inplace=True)
-        return self.head(self.dropout(pool_globally(x)))
+        return self.head(self.dropout(global_avg_pool(x)))
 
     def count(self, tally: Tally, size: int) -> int:
         size = tally.all([self.stem, *(block for stage in self.stages for block in stage.children())], size)
@@ -315,7 +315,7 @@ def _initialize(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def drop_images(x: torch.Tensor, probability: float) -> torch.Tensor:
+def drop_path(x: torch.Tensor, probability: float) -> torch.Tensor:
     """Zero whole images of a batch [n, c, h, w] at random, scaling the others to keep the mean."""
     kept = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= probability
     return x * (kept.to(x.dtype) / (1 - probability))

@@ -37,14 +37,14 @@ def adjust_width(width: int, ratio: float, group: int, rule: WidthRule) -> tuple
     inner = int(max(1, width / ratio))
     group = min(group, inner)
     if rule == "torchvision":
-        inner = _round_by_nine_tenths(inner, group)
+        inner = _make_divisible(inner, group)
     else:
         multiple = math.lcm(group, int(1 / ratio)) if ratio < 1 else group
         inner = max(multiple, round(inner / multiple) * multiple)
     return int(inner * ratio), group
 
 
-def _round_by_nine_tenths(value: int, multiple: int) -> int:
+def _make_divisible(value: int, multiple: int) -> int:
     """The nearest multiple, half up, or the next one where that would lose more than a tenth of `value`."""
     rounded = max(multiple, int(value + multiple / 2) // multiple * multiple)
     return rounded + multiple if rounded < 0.9 * value else rounded

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distrain.config import Config
+from distrain.execution.precision import Autocast, LossScale
 from distrain.parallel.group import Group
-from distrain.parallel.precision import Autocast, LossScale
 from distrain.parallel.strategy import State, Update, take_model, take_slots
 from distrain.recipe.optimizers import build_optimizer, prime, update_clipped
 

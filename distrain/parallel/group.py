@@ -55,7 +55,7 @@ class Group:
             raise LostRankError("lost the connection to another rank, which ended before its time") from error
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this rank speaks for all."""
         return self.rank == 0
 
@@ -70,7 +70,7 @@ class Group:
         dist.all_reduce(values)
         return values
 
-    def from_leader(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
@@ -106,7 +106,7 @@ def new_gloo_group() -> dist.ProcessGroup:
     return group
 
 
-class Agreement:
+class AsyncFlags:
     """Flags that all ranks see rise at the same step, without waiting for one another within a step.
 
     Each step posts this rank's wishes and reads the outcome of the step before, which has had a whole step's
@@ -119,14 +119,14 @@ class Agreement:
 
     def exchange(self, *wishes: bool) -> tuple[bool, ...]:
         """Post this rank's wishes; return for each whether any rank had it at the previous call."""
-        agreed = self.settle() or (False,) * len(wishes)
+        agreed = self.wait() or (False,) * len(wishes)
         flags = torch.tensor([float(wish) for wish in wishes])
         work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
         assert work is not None
         self._pending = work, flags
         return agreed
 
-    def settle(self) -> tuple[bool, ...]:
+    def wait(self) -> tuple[bool, ...]:
         """Wait for what was posted last; return for each wish whether any rank had it then. Empty if nothing was."""
         if self._pending is None:
             return ()

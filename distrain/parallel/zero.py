@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from distrain.config import Config
+from distrain.execution.precision import Autocast, LossScale
 from distrain.parallel import deepspeed_state
 from distrain.parallel.group import Group
-from distrain.parallel.precision import Autocast, LossScale
 from distrain.parallel.strategy import State, Update, take_model, take_slots
 from distrain.recipe.optimizers import build_optimizer, prime, set_lr, update_clipped
 

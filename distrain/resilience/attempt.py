@@ -28,7 +28,7 @@ class Attempt:
         folder = config.run.folder
         self._watchdog = Watchdog(group, folder, config.resilience.patience)
         self._ledger: Ledger | None = None
-        if group.leads:
+        if group.is_main:
             step = newest_step(folder / "checkpoints")
             self._ledger = Ledger(folder, group.world, step, config.resilience.attempts)
         self.faults = Faults(config.resilience.faults, folder, group.rank)
@@ -70,7 +70,7 @@ class Attempt:
         """See Faults."""
         return self.faults.full_disk(step)
 
-    def before_naming(self) -> None:
+    def before_commit(self) -> None:
         """A checkpoint is about to get its name. Raises StaleAttemptError if another attempt has begun."""
         if self._ledger is not None:
             self._ledger.require_current()

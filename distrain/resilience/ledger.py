@@ -25,10 +25,10 @@ class Ledger:
         self._current = folder / "attempt.json"
         before = self._read()
         crashed = bool(before) and before["crashed"]
-        fruitless = before["fruitless"] + 1 if crashed and before["committed"] == committed_step else 0
-        if allowed and fruitless >= allowed:
+        without_progress = before["fruitless"] + 1 if crashed and before["committed"] == committed_step else 0
+        if allowed and without_progress >= allowed:
             raise UserError(
-                f"{self._current}: {fruitless} attempts in a row ended without a checkpoint after step "
+                f"{self._current}: {without_progress} attempts in a row ended without a checkpoint after step "
                 f"{committed_step}: mend what ends them (their last lines tell), delete that file, and run again"
             )
         self.attempt = before.get("attempt", 0) + 1
@@ -41,7 +41,7 @@ class Ledger:
         self._from_step = 0
         self._write(
             attempt=self.attempt, host=self._host, pid=os.getpid(), ranks=ranks, began=began, end=None,
-            crashed=True, fruitless=fruitless, committed=committed_step,
+            crashed=True, without_progress=without_progress, committed=committed_step,
         )  # fmt: skip
         self._beat = os.open(folder / "beat", os.O_RDWR | os.O_CREAT, 0o644)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distrain import config
-from distrain.data.feed import load_indexes, make_plan
+from distrain.data.loading.feed import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.parallel.group import RELIABLE_RESTARTS
 from distrain.resilience.faults import Fault, parse_fault
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     verdict = "the same bits" if same else "OTHER BITS"
     console.print(
         f"{len(struck)} faults struck, {len(attempts)} attempts: {verdict}, "
-        f"{digests['soaked']} and undisturbed {digests['undisturbed']}"
+        f"{digests['soaked']} and undisturbed {digests['uninterrupted']}"
     )
     if args.json:
         args.json.write_text(json.dumps({"struck": struck, "attempts": attempts, "digests": digests}, indent=1) + "\n")

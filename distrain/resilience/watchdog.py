@@ -56,8 +56,8 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._patience:
             # A folder for this attempt alone, so that nobody is taken for one of an earlier attempt.
-            self._folder = self._watch / self._group.from_leader(f"{time.time():.3f}")
-            if self._group.leads:
+            self._folder = self._watch / self._group.broadcast(f"{time.time():.3f}")
+            if self._group.is_main:
                 shutil.rmtree(self._watch, ignore_errors=True)
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._group.barrier()

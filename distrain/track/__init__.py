@@ -21,11 +21,11 @@ class Tracker:
     A context manager: its end tells MLflow how the run ended.
     """
 
-    def __init__(self, config: Config, leads: bool, steps: int) -> None:
-        self._leads = leads
+    def __init__(self, config: Config, is_main: bool, steps: int) -> None:
+        self._leads = is_main
         self._folder = config.run.folder
         self._uri = tracking_uri(config)
-        if not leads:
+        if not is_main:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._config_file = self._folder / "config.yaml"
@@ -41,7 +41,7 @@ class Tracker:
                 folder=self._folder,
                 params=flatten(to_dict(config)),
                 spool=self._spool,
-                warn=self._console.say,
+                warn=self._console.info,
             )
 
     def __enter__(self) -> Self:
@@ -60,10 +60,10 @@ class Tracker:
             patience = _PATIENCE_S if kind is None else _PATIENCE_STOPPING_S
             self._mlflow.close(status, [self._config_file, curves], patience)
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         """One line for the console."""
         if self._leads:
-            self._console.say(line)
+            self._console.info(line)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Report metrics as they were after `step` updates."""
@@ -78,7 +78,7 @@ class Tracker:
             self._console.advance(step)
 
     @property
-    def how_to_look(self) -> str:
+    def view_hint(self) -> str:
         """Where the run can be seen, with the command if there is one."""
         if self._uri == NO_MLFLOW:
             return f"see {self._folder}/curves.png and metrics.jsonl"

@@ -39,7 +39,7 @@ class Console:
             self._task = self._bar.add_task("", total=steps)
             self._bar.start()
 
-    def say(self, line: str) -> None:
+    def info(self, line: str) -> None:
         self._out.print(line, markup=False)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -49,7 +49,7 @@ class Console:
         if self._bar is not None and "val/top1" not in metrics:
             self._bar.update(self._task, description=text)
         else:
-            self.say(f"step {step}/{self._steps}  {text}")
+            self.info(f"step {step}/{self._steps}  {text}")
 
     def advance(self, step: int) -> None:
         if self._bar is not None:

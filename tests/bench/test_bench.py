@@ -9,21 +9,21 @@ from webdataset import TarWriter
 from distrain.__main__ import main
 from distrain.bench.loader import PARTS
 from distrain.bench.rounds import Rate, measure_in_turns, ratio
-from distrain.data import index
-from distrain.data.scan import scan
+from distrain.data.shards.scan import scan
+from distrain.data.storage.index_file import save_index
 
 
 def test_contestants_take_turns_after_a_warm_up():
     calls = []
 
-    def contestant(name):
+    def candidate(name):
         def work():
             calls.append(name)
             return 3
 
         return work
 
-    rates = measure_in_turns({"a": contestant("a"), "b": contestant("b")}, rounds=2)
+    rates = measure_in_turns({"a": candidate("a"), "b": candidate("b")}, rounds=2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert [(rate.name, len(rate.rounds)) for rate in rates] == [("a", 2), ("b", 2)]
 
@@ -89,7 +89,7 @@ def test_numbers_below_one_are_refused_in_one_line(dataset, monkeypatch, capsys,
 
 
 def test_figures_that_cannot_be_written_are_refused_before_anything_is_measured(dataset, monkeypatch, capsys):
-    monkeypatch.setattr("distrain.bench.tool.bench_loaders", None)
+    monkeypatch.setattr("distrain.bench.cli.bench_loaders", None)
     assert bench(monkeypatch, dataset / "train.parquet", "--json", f"{dataset}/no/figures.json") == 78
     assert (
         capsys.readouterr().err
@@ -109,4 +109,4 @@ def write_shard(folder, images):
     with TarWriter(str(folder / "train.tar")) as writer:
         for number, image in enumerate(images):
             writer.write({"__key__": f"{number:03d}", "webp": image, "json": {"label": 0}})
-    index.save(scan(str(folder), ["train.tar"], ["any"]), folder / "train.parquet")
+    save_index(scan(str(folder), ["train.tar"], ["any"]), folder / "train.parquet")

@@ -8,14 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from launching import Training, train
+from support.processes import Training, train
 
 from distrain.__main__ import main
 from distrain.checkpoint.files import committed, read_best, step_of
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory):
+def uninterrupted(settings, tmp_path_factory):
     result = train(tmp_path_factory.mktemp("runs") / "undisturbed", *settings)
     assert result.code == 0, result.output
     return result
@@ -59,7 +59,7 @@ def small_disk(tmp_path) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_on_a_full_disk_training_goes_on_and_saves_once_there_is_room(
-    undisturbed, settings, small_disk, tmp_path, ranks
+    uninterrupted, settings, small_disk, tmp_path, ranks
 ):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -75,7 +75,7 @@ def test_on_a_full_disk_training_goes_on_and_saves_once_there_is_room(
     assert "No space left on device; training goes on" in result.output
     assert 51 in steps_kept(folder)
     if ranks == 1:
-        assert result.digest == undisturbed.digest
+        assert result.digest == uninterrupted.digest
 
 
 def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_done(settings, small_disk, tmp_path):
@@ -127,20 +127,20 @@ def tool(monkeypatch, *words: str) -> int:
 
 
 @pytest.fixture
-def run_folder(undisturbed, tmp_path) -> Path:
+def run_folder(uninterrupted, tmp_path) -> Path:
     copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", str(undisturbed.folder), str(copy)], check=True)
+    subprocess.run(["cp", "-r", str(uninterrupted.folder), str(copy)], check=True)
     return copy
 
 
-def test_checkpoints_are_listed_and_shown(run_folder, undisturbed, monkeypatch, capsys):
+def test_checkpoints_are_listed_and_shown(run_folder, uninterrupted, monkeypatch, capsys):
     assert tool(monkeypatch, "list", run_folder) == 0
     listed = capsys.readouterr().out
     assert all(str(step) in listed for step in steps_kept(run_folder))
     assert "best, top-1" in listed
     assert tool(monkeypatch, "show", run_folder) == 0
     shown = capsys.readouterr().out
-    assert undisturbed.digest in shown
+    assert uninterrupted.digest in shown
     assert "optimizer momentum_buffer: 29 tensors" in shown
     assert "    batch.lanes: 3" in shown
 

@@ -1,5 +1,5 @@
 import pytest
-from cluster.machines import why_not
+from support.simulated_hosts import why_not
 
 
 def pytest_collection_modifyitems(items):

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster.machines import Cluster
-from launching import SMALL, digest_on_one_node, read_metrics
+from support.processes import SMALL, digest_on_one_node, read_metrics
+from support.simulated_hosts import Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -65,7 +65,7 @@ def extra(on_dataset) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(extra, dataset, tmp_path_factory) -> str:
+def uninterrupted(extra, dataset, tmp_path_factory) -> str:
     """The digest of the same run on as many ranks, where nothing happens."""
     data = (f"data.train={dataset}/train.parquet", f"data.val={dataset}/val.parquet")
     arguments = ("--config", "configs/regnety_16gf.yaml", *extra.split(), *data)
@@ -78,12 +78,12 @@ def submit(cluster: Cluster, run: Run, extra: str, dataset: Path, *options: str,
     return cluster.submit(SCRIPT, run.log, "--nodes=2", "--gpus-per-node=2", *options, **variables)
 
 
-def test_two_nodes_train_one_run(run, extra, dataset, undisturbed):
+def test_two_nodes_train_one_run(run, extra, dataset, uninterrupted):
     database = f"sqlite:///{run.folder.parent}/mlflow.db"
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra.replace("track.uri=none", f"track.uri={database}"), dataset, doctor="1")
         cluster.wait_for(job, "COMPLETED")
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert "all 2 hosts are fit" in run.output
     logs = run.folder / "logs" / f"{job}.0.0"
     assert {path.stem for path in logs.glob("*.out")} == {"n1-0", "n1-1", "n2-2", "n2-3"}
@@ -97,7 +97,7 @@ def test_two_nodes_train_one_run(run, extra, dataset, undisturbed):
     assert reported.data.metrics["train/loss"] > 0
 
 
-def test_a_preempted_job_saves_and_goes_on_when_it_is_its_turn_again(run, extra, dataset, undisturbed):
+def test_a_preempted_job_saves_and_goes_on_when_it_is_its_turn_again(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(30)
@@ -105,7 +105,7 @@ def test_a_preempted_job_saves_and_goes_on_when_it_is_its_turn_again(run, extra,
         cluster.wait_for(urgent, "COMPLETED")
         cluster.wait_for(job, "COMPLETED")
         assert cluster.restarts(job) == 1
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert run.causes == ["stopped by SIGTERM"]
     assert run.attempts[-1]["lost_steps"] == 0
     assert f"start {job}.0.0 of" in run.output
@@ -113,20 +113,20 @@ def test_a_preempted_job_saves_and_goes_on_when_it_is_its_turn_again(run, extra,
 
 
 @pytest.mark.parametrize("receiver", [(), ("--batch",)], ids=["step", "batch"])
-def test_a_warning_before_the_time_limit_saves_and_requeues(run, extra, dataset, undisturbed, receiver):
+def test_a_warning_before_the_time_limit_saves_and_requeues(run, extra, dataset, uninterrupted, receiver):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(30)
         cluster.head("scancel", *receiver, "--signal=USR1", job)
         cluster.wait_for(job, "PENDING")
         cluster.wait_for(job, "COMPLETED")
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert len(run.causes) == 1
     assert run.causes[0].startswith("stopped by SIG")
     assert run.attempts[-1]["lost_steps"] == 0
 
 
-def test_a_cancelled_job_stays_cancelled_and_has_saved(run, extra, dataset, undisturbed):
+def test_a_cancelled_job_stays_cancelled_and_has_saved(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(30)
@@ -136,18 +136,18 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(run, extra, dataset, undi
         assert cluster.state(job) == "CANCELLED"
         again = submit(cluster, run, extra, dataset)
         cluster.wait_for(again, "COMPLETED")
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert run.attempts[-1]["lost_steps"] == 0
 
 
-def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_is(run, extra, dataset, undisturbed):
+def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_is(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
         cluster.on("n2", "pkill", "-KILL", "--oldest", "--full", "[-]u -m distrain")
         cluster.wait_for(job, "COMPLETED")
         assert cluster.restarts(job) == 0
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert "rank 2 on n2" in run.output
     assert "ended with signal 9" in run.output
     assert f"start {job}.0.1 of" in run.output
@@ -155,7 +155,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_is(run, extra, data
 
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["batch-host", "worker-host"])
-def test_a_node_that_dies_is_replaced_by_a_spare(run, extra, dataset, undisturbed, lost):
+def test_a_node_that_dies_is_replaced_by_a_spare(run, extra, dataset, uninterrupted, lost):
     with Cluster(3) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
@@ -164,7 +164,7 @@ def test_a_node_that_dies_is_replaced_by_a_spare(run, extra, dataset, undisturbe
         cluster.wait_for(job, "COMPLETED")
         assert dead not in cluster.hosts(job)
         assert cluster.restarts(job) == 1
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert run.attempts[-1]["lost_steps"] <= 20 + 1
 
 
@@ -198,7 +198,7 @@ def test_a_survivor_behind_a_cut_cable_cannot_overwrite_what_has_taken_over(run,
     assert run.digest == alone.digest
 
 
-def test_a_network_that_is_away_for_a_moment_costs_nothing(run, extra, dataset, undisturbed):
+def test_a_network_that_is_away_for_a_moment_costs_nothing(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
@@ -206,17 +206,17 @@ def test_a_network_that_is_away_for_a_moment_costs_nothing(run, extra, dataset, 
         time.sleep(1.5)
         cluster.heal("n2")
         cluster.wait_for(job, "COMPLETED")
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert run.causes == []
 
 
-def test_a_controller_that_is_started_again_costs_nothing(run, extra, dataset, undisturbed):
+def test_a_controller_that_is_started_again_costs_nothing(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
         cluster.restart_controller()
         cluster.wait_for(job, "COMPLETED")
-    assert run.digest == undisturbed
+    assert run.digest == uninterrupted
     assert run.causes == []
 
 

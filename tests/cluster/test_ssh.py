@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster.machines import REPOSITORY, SCRIPT, Cluster, environment
-from launching import SMALL, digest_on_one_node
+from support.processes import SMALL, digest_on_one_node
+from support.simulated_hosts import REPOSITORY, SCRIPT, Cluster, environment
 
 _SSHD = "/usr/sbin/sshd"
 
@@ -66,16 +66,16 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> str:
+def uninterrupted(settings, tmp_path_factory) -> str:
     return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=6)
 
 
-def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, undisturbed, tmp_path):
+def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, uninterrupted, tmp_path):
     words = ("ssh", "--hosts", "n1,n2,n3", "--ranks", "2", f"run.dir={tmp_path}", "run.name=run", *settings)
     done = launch(cluster, *words, "resilience.faults=[sigkill@step:40/2]")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 3 hosts are fit" in done.stdout
-    assert done.stdout.strip().rpartition("weights ")[2] == undisturbed
+    assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted
     assert "rank 2 on n2" in done.stderr
     assert "launch: starting again on n1, n2, n3" in done.stderr
 

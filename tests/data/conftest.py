@@ -2,7 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from servers import serve, serve_s3, use_s3
+from support.servers import serve, serve_s3, use_s3
 
 
 @pytest.fixture

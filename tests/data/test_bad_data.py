@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forking import train
-from launching import SMALL
 from PIL import Image
+from support.forked_runs import train
+from support.processes import SMALL
 from webdataset import TarWriter
 
-from distrain.data import index
-from distrain.data.scan import scan
+from distrain.data.shards.scan import scan
+from distrain.data.storage.index_file import load_index, save_index
 
 SAMPLES = 50
 SETTINGS = (
@@ -70,7 +70,7 @@ def damaged(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("damaged")
     contents = {number: picture(number) for number in range(SAMPLES)}
     contents |= {3: b"", 11: contents[11][: len(contents[11]) // 2], 12: contents[12][:33] + bytes(200), 20: bomb()}
-    contents |= {27: b"<html>404 Not Found</html>"}
+    contents |= {27: b"<html>404 Not ReadSample</html>"}
     photo = picture(41, 48, "JPEG")
     for split in ("train", "val"):
         with TarWriter(str(folder / f"{split}.tar")) as writer:
@@ -79,7 +79,7 @@ def damaged(tmp_path_factory) -> Path:
                 writer.write({"__key__": f"{number:03d}", **image, "cls": number})
         built = scan(str(folder), [f"{split}.tar"], [str(number) for number in range(SAMPLES)])
         built.width[41] = built.height[41] = 48
-        index.save(built, folder / f"{split}.parquet")
+        save_index(built, folder / f"{split}.parquet")
         flip_a_byte(folder / f"{split}.tar", int(built.offset[33]) + 60)
     return folder
 
@@ -175,8 +175,8 @@ def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path, loade
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_run_without_any_good_sample_ends_with_one_line(damaged, tmp_path, split, ranks):
-    built = index.load(f"{damaged}/{split}.parquet")
-    index.save(replace(built, width=built.width * 0), damaged / "none.parquet")
+    built = load_index(f"{damaged}/{split}.parquet")
+    save_index(replace(built, width=built.width * 0), damaged / "none.parquet")
     where = (*on(damaged), f"data.{split}={damaged}/none.parquet")
     result = train(tmp_path / "run", *SETTINGS, *where, "data.max_bad=1", ranks=ranks)
     listed = f"{tmp_path}/run/quarantine.jsonl lists them; mend the data"
@@ -189,7 +189,7 @@ def test_data_that_was_mended_counts_as_good_when_the_run_goes_on(damaged, tmp_p
     ended = train(tmp_path / "run", *settings)
     assert "7 of 50 samples of data.train cannot be used" in ended.output
     for split in ("train", "val"):
-        flip_a_byte(copy / f"{split}.tar", int(index.load(f"{copy}/{split}.parquet").offset[33]) + 60)
+        flip_a_byte(copy / f"{split}.tar", int(load_index(f"{copy}/{split}.parquet").offset[33]) + 60)
     ended = train(tmp_path / "run", *settings)
     assert ended.code == 0, ended.output
     assert f"of {len(GOOD) + 1} images" in ended.last_line
@@ -208,13 +208,13 @@ HARMS = {
 def test_what_ails_a_whole_shard_or_index_fails_the_run_by_name(damaged, tmp_path, harm, loader, ranks):
     copy = shutil.copytree(damaged, tmp_path / "copy")
     content = (copy / "train.tar").read_bytes()
-    built = index.load(f"{copy}/train.parquet")
+    built = load_index(f"{copy}/train.parquet")
     built.label[7] = SAMPLES
     {
         "missing": lambda: (copy / "train.tar").unlink(),
         "cut short": lambda: (copy / "train.tar").write_bytes(content[:-3000]),
         "changed": lambda: (copy / "train.tar").write_bytes(content[::-1]),
-        "mislabelled": lambda: index.save(built, copy / "train.parquet"),
+        "mislabelled": lambda: save_index(built, copy / "train.parquet"),
     }[harm]()
     result = train(tmp_path / "run", *SETTINGS, *on(copy), f"data.loader={loader}", ranks=ranks)
     end_with_one_line(result, f"{copy}/" + HARMS[harm].format(short=len(content) - 3000, whole=len(content)))

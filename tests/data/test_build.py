@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import encoded
 from scipy.io import savemat
+from support.images import encoded
 
-from distrain.data import build as build_module
-from distrain.data import index
-from distrain.data.build import build
-from distrain.data.originals import DEVKIT, find
-from distrain.data.store import LocalStore
+from distrain.data.shards import build as build_module
+from distrain.data.shards.build import build
+from distrain.data.shards.sources import DEVKIT, find
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.store import LocalStore
 from distrain.errors import UserError
 
 SYNSETS = ["n02119789", "n01440764", "n03000684"]  # in the order of ILSVRC ids, which is not that of names
@@ -96,14 +96,14 @@ def hash_of(synset, image):
 
 def test_images_keep_their_original_bytes(folder, tmp_path):
     built = make(folder, tmp_path).whole
-    originals = sorted((path.read_bytes(), path.parts[len(folder.parts)]) for path in folder.rglob("[0-9x]*.*"))
-    assert len(originals) == 121
-    assert images_of(built) == originals
+    sources = sorted((path.read_bytes(), path.parts[len(folder.parts)]) for path in folder.rglob("[0-9x]*.*"))
+    assert len(sources) == 121
+    assert images_of(built) == sources
 
 
 def test_the_index_that_is_written_is_that_of_the_shards(folder, tmp_path):
     built = make(folder, tmp_path).whole
-    loaded = index.load(f"{tmp_path}/train.parquet")
+    loaded = load_index(f"{tmp_path}/train.parquet")
     assert loaded.digest == built.digest
     assert loaded.shards == built.shards
     assert set(loaded.width) == {12}
@@ -150,7 +150,7 @@ def test_webdataset_reads_the_shards(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "call"), [("", "check", 30), (".os", "fsync", 4), (".index", "save", 1)]
+    ("module", "function", "call"), [("", "check", 30), (".os", "fsync", 4), ("", "save_index", 1)]
 )
 def test_a_build_killed_midway_is_finished_by_the_second_run(folder, tmp_path, module, function, call):
     make(folder, tmp_path / "undisturbed")
@@ -158,7 +158,8 @@ def test_a_build_killed_midway_is_finished_by_the_second_run(folder, tmp_path, m
     script = f"""
 import os, signal, sys
 from distrain.__main__ import main
-from distrain.data import build, tool
+from distrain.data import cli
+from distrain.data.shards import build
 
 def kill_at_last(*arguments):
     global calls
@@ -167,7 +168,7 @@ def kill_at_last(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return function(*arguments)
 
-calls, tool.MEGABYTE, function = 0, 20_000, build{module}.{function}
+calls, cli.MEGABYTE, function = 0, 20_000, build{module}.{function}
 build{module}.{function} = kill_at_last
 sys.argv = ["distrain", "shards", "build", {str(folder)!r}, "--out", {str(out)!r}, "--shard-mb", "1", "--workers", "1"]
 main()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.data.cache import ShardCache
+from distrain.data.storage.cache import ShardCache
 from distrain.errors import RankError
 
 CONTENT = b"0123456789"

@@ -3,9 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distrain.data import cifar10, index
-from distrain.data.store import LocalStore
-from distrain.data.tool import fetch_cifar10
+from distrain.data.cli import fetch_cifar10
+from distrain.data.shards import cifar10
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.store import LocalStore
 from distrain.errors import UserError
 
 FOLDER = Path(__file__).parents[2] / "data" / "cifar10"
@@ -25,7 +26,7 @@ def test_all_real_images_are_there_and_are_the_published_ones(fetched):
 
     parts = []
     for split in ("train", "val"):
-        loaded = index.load(f"{fetched}/{split}.parquet")
+        loaded = load_index(f"{fetched}/{split}.parquet")
         store = LocalStore(loaded)
         pixels = np.stack([np.asarray(Image.open(BytesIO(store.read(sample)))) for sample in range(len(loaded))])
         parts.append(cifar10.Images(pixels, loaded.label.astype(np.uint8)))

@@ -5,13 +5,13 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from forking import train
-from launching import SMALL
 from PIL import Image
+from support.forked_runs import train
+from support.processes import SMALL
 from webdataset import TarWriter
 
-from distrain.data import index
-from distrain.data.scan import scan
+from distrain.data.shards.scan import scan
+from distrain.data.storage.index_file import save_index
 
 IMAGES = 10_007
 CLASSES = [str(number) for number in range(10)]
@@ -28,7 +28,7 @@ def settings(tmp_path_factory) -> tuple[str, ...]:
                 png = BytesIO()
                 Image.fromarray(image).save(png, "PNG", compress_level=1)
                 writer.write({"__key__": f"{number:05d}", "png": png.getvalue(), "cls": int(image.sum()) % 10})
-        index.save(scan(str(folder), [f"{split}.tar"], CLASSES), folder / f"{split}.parquet")
+        save_index(scan(str(folder), [f"{split}.tar"], CLASSES), folder / f"{split}.parquet")
     return (
         *SMALL,
         f"data.train={folder}/train.parquet",

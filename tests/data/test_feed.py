@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from distrain import config
 from distrain.config import BatchConfig, Config, DataConfig, RunConfig, ScheduleConfig, TrainConfig
-from distrain.data import feed, index
-from distrain.data.feed import choose_loader, make_plan, train_requests, validation_requests
 from distrain.data.index import Index, Shard
-from distrain.data.loader import Batch
-from distrain.data.source import Source
+from distrain.data.loading import feed
+from distrain.data.loading.feed import choose_loader, make_plan, train_requests, validation_requests
+from distrain.data.loading.loader import Batch
+from distrain.data.loading.reader import SampleReader
+from distrain.data.storage.index_file import load_index
 from distrain.errors import UserError
 from distrain.parallel.group import Group
 
@@ -27,7 +28,7 @@ PER_LANE = 4
 
 @pytest.fixture
 def built(dataset):
-    return index.load(f"{dataset}/train.parquet")
+    return load_index(f"{dataset}/train.parquet")
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def remote(*sizes):
 def told_before_the_first(built, requests):
     """How many samples of each shard the store knows of when the first batch is to be made."""
     store = Listening(built)
-    next(Source(built, store, None).announce(requests))
+    next(SampleReader(built, store, None).prefetch_ahead(requests))
     return store.told
 
 

@@ -15,16 +15,16 @@ from torchvision.transforms.v2.functional import resize, to_dtype
 from webdataset import TarWriter
 
 from distrain.config import DataConfig
-from distrain.data.augment import Windows
+from distrain.data.augmentation.crops import CropBoxes
 from distrain.data.image import ImageError, measure
-from distrain.data.loader import Request
-from distrain.data.loaders import open_loader, parts
-from distrain.data.loaders.parts import decode
-from distrain.data.plan import LaneBatch
-from distrain.data.quarantine import Quarantine
-from distrain.data.scan import scan
-from distrain.data.source import Source
-from distrain.data.store import DataError, LocalStore
+from distrain.data.loading import jpeg_region, open_loader
+from distrain.data.loading.jpeg_region import decode
+from distrain.data.loading.loader import Request
+from distrain.data.loading.quarantine import Quarantine
+from distrain.data.loading.reader import SampleReader
+from distrain.data.sampling.plan import LaneBatch
+from distrain.data.shards.scan import scan
+from distrain.data.storage.store import DataError, LocalStore
 
 WIDTH, HEIGHT = 300, 220
 SIZE = 96
@@ -134,9 +134,9 @@ def load(tmp_path_factory):
         data = DataConfig(train="", val="", image_size=SIZE, val_resize=SIZE, interpolation=interpolation)
         ids = np.repeat(np.arange(len(KINDS)), len(WINDOWS))
         boxes = np.array(list(WINDOWS.values()) * len(KINDS), np.int32).T
-        request = Request(LaneBatch(ids, ids * 0, ids * 0), Windows(*boxes, np.zeros(len(ids), bool)), SIZE)
+        request = Request(LaneBatch(ids, ids * 0, ids * 0), CropBoxes(*boxes, np.zeros(len(ids), bool)), SIZE)
         quarantine = Quarantine(folder / "quarantine.jsonl", "train", len(kinds), 0.0)
-        source = Source(kinds, LocalStore(kinds), quarantine)
+        source = SampleReader(kinds, LocalStore(kinds), quarantine)
         with closing(open_loader(loader, data, 0, len(ids), source, torch.device("cpu"))) as opened:
             (batch,) = opened.stream([request])
         return batch.images
@@ -191,19 +191,19 @@ def parts_of(content, decoder):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("JPEG")])
 def test_a_part_of_a_jpeg_is_bit_for_bit_that_of_the_whole(kind):
-    assert all(np.array_equal(part, expected) for part, expected in parts_of(KINDS[kind][1], parts.jpegs.decode))
+    assert all(np.array_equal(part, expected) for part, expected in parts_of(KINDS[kind][1], jpeg_region.jpegs.decode))
 
 
 def test_jpegs_are_decoded_whole_where_there_is_no_decoder_of_parts(monkeypatch):
-    monkeypatch.setattr(parts.jpegs, "_codec", None)
-    pairs = parts_of(KINDS["JPEG 4:2:0"][1], parts.decode_part)
+    monkeypatch.setattr(jpeg_region.jpegs, "_codec", None)
+    pairs = parts_of(KINDS["JPEG 4:2:0"][1], jpeg_region.decode_region)
     assert all(np.array_equal(part, expected) for part, expected in pairs)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"\xff\xd8" + bytes(300), KINDS["JPEG"][1][:100], b"no image"])
 def test_what_is_no_image_is_an_error_of_the_data(content):
     with pytest.raises(DataError, match="cannot be decoded"):
-        parts.decode_part(content, 0, 0, 8, 8)
+        jpeg_region.decode_region(content, 0, 0, 8, 8)
 
 
 def test_an_animation_is_no_image():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distrain.data import index
-from distrain.data.scan import scan
+from distrain.data.index import Index, Shard
+from distrain.data.shards.scan import scan
+from distrain.data.storage.index_file import load_index, save_index
 from distrain.errors import UserError
 
 
@@ -32,8 +33,8 @@ def test_an_index_gives_back_the_bytes_and_facts_of_every_sample(tmp_path):
         {"x/one.png": png(5, 7), "x/one.cls": b"1", "x/two.cls": b"0\n", "x/two.png": png(3, 2)},
     )
     write_tar(tmp_path / "b.tar", {"three.json": b"{}", "three.cls": b"1", "three.png": png(4, 4)})
-    index.save(scan(str(tmp_path), ["a.tar", "b.tar"], ["cat", "dog"]), tmp_path / "i.parquet")
-    loaded = index.load(f"{tmp_path}/i.parquet")
+    save_index(scan(str(tmp_path), ["a.tar", "b.tar"], ["cat", "dog"]), tmp_path / "i.parquet")
+    loaded = load_index(f"{tmp_path}/i.parquet")
     sizes = [(tmp_path / name).stat().st_size for name in ("a.tar", "b.tar")]
     assert [shard[:2] for shard in loaded.shards] == [("a.tar", sizes[0]), ("b.tar", sizes[1])]
     assert loaded.classes == ("cat", "dog")
@@ -45,11 +46,11 @@ def test_an_index_gives_back_the_bytes_and_facts_of_every_sample(tmp_path):
 
 
 def test_the_digest_tells_the_data_and_not_its_place(dataset, tmp_path):
-    original = index.load(f"{dataset}/train.parquet")
+    original = load_index(f"{dataset}/train.parquet")
     moved = tmp_path / "elsewhere.parquet"
-    index.save(original, moved)
-    assert index.load(str(moved)).digest == original.digest
-    other = index.Index(**{**vars_of(original), "label": original.label[::-1].copy()})
+    save_index(original, moved)
+    assert load_index(str(moved)).digest == original.digest
+    other = Index(**{**vars_of(original), "label": original.label[::-1].copy()})
     assert other.digest != original.digest
 
 
@@ -158,7 +159,7 @@ def test_a_shard_with_a_damaged_header_is_named_with_the_place(three):
 
 
 def test_any_number_of_workers_makes_the_same_index(dataset, tmp_path):
-    names = [shard.name for shard in index.load(f"{dataset}/train.parquet").shards]
+    names = [shard.name for shard in load_index(f"{dataset}/train.parquet").shards]
     one, four = (scan(str(dataset), names, workers=workers) for workers in (1, 4))
     assert one.digest == four.digest
     assert one.shards == four.shards
@@ -180,17 +181,17 @@ def test_scanning_holds_one_image_at_a_time(tmp_path):
 
 def test_a_file_that_is_no_index_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.parquet: no such index"):
-        index.load(f"{tmp_path}/none.parquet")
+        load_index(f"{tmp_path}/none.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(UserError, match=r"bad\.parquet: not an index"):
-        index.load(f"{tmp_path}/bad.parquet")
+        load_index(f"{tmp_path}/bad.parquet")
 
 
 def test_the_index_of_imagenet_loads_and_takes_less_than_64_megabytes(tmp_path):
     numbers = np.arange(1_281_167)
-    built = index.Index(
+    built = Index(
         root=str(tmp_path),
-        shards=tuple(index.Shard(f"train-{number:06d}.tar", 250_000_000, number) for number in range(570)),
+        shards=tuple(Shard(f"train-{number:06d}.tar", 250_000_000, number) for number in range(570)),
         classes=tuple(str(number) for number in range(1000)),
         shard=(numbers // 2248).astype(np.int32),
         offset=numbers * 110_000,
@@ -200,9 +201,9 @@ def test_the_index_of_imagenet_loads_and_takes_less_than_64_megabytes(tmp_path):
         height=(numbers % 503 + 1).astype(np.int32),
         crc32=(numbers * 2_654_435_761 % 2**32).astype(np.uint32),
     )
-    index.save(built, tmp_path / "i.parquet")
+    save_index(built, tmp_path / "i.parquet")
     tracemalloc.start()
-    loaded = index.load(f"{tmp_path}/i.parquet")
+    loaded = load_index(f"{tmp_path}/i.parquet")
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert loaded.digest == built.digest

@@ -1,9 +1,9 @@
 """Lists of images and folders of them, as sources of shards."""
 
 import pytest
-from images import encoded
+from support.images import encoded
 
-from distrain.data.originals import find
+from distrain.data.shards.sources import find
 from distrain.errors import UserError
 
 

@@ -12,15 +12,15 @@ from PIL import Image
 from torchvision.transforms.v2.functional import crop, resize
 
 from distrain.config import DataConfig
-from distrain.data import index
-from distrain.data.augment import Windows, draw_windows
-from distrain.data.loader import Request, normalize
-from distrain.data.loaders import open_loader
-from distrain.data.loaders.dali import DaliLoader, find_refusal
-from distrain.data.plan import LaneBatch
-from distrain.data.quarantine import Quarantine
-from distrain.data.source import Source
-from distrain.data.store import LocalStore
+from distrain.data.augmentation.crops import CropBoxes, draw_crop_boxes
+from distrain.data.loading import open_loader
+from distrain.data.loading.dali import DaliLoader, find_refusal
+from distrain.data.loading.loader import Request, normalize
+from distrain.data.loading.quarantine import Quarantine
+from distrain.data.loading.reader import SampleReader
+from distrain.data.sampling.plan import LaneBatch
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.store import LocalStore
 
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def data():
 
 @pytest.fixture
 def train_index(dataset):
-    return index.load(f"{dataset}/train.parquet")
+    return load_index(f"{dataset}/train.parquet")
 
 
 @pytest.fixture(params=["torch", "dali"])
@@ -41,7 +41,7 @@ def load(request, tmp_path):
 
     def load_all(data, train_index, wanted):
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", "train", len(train_index), data.max_bad)
-        source = Source(train_index, LocalStore(train_index), quarantine)
+        source = SampleReader(train_index, LocalStore(train_index), quarantine)
         with closing(open_loader(request.param, data, 0, 6, source, CPU)) as loader:
             return list(loader.stream(wanted))
 
@@ -61,8 +61,8 @@ def requests(data, train_index, start=0, augmented=False):
     for step in range(start, 10):
         wanted = samples(*range(step * 6, step * 6 + 6))
         widths, heights = train_index.width[wanted.ids], train_index.height[wanted.ids]
-        windows = draw_windows(data, 0, wanted, widths, heights)
-        yield Request(wanted, windows, data.image_size, augmented=augmented)
+        crops = draw_crop_boxes(data, 0, wanted, widths, heights)
+        yield Request(wanted, crops, data.image_size, augmented=augmented)
 
 
 def pixels(train_index, sample):
@@ -72,7 +72,7 @@ def pixels(train_index, sample):
 
 def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data, train_index, load):
     box = [np.array([value], np.int32) for value in (-2, 1, 8, 8)]
-    (batch,) = load(data, train_index, [Request(samples(5), Windows(*box, np.array([True])), 8)])
+    (batch,) = load(data, train_index, [Request(samples(5), CropBoxes(*box, np.array([True])), 8)])
     expected = torch.zeros(3, 8, 8, dtype=torch.uint8)
     expected[:, 2:, :7] = pixels(train_index, 5)[:, :6, 1:]
     assert torch.equal(batch.images[0], expected.flip(-1))
@@ -81,14 +81,14 @@ def test_an_image_is_cut_padded_with_black_and_mirrored_as_its_window_says(data,
 
 def test_a_window_of_another_size_is_resized_as_torchvision_does(data, train_index, load):
     box = [np.array([value], np.int32) for value in (1, 2, 5, 6)]
-    (batch,) = load(data, train_index, [Request(samples(9), Windows(*box, np.array([False])), 8)])
+    (batch,) = load(data, train_index, [Request(samples(9), CropBoxes(*box, np.array([False])), 8)])
     assert close(batch.images[0], resize(crop(pixels(train_index, 9), 1, 2, 5, 6), [8, 8], antialias=True))
 
 
 @pytest.mark.parametrize(("top", "left"), [(8, 0), (30, 2), (-8, 0), (0, 8), (3, -11), (-20, 20)])
 def test_a_window_that_lies_outside_of_its_image_is_black(data, train_index, load, top, left):
     box = [np.array(values, np.int32) for values in ((top, 0), (left, 0), (8, 8), (8, 8))]
-    (batch,) = load(data, train_index, [Request(samples(5, 5), Windows(*box, np.zeros(2, bool)), 8)])
+    (batch,) = load(data, train_index, [Request(samples(5, 5), CropBoxes(*box, np.zeros(2, bool)), 8)])
     assert not batch.images[0].any()
     assert torch.equal(batch.images[1], pixels(train_index, 5))
 
@@ -123,8 +123,8 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_listed(data, train
 
     def request(stream):
         wanted = samples(*stream)
-        windows = draw_windows(data, 0, wanted, train_index.width[wanted.ids], train_index.height[wanted.ids])
-        return Request(wanted, windows, 8, spare=lambda place: request(wanted.ids[place : place + 1] + 1))
+        crops = draw_crop_boxes(data, 0, wanted, train_index.width[wanted.ids], train_index.height[wanted.ids])
+        return Request(wanted, crops, 8, replacement=lambda place: request(wanted.ids[place : place + 1] + 1))
 
     data = replace(data, crop="none", flip=0.0)
     (batch,) = load(data, bad, [request(range(6))])
@@ -173,7 +173,9 @@ def test_only_an_image_that_cannot_be_decoded_counts_as_one(message, refusal):
 
 def open_dali(data, train_index, folder, device=CPU):
     quarantine = Quarantine(folder / "quarantine.jsonl", "train", len(train_index), data.max_bad)
-    return closing(open_loader("dali", data, 0, 6, Source(train_index, LocalStore(train_index), quarantine), device))
+    return closing(
+        open_loader("dali", data, 0, 6, SampleReader(train_index, LocalStore(train_index), quarantine), device)
+    )
 
 
 def test_images_that_dali_refuses_are_told_of_once(data, train_index, tmp_path, monkeypatch, caplog):
@@ -206,16 +208,16 @@ def test_a_batch_on_a_gpu_stays_as_it_is_while_the_device_is_behind(data, train_
     """Batches are copied, and their memory used again, in the right order however late the network reads them."""
     device = torch.device("cuda", 0)
     data = replace(data, prefetch=2)
-    copies = []
+    repeat_index = []
     with open_dali(data, train_index, tmp_path, device) as loader:
         for _ in range(20):
             for batch in loader.stream(requests(data, train_index)):
                 torch.cuda._sleep(10_000_000)
-                copies.append(batch.images + 0)
+                repeat_index.append(batch.images + 0)
     with open_dali(data, train_index, tmp_path) as loader:
         expected = list(loader.stream(requests(data, train_index)))
-    assert all(torch.equal(copies[n].cpu(), copies[n % 10].cpu()) for n in range(200))
-    assert all(close(copies[n].cpu(), batch.images) for n, batch in enumerate(expected))
+    assert all(torch.equal(repeat_index[n].cpu(), repeat_index[n % 10].cpu()) for n in range(200))
+    assert all(close(repeat_index[n].cpu(), batch.images) for n, batch in enumerate(expected))
 
 
 def damage(original, sample, folder):

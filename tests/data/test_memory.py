@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import environment
 from PIL import Image
+from support.processes import environment
 from webdataset import TarWriter
 
-from distrain.data import index
-from distrain.data.scan import scan
+from distrain.data.shards.scan import scan
+from distrain.data.storage.index_file import save_index
 
 IMAGES, BATCH, EPOCHS = 48, 8, 20
 
@@ -29,7 +29,7 @@ def photos(tmp_path_factory) -> Path:
             jpeg = BytesIO()
             Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(jpeg, "JPEG", quality=70)
             writer.write({"__key__": f"{number:02d}", "jpg": jpeg.getvalue(), "cls": 0})
-    index.save(scan(str(folder), ["photos.tar"], ["a"]), folder / "photos.parquet")
+    save_index(scan(str(folder), ["photos.tar"], ["a"]), folder / "photos.parquet")
     return folder / "photos.parquet"
 
 
@@ -37,8 +37,8 @@ LOADING = f"""
 import json, sys
 import psutil, torch
 from distrain.config import BatchConfig, Config, DataConfig, RunConfig, TrainConfig
-from distrain.data import index
-from distrain.data.feed import make_loader, make_plan, make_quarantine, train_requests
+from distrain.data.storage.index_file import load_index, save_index
+from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests
 
 loader, path, folder = sys.argv[1:]
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ run = Config(
     batch=BatchConfig(lanes=2, per_lane={BATCH}),
     train=TrainConfig(epochs={EPOCHS}),
 )
-photos = index.load(path)
+photos = load_index(path)
 loading = make_loader(run, loader, photos, make_quarantine(run, photos, "train"), torch.device("cpu"))
 resident = []
 for number, _ in enumerate(loading.stream(train_requests(run, make_plan(run, photos), photos, range(2))), 1):

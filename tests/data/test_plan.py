@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.config import DataConfig
-from distrain.data import index
-from distrain.data.order import BalancedOrder, GlobalOrder, RepeatedOrder, WindowOrder, make_order
-from distrain.data.plan import Plan
+from distrain.data.sampling.order import BalancedOrder, GlobalOrder, RepeatedOrder, WindowOrder, make_order
+from distrain.data.sampling.plan import Plan
+from distrain.data.storage.index_file import load_index
 from distrain.errors import UserError
 
 seeds = st.integers(0, 2**63)
@@ -115,7 +115,7 @@ def test_windows_are_alike_and_none_is_smaller_than_asked_for(count, samples, la
 
 
 def test_windows_that_hardly_mix_are_refused(dataset):
-    data, built = DataConfig(shuffle="window", window_shards=4), index.load(f"{dataset}/train.parquet")
+    data, built = DataConfig(shuffle="window", window_shards=4), load_index(f"{dataset}/train.parquet")
     with pytest.raises(
         UserError, match=r"^data\.window_shards=4 mixes too few shards with one another: set at least 5"
     ):
@@ -154,19 +154,21 @@ def shards_of_imagenet():
 def test_a_batch_holds_the_copies_of_a_repeated_sample_together():
     plan = Plan(90, 3, 4, 1, RepeatedOrder(90, 0, 3))
     for step in range(7):
-        ids, _, copies = (
+        ids, _, repeat_index = (
             np.concatenate(column) for column in zip(*(plan.lane_batch(step, lane) for lane in range(3)), strict=True)
         )
         assert sorted(Counter(ids.tolist()).values()) == [3, 3, 3, 3]
-        assert sorted(copies.tolist()) == sorted([0, 1, 2] * 4)
+        assert sorted(repeat_index.tolist()) == sorted([0, 1, 2] * 4)
 
 
 def test_a_balanced_epoch_draws_all_classes_alike_and_its_repetitions_are_told_apart():
     labels = np.repeat([0, 1, 2], [100, 40, 10]).astype(np.int32)
     plan = Plan(150, 1, 50, 1, BalancedOrder(labels, 0))
-    ids, _, copies = (np.concatenate(c) for c in zip(*(plan.lane_batch(step, 0) for step in range(3)), strict=True))
+    ids, _, repeat_index = (
+        np.concatenate(c) for c in zip(*(plan.lane_batch(step, 0) for step in range(3)), strict=True)
+    )
     assert np.bincount(labels[ids]).tolist() == [50, 50, 50]
-    assert len(set(zip(ids, copies, strict=True))) == 150
+    assert len(set(zip(ids, repeat_index, strict=True))) == 150
     assert set(Counter(ids[labels[ids] == 2].tolist()).values()) == {5}
     later = np.concatenate([plan.lane_batch(step, 0).ids for step in range(3, 6)])
     assert set(ids[labels[ids] == 0]) != set(later[labels[later] == 0])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distrain.data.quarantine import Quarantine
+from distrain.data.loading.quarantine import Quarantine
 from distrain.errors import RankError
 
 SPAWN = multiprocessing.get_context("spawn")

@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from reading import exit_codes, open_at, start_reader_of, start_readers
 from s3fs import S3FileSystem
-from servers import use_s3, without_credentials
+from support.cache_readers import exit_codes, open_at, start_reader_of, start_readers
+from support.servers import use_s3, without_credentials
 
 from distrain.config import DataConfig
-from distrain.data import index, transfer
-from distrain.data.remote import RemoteStore
-from distrain.data.store import DataError, LocalStore
-from distrain.data.transfer import Closed, Transfer, TransferError
+from distrain.data.index import Index
+from distrain.data.storage import download
+from distrain.data.storage.download import Closed, Downloader, DownloadError
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.remote import RemoteStore
+from distrain.data.storage.store import DataError, LocalStore
 from distrain.errors import RankError, UserError
 
 SAMPLES = 203
@@ -48,7 +50,7 @@ def open_remote(cache):
 
 
 def shard_sizes(folder):
-    return [shard.size for shard in index.load(f"{folder}/train.parquet").shards]
+    return [shard.size for shard in load_index(f"{folder}/train.parquet").shards]
 
 
 def read_all(store):
@@ -58,7 +60,7 @@ def read_all(store):
 @pytest.mark.parametrize("protocol", ["http", "s3"])
 def test_samples_behind_a_url_are_those_of_the_local_shards(protocol, dataset, server, s3, open_remote):
     url = {"http": server.url, "s3": s3}[protocol]
-    assert read_all(open_remote(url)) == read_all(LocalStore(index.load(f"{dataset}/train.parquet")))
+    assert read_all(open_remote(url)) == read_all(LocalStore(load_index(f"{dataset}/train.parquet")))
 
 
 def test_a_shard_is_downloaded_once_however_many_processes_read_it(server, cache):
@@ -155,7 +157,7 @@ def wait_for(condition):
 def test_every_transient_fault_is_survived(fault, server, open_remote, folder, caplog):
     server.faults[SHARD] = [fault, fault]
     store = open_remote(server.url, stall=0.2)
-    assert store.read(IN_SHARD) == LocalStore(index.load(f"{folder}/train.parquet")).read(IN_SHARD)
+    assert store.read(IN_SHARD) == LocalStore(load_index(f"{folder}/train.parquet")).read(IN_SHARD)
     assert server.requests[SHARD] == 3
     assert len([message for message in caplog.messages if SHARD in message]) == 2
 
@@ -165,13 +167,13 @@ def test_every_transient_fault_of_s3_is_survived(fault, server, folder, cache, m
     use_s3(monkeypatch, server.url)
     server.faults["train-000000.tar"] = [fault, fault]
     store = open_copy(folder, "s3://a", cache, stall=0.3)
-    assert store.read(0) == LocalStore(index.load(f"{folder}/train.parquet")).read(0)
+    assert store.read(0) == LocalStore(load_index(f"{folder}/train.parquet")).read(0)
     assert server.requests["train-000000.tar"] == 3
 
 
 def test_a_fault_that_stays_is_one_line_that_names_the_shard(server, open_remote):
     server.faults[SHARD] = [503] * 9
-    with pytest.raises(TransferError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; see that .*$"):
+    with pytest.raises(DownloadError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; see that .*$"):
         open_remote(server.url).read(IN_SHARD)
     assert server.requests[SHARD] == 4
 
@@ -206,7 +208,7 @@ def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, fold
 @pytest.mark.parametrize("chunk", [16 * 2**20, 4096])
 @pytest.mark.parametrize("length", ["longer", "shorter", "a chunk shorter", "whole chunks", "empty"])
 def test_a_shard_of_another_length_in_its_bucket_is_named(length, chunk, s3, folder, cache, monkeypatch):
-    monkeypatch.setattr(transfer, "_CHUNK", chunk)
+    monkeypatch.setattr(download, "_CHUNK", chunk)
     content = (folder / "train-000000.tar").read_bytes()
     other = {"longer": content + b"x", "shorter": content[:-1], "a chunk shorter": content[:-4096]}
     other |= {"whole chunks": content[: 2 * 4096], "empty": b""}
@@ -216,14 +218,14 @@ def test_a_shard_of_another_length_in_its_bucket_is_named(length, chunk, s3, fol
 
 
 def test_a_shard_comes_from_its_bucket_in_many_chunks(s3, folder, cache, monkeypatch):
-    monkeypatch.setattr(transfer, "_CHUNK", 4096)
+    monkeypatch.setattr(download, "_CHUNK", 4096)
     assert (folder / "train-000000.tar").stat().st_size > 3 * 4096
-    assert open_copy(folder, s3, cache).read(0) == LocalStore(index.load(f"{folder}/train.parquet")).read(0)
+    assert open_copy(folder, s3, cache).read(0) == LocalStore(load_index(f"{folder}/train.parquet")).read(0)
 
 
 def test_no_more_bytes_are_written_than_were_indexed(server, folder):
     ends = []
-    transfer = Transfer(1, 0.01, 5.0, threading.Event())
+    transfer = Downloader(1, 0.01, 5.0, threading.Event())
     with pytest.raises(RankError):
         transfer.fetch(f"{server.url}/{SHARD}", 5000, 0, lambda data, offset: ends.append(offset + len(data)))
     assert max(ends, default=0) <= 5000 < (folder / SHARD).stat().st_size
@@ -251,9 +253,9 @@ def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, ca
 
 def open_copy(folder, root, cache, stall=5.0):
     """A store on the shards of `folder` that takes them to lie at `root`."""
-    built = index.load(f"{folder}/train.parquet")
+    built = load_index(f"{folder}/train.parquet")
     data = DataConfig(train="", val="", cache=str(cache), retries=2, retry_wait=0.01, stall=stall)
-    return RemoteStore(index.Index(**{**vars(built), "root": root}), data)
+    return RemoteStore(Index(**{**vars(built), "root": root}), data)
 
 
 def test_a_bound_that_holds_no_shard_is_refused_by_name(server, open_remote):
@@ -325,7 +327,7 @@ def test_a_shard_damaged_in_the_cache_is_downloaded_again(server, open_remote, c
 
 
 def test_a_bad_sample_of_a_good_shard_is_an_error_of_that_sample_alone(server, folder, cache):
-    built = index.load(f"{server.url}/train.parquet")
+    built = load_index(f"{server.url}/train.parquet")
     built.crc32[IN_SHARD] ^= 1
     store = RemoteStore(built, DataConfig(train="", val="", cache=str(cache)))
     with pytest.raises(DataError, match=rf"{SHARD}: the \d+ bytes at \d+ are not those that were indexed"):

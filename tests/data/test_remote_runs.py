@@ -1,13 +1,13 @@
 """An index behind a failing server, and whole runs on data behind one."""
 
 import pytest
-from forking import train
-from launching import SMALL
-from servers import use_s3, without_credentials
+from support.forked_runs import train
+from support.processes import SMALL
+from support.servers import use_s3, without_credentials
 
 from distrain.config import DataConfig
-from distrain.data import index
-from distrain.data.transfer import TransferError
+from distrain.data.storage.download import DownloadError
+from distrain.data.storage.index_file import load_index
 from distrain.errors import UserError
 
 SHARD = "train-000001.tar"
@@ -21,7 +21,7 @@ def test_an_index_is_read_in_spite_of_transient_faults(fault, protocol, server, 
     use_s3(monkeypatch, server.url)
     server.faults["train.parquet"] = [fault, fault]
     root = {"http": server.url, "s3": "s3://d"}[protocol]
-    assert index.load(f"{root}/train.parquet", PATIENCE).digest == index.load(f"{folder}/train.parquet").digest
+    assert load_index(f"{root}/train.parquet", PATIENCE).digest == load_index(f"{folder}/train.parquet").digest
     assert server.requests["train.parquet"] == 3
 
 
@@ -38,8 +38,8 @@ def test_an_index_that_cannot_be_had_is_one_line(status, message, attempts, prot
     use_s3(monkeypatch, server.url)
     server.faults["train.parquet"] = [status] * 9
     root = {"http": server.url, "s3": "s3://d"}[protocol]
-    with pytest.raises((UserError, TransferError), match=rf"^{root}/train\.parquet: {message}$"):
-        index.load(f"{root}/train.parquet", PATIENCE)
+    with pytest.raises((UserError, DownloadError), match=rf"^{root}/train\.parquet: {message}$"):
+        load_index(f"{root}/train.parquet", PATIENCE)
     assert server.requests["train.parquet"] == attempts
 
 
@@ -47,7 +47,7 @@ def test_an_index_without_credentials_is_one_line(server, monkeypatch):
     use_s3(monkeypatch, server.url)
     without_credentials(monkeypatch)
     with pytest.raises(UserError, match=r"^s3://e/train\.parquet: access refused \(Unable to locate credentials\)"):
-        index.load("s3://e/train.parquet", PATIENCE)
+        load_index("s3://e/train.parquet", PATIENCE)
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.__main__ import main
-from distrain.data import index
 from distrain.data.index import Index, Shard
-from distrain.data.simulate import peak_cache, simulate
+from distrain.data.sampling.simulate import peak_cache, simulate
+from distrain.data.storage.index_file import save_index
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_shard_takes_cache_from_its_first_to_its_last_read():
 
 
 def test_the_command_prints_both_shuffles(shards, tmp_path, monkeypatch, capsys):
-    index.save(shards, tmp_path / "i.parquet")
+    save_index(shards, tmp_path / "i.parquet")
     monkeypatch.setattr("sys.argv", ["distrain", "shards", "simulate", f"{tmp_path}/i.parquet", "--nodes", "4"])
     assert main() == 0
     shown = capsys.readouterr().out

@@ -8,9 +8,9 @@ import torch
 
 from distrain import config
 from distrain.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
-from distrain.data import index
-from distrain.data.augment import size_at
-from distrain.data.feed import make_loader, make_plan, make_quarantine, train_requests, validation_requests
+from distrain.data.augmentation.crops import size_at
+from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests, validation_requests
+from distrain.data.storage.index_file import load_index
 from distrain.errors import UserError
 
 REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
@@ -76,7 +76,7 @@ def growing(dataset, tmp_path):
 @pytest.fixture(params=["torch", "dali"])
 def load(request, growing):
     """load(start) -> batches of the run from that step on; load(None) -> those of its validation."""
-    train_index = index.load(growing.data.train)
+    train_index = load_index(growing.data.train)
 
     def batches(start):
         if start is None:
@@ -91,7 +91,7 @@ def load(request, growing):
 
 
 def test_images_have_the_size_of_the_epoch_in_which_their_step_starts(growing):
-    train_index = index.load(growing.data.train)
+    train_index = load_index(growing.data.train)
     plan = make_plan(growing, train_index)
     sizes = [request.size for request in train_requests(growing, plan, train_index, range(1))]
     # Step 10 starts at sample 200 of epoch 0, step 26 at 2.56 epochs.
@@ -99,9 +99,9 @@ def test_images_have_the_size_of_the_epoch_in_which_their_step_starts(growing):
 
 
 def test_what_replaces_a_sample_is_as_large(growing):
-    train_index = index.load(growing.data.train)
+    train_index = load_index(growing.data.train)
     requests = train_requests(growing, make_plan(growing, train_index), train_index, range(1), start=10)
-    assert next(requests).spare(9).size == 6
+    assert next(requests).replacement(9).size == 6
 
 
 def test_batches_grow_with_the_schedule_and_validation_does_not(load):
@@ -116,9 +116,9 @@ def test_starting_in_the_middle_gives_the_tail_of_a_run_that_grows(load):
 
 
 def test_a_size_changes_what_is_made_of_a_window_and_not_the_window(growing):
-    train_index = index.load(growing.data.train)
+    train_index = load_index(growing.data.train)
     plan = make_plan(growing, train_index)
     constant = replace(growing, data=replace(growing.data, size_schedule=[]))
     ours, plain = (next(train_requests(each, plan, train_index, range(1))) for each in (growing, constant))
     assert (ours.size, plain.size) == (6, 12)
-    assert all((one == other).all() for one, other in zip(ours.windows, plain.windows, strict=True))
+    assert all((one == other).all() for one, other in zip(ours.crops, plain.crops, strict=True))

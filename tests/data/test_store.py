@@ -7,10 +7,10 @@ from shutil import copytree
 
 import numpy as np
 import pytest
-from made_up import write_split
+from support.synthetic import write_split
 
-from distrain.data import index
-from distrain.data.store import DataError, LocalStore
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.store import DataError, LocalStore
 from distrain.errors import RankError, TemporaryError, UserError
 
 
@@ -34,14 +34,14 @@ def read_directly(built, sample):
 
 
 def test_every_sample_is_the_bytes_that_were_indexed(dataset):
-    built = index.load(f"{dataset}/train.parquet")
+    built = load_index(f"{dataset}/train.parquet")
     store = LocalStore(built)
     assert [store.read(sample) for sample in range(203)] == [read_directly(built, sample) for sample in range(203)]
 
 
 def test_threads_read_more_shards_than_files_may_be_open(few_files, tmp_path):
     write_split(tmp_path, "train", 400, shards=200, size=2)
-    built = index.load(f"{tmp_path}/train.parquet")
+    built = load_index(f"{tmp_path}/train.parquet")
     store = LocalStore(built)
     samples = np.random.default_rng(0).permutation(np.tile(np.arange(400), 5)).tolist()
     with ThreadPoolExecutor(8) as pool:
@@ -51,25 +51,25 @@ def test_threads_read_more_shards_than_files_may_be_open(few_files, tmp_path):
 def test_a_shard_that_is_missing_fails_the_start_by_name(copy):
     (copy / "train-000003.tar").unlink()
     with pytest.raises(UserError, match=r"train-000003\.tar: shard cannot be opened: No such file .*; restore it"):
-        LocalStore(index.load(f"{copy}/train.parquet"))
+        LocalStore(load_index(f"{copy}/train.parquet"))
 
 
 def test_a_shard_of_another_length_fails_the_start_by_name(copy):
     with (copy / "train-000002.tar").open("r+b") as file:
         file.truncate(700)
     with pytest.raises(UserError, match=r"train-000002\.tar: shard of 700 bytes had [\d,]+ when it was indexed"):
-        LocalStore(index.load(f"{copy}/train.parquet"))
+        LocalStore(load_index(f"{copy}/train.parquet"))
 
 
 def test_a_shard_that_goes_away_during_the_run_is_named(copy):
-    store = LocalStore(index.load(f"{copy}/train.parquet"))
+    store = LocalStore(load_index(f"{copy}/train.parquet"))
     (copy / "train-000000.tar").unlink()
     with pytest.raises(UserError, match=r"train-000000\.tar: shard cannot be opened"):
         store.read(0)
 
 
 def test_a_damaged_sample_is_an_error_that_leaves_the_others_readable(copy):
-    built = index.load(f"{copy}/train.parquet")
+    built = load_index(f"{copy}/train.parquet")
     with (copy / "train-000000.tar").open("r+b") as file:
         file.seek(built.offset[3] + 20)
         file.write(b"\0\1\2\3")
@@ -80,7 +80,7 @@ def test_a_damaged_sample_is_an_error_that_leaves_the_others_readable(copy):
 
 
 def test_a_shard_replaced_by_another_of_its_length_is_named(copy):
-    built = index.load(f"{copy}/train.parquet")
+    built = load_index(f"{copy}/train.parquet")
     store = LocalStore(built)
     shard = copy / "train-000001.tar"
     shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
@@ -91,7 +91,7 @@ def test_a_shard_replaced_by_another_of_its_length_is_named(copy):
 
 def test_a_shard_with_damage_in_many_places_is_still_read(copy):
     """Of its 41 samples 20 are bad: not most of them."""
-    built = index.load(f"{copy}/train.parquet")
+    built = load_index(f"{copy}/train.parquet")
     with (copy / "train-000000.tar").open("r+b") as file:
         for sample in range(20):
             file.seek(built.offset[sample] + 20)
@@ -112,4 +112,4 @@ def test_a_disk_that_fails_is_one_line_that_names_the_shard(copy, monkeypatch, n
     with pytest.raises(
         TemporaryError, match=rf"^{copy}/train-000000\.tar: shard cannot be read: .*; see that its disk"
     ):
-        LocalStore(index.load(f"{copy}/train.parquet")).read(3)
+        LocalStore(load_index(f"{copy}/train.parquet")).read(3)

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import SMALL, digest_on_one_node, environment, read_metrics
+from support.processes import SMALL, digest_on_one_node, environment, read_metrics
 
 # 203 samples in steps of 16: 6 epochs are 76 steps.
 SETTINGS = (
@@ -34,15 +34,15 @@ def run_on_nodes(folder: Path, settings, *words: str) -> "subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> str:
+def uninterrupted(settings, tmp_path_factory) -> str:
     return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=3)
 
 
-def test_three_nodes_train_what_one_does_and_start_again_after_crashes(settings, undisturbed, tmp_path):
+def test_three_nodes_train_what_one_does_and_start_again_after_crashes(settings, uninterrupted, tmp_path):
     faults = "resilience.faults=[sigkill@step:25/1,exception@step:45/2]"
     done = run_on_nodes(tmp_path, settings, faults)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip().rpartition("weights ")[2] == undisturbed
+    assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted
     assert "node0:0 step 76/76" in done.stdout
 
     said = done.stderr.splitlines()
@@ -63,7 +63,7 @@ def test_three_nodes_train_what_one_does_and_start_again_after_crashes(settings,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_everywhere_and_exits_75(settings, undisturbed, tmp_path, number):
+def test_asked_to_stop_it_saves_everywhere_and_exits_75(settings, uninterrupted, tmp_path, number):
     words = ("local", "--nodes", "3", "--ranks", "1", f"run.dir={tmp_path}", "run.name=run", *settings)
     with subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()) as job:
         deadline = time.monotonic() + 60
@@ -75,7 +75,7 @@ def test_asked_to_stop_it_saves_everywhere_and_exits_75(settings, undisturbed, t
         assert job.returncode == 75, output
         assert "all is saved" in output
     done = run_on_nodes(tmp_path, settings)
-    assert done.stdout.strip().rpartition("weights ")[2] == undisturbed
+    assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
     assert attempts[-1]["lost_steps"] == 0
 

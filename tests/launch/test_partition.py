@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import SMALL, digest_on_one_node, environment, read_metrics
+from support.processes import SMALL, digest_on_one_node, environment, read_metrics
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,7 +96,7 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory) -> str:
+def uninterrupted(settings, tmp_path_factory) -> str:
     return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=2)
 
 
@@ -107,16 +107,16 @@ def wait_for_step(folder: Path, step: int, nodes: Nodes) -> None:
         time.sleep(0.01)
 
 
-def finish(hosts: Hosts, folder: Path, settings: tuple[str, ...], undisturbed: str) -> None:
+def finish(hosts: Hosts, folder: Path, settings: tuple[str, ...], uninterrupted: str) -> None:
     """The same again goes on, and ends in the same weights, with nothing left of either start."""
     nodes = Nodes(hosts, folder, settings, "again")
     assert nodes.wait() == [0, 0], nodes.output
-    assert nodes.output.strip().rpartition("weights ")[2] == undisturbed
+    assert nodes.output.strip().rpartition("weights ")[2] == uninterrupted
     assert "resuming at step" in nodes.output
     assert hosts.processes() == []
 
 
-def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_when_it_is_mended(hosts, settings, undisturbed, tmp_path):
+def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_when_it_is_mended(hosts, settings, uninterrupted, tmp_path):
     folder = tmp_path / "cut"
     nodes = Nodes(hosts, folder, settings, "first")
     wait_for_step(folder, 25, nodes)
@@ -125,11 +125,11 @@ def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_when_it_is_mended(hosts
     assert "has not moved for 5 s" in nodes.output
     assert hosts.processes() == []
     hosts.cable("up")
-    finish(hosts, folder, settings, undisturbed)
+    finish(hosts, folder, settings, uninterrupted)
 
 
 @pytest.mark.parametrize("host", ["a", "b"])
-def test_a_lost_agent_leaves_no_process_behind_on_either_side(hosts, settings, undisturbed, tmp_path, host):
+def test_a_lost_agent_leaves_no_process_behind_on_either_side(hosts, settings, uninterrupted, tmp_path, host):
     folder = tmp_path / "lost"
     nodes = Nodes(hosts, folder, settings, "first")
     wait_for_step(folder, 25, nodes)
@@ -141,4 +141,4 @@ def test_a_lost_agent_leaves_no_process_behind_on_either_side(hosts, settings, u
     while (left := hosts.processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == []
-    finish(hosts, folder, settings, undisturbed)
+    finish(hosts, folder, settings, uninterrupted)

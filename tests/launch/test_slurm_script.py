@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import environment
+from support.processes import environment
 
 COMMAND = ("slurm", "--config", "configs/regnety_16gf.yaml")
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from comparing import difference, differing
+from support.comparing import difference, differing
 from torch import nn
 
 from distrain.models import RECOMPUTATIONS, build, set_recomputation

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from comparing import difference, differing
+from support.comparing import difference, differing
 from torch import nn
 
 from distrain.models import PUBLISHED, build, load_weights

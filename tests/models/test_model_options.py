@@ -9,7 +9,7 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.models import DenseNetConfig, StageConfig, build, check_resolution, configure
-from distrain.models.regnet import drop_images, drop_path_rates
+from distrain.models.regnet import drop_path, drop_path_rates
 
 STAGES = [{"depth": 1, "width": 16, "group_width": 8}, {"depth": 2, "width": 32, "group_width": 8}]
 
@@ -140,7 +140,7 @@ def test_nothing_is_dropped_in_evaluation(name, options, images):
 
 
 def test_dropping_images_zeroes_whole_ones_and_keeps_the_mean():
-    dropped = drop_images(torch.ones(10_000, 2, 1, 1), 0.25)
+    dropped = drop_path(torch.ones(10_000, 2, 1, 1), 0.25)
     assert {round(value, 5) for value in dropped.unique().tolist()} == {0.0, round(1 / 0.75, 5)}
     assert torch.equal(dropped[:, 0], dropped[:, 1])
     assert dropped.mean() == pytest.approx(1, abs=0.02)

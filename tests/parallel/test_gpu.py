@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from launching import SMALL, Training, train
+from support.processes import SMALL, Training, train
 from test_execution import settings
 from test_strategies import DENSENET, STRATEGIES, assert_equal_states, perform, task
 
 from distrain import models
-from distrain.choices import Choices
-from distrain.parallel.execution import fit_memory, prepare, regions
+from distrain.decisions import RunDecisions
+from distrain.execution.prepare import fit_memory, prepare, regions
 
 pytestmark = pytest.mark.gpu
 
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.gpu
 def test_a_killed_run_on_a_gpu_ends_in_the_same_bits(strategy, on_dataset, tmp_path):
     chosen = (*SMALL, *on_dataset, f"parallel.strategy={strategy}", "train.deterministic=true", "batch.lanes=2",
               "batch.per_lane=8", "train.epochs=3", "checkpoint.every_steps=5", "train.precision=bf16")  # fmt: skip
-    undisturbed = train(tmp_path / "undisturbed", *chosen)
-    assert undisturbed.code == 0, undisturbed.output
+    uninterrupted = train(tmp_path / "undisturbed", *chosen)
+    assert uninterrupted.code == 0, uninterrupted.output
     training = Training(tmp_path / "killed", *chosen)
     training.wait_for_step(13)
     training.kill()
-    assert train(tmp_path / "killed", *chosen).digest == undisturbed.digest
+    assert train(tmp_path / "killed", *chosen).digest == uninterrupted.digest
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -51,7 +51,7 @@ def test_the_memory_format_is_measured_on_a_gpu(group, tmp_path):
     said = []
     prepare(run, network, group, said.append)
     assert said[0].startswith("train.memory_format=auto: ")
-    assert Choices(run.run.folder).get("memory_format", lambda: "") in ("channels_last", "contiguous")
+    assert RunDecisions(run.run.folder).get("memory_format", lambda: "") in ("channels_last", "contiguous")
 
 
 def test_lanes_that_a_gpu_cannot_hold_are_cut(group):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import environment
+from support.processes import environment
 
 from distrain.parallel.deepspeed_state import INSIDES
 
@@ -49,7 +49,7 @@ def perform(tasks: list[dict], ranks: int, folder: Path) -> list[Done]:
     """Do them all in one process group of so many ranks."""
     file = folder / f"tasks-on-{ranks}.json"
     file.write_text(json.dumps(tasks))
-    program = str(Path(__file__).parent / "strategies_main.py")
+    program = str(Path(__file__).parents[1] / "support" / "strategies_main.py")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ended = subprocess.run(
         [sys.executable, *torchrun, program, str(file)], capture_output=True, text=True, env=environment(), timeout=250
@@ -101,7 +101,7 @@ HALF, END = 5, 9
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Path, dict[str, Done]]:
+def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Done]]:
     """Each strategy on two ranks: to the end, and halfway, where its state is saved."""
     folder = tmp_path_factory.mktemp("undisturbed")
     whole = [task(folder, f"{name}-end", *resumable(name), last=END) for name in STRATEGIES]
@@ -118,9 +118,9 @@ def resumable(strategy: str) -> tuple[str, ...]:
 @pytest.fixture(
     scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-def resumed(request, undisturbed, tmp_path_factory) -> tuple[int, dict[tuple[str, str], Done]]:
+def resumed(request, uninterrupted, tmp_path_factory) -> tuple[int, dict[tuple[str, str], Done]]:
     """Every half-way state taken over by every strategy."""
-    ranks, (saved, _), folder = request.param, undisturbed, tmp_path_factory.mktemp("resumed")
+    ranks, (saved, _), folder = request.param, uninterrupted, tmp_path_factory.mktemp("resumed")
     cases = list(itertools.product(STRATEGIES, STRATEGIES))
     tasks = [
         task(
@@ -133,8 +133,8 @@ def resumed(request, undisturbed, tmp_path_factory) -> tuple[int, dict[tuple[str
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(STRATEGIES, STRATEGIES)))
-def test_a_state_goes_on_under_every_strategy_on_any_number_of_ranks(undisturbed, resumed, before, after):
-    expected = undisturbed[1][before]
+def test_a_state_goes_on_under_every_strategy_on_any_number_of_ranks(uninterrupted, resumed, before, after):
+    expected = uninterrupted[1][before]
     ranks, done = resumed
     found = done[before, after]
     np.testing.assert_allclose(found.losses, expected.losses[HALF:], rtol=1e-5)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from launching import SMALL, Training, train
+from support.processes import SMALL, Training, train
 
 # 203 samples in steps of 24 are 8.5 steps an epoch: 4 epochs are 34 steps.
 SETTINGS = (
@@ -22,19 +22,19 @@ def settings(on_dataset) -> tuple[str, ...]:
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_a_killed_run_ends_in_the_same_bits_under_zero(settings, strategy, tmp_path):
     chosen = (*settings, f"parallel.strategy={strategy}")
-    undisturbed = train(tmp_path / "undisturbed", *chosen, ranks=3)
-    assert undisturbed.code == 0, undisturbed.output
+    uninterrupted = train(tmp_path / "undisturbed", *chosen, ranks=3)
+    assert uninterrupted.code == 0, uninterrupted.output
     training = Training(tmp_path / "killed", *chosen, ranks=3)
     training.wait_for_step(13)
     training.kill()
     result = train(tmp_path / "killed", *chosen, ranks=3)
     assert "resuming at step" in result.output
-    assert result.digest == undisturbed.digest
+    assert result.digest == uninterrupted.digest
 
 
 @pytest.mark.slow
 def test_a_run_moves_from_zero_to_ddp_and_to_other_ranks_and_loses_nothing(settings, tmp_path):
-    undisturbed = train(tmp_path / "undisturbed", *settings)
+    uninterrupted = train(tmp_path / "undisturbed", *settings)
     training = Training(tmp_path / "moved", *settings, "parallel.strategy=zero3", ranks=2)
     training.wait_for_step(7)
     training.kill()
@@ -43,16 +43,16 @@ def test_a_run_moves_from_zero_to_ddp_and_to_other_ranks_and_loses_nothing(setti
     training.kill()
     moved = train(tmp_path / "moved", *settings, ranks=2)
     assert moved.code == 0, moved.output
-    losses, expected = (result.series("train/loss") for result in (moved, undisturbed))
+    losses, expected = (result.series("train/loss") for result in (moved, uninterrupted))
     assert list(losses) == list(expected) == list(range(1, 35))
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
-    assert moved.series("val/top1") == undisturbed.series("val/top1")
+    assert moved.series("val/top1") == uninterrupted.series("val/top1")
 
 
 def test_lanes_cut_into_parts_are_trained_as_so_many_lanes(settings, tmp_path):
     for name in ("cut", "many"):
         (tmp_path / name).mkdir()
-    (tmp_path / "cut" / "choices.json").write_text(json.dumps({"parts": 2}))
+    (tmp_path / "cut" / "decisions.json").write_text(json.dumps({"parts": 2}))
     cut = train(tmp_path / "cut", *settings, "batch.lanes=3", "batch.per_lane=8")
     many = train(tmp_path / "many", *settings)
     assert cut.digest == many.digest

@@ -5,13 +5,13 @@ import signal
 
 import psutil
 import pytest
-from launching import Training, train
+from support.processes import Training, train
 
 from distrain.checkpoint import newest_step
 
 
 @pytest.fixture(scope="module")
-def undisturbed(settings, tmp_path_factory):
+def uninterrupted(settings, tmp_path_factory):
     return train(tmp_path_factory.mktemp("runs") / "undisturbed", *settings, ranks=2)
 
 
@@ -68,7 +68,7 @@ def test_an_attempt_that_was_taken_over_commits_nothing_more(settings, tmp_path)
 
 
 @pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_frozen_rank_is_named_and_the_attempt_ends(undisturbed, settings, tmp_path, frozen):
+def test_a_frozen_rank_is_named_and_the_attempt_ends(uninterrupted, settings, tmp_path, frozen):
     folder = tmp_path / "run"
     training = Training(folder, *settings, "resilience.patience=3", ranks=2)
     training.wait_for_step(9)
@@ -80,7 +80,7 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(undisturbed, settings, tmp_
     assert "has not moved for 3 s" in ended.output
     stacks = [path.read_text() for path in (folder / "stacks").iterdir()]
     assert any("train_step" in text or "run_steps" in text for text in stacks)
-    assert train(folder, *settings, ranks=2).digest == undisturbed.digest
+    assert train(folder, *settings, ranks=2).digest == uninterrupted.digest
 
 
 def test_the_survivor_of_a_killed_rank_ends_in_silence_as_torchrun_tells_the_cause(settings, tmp_path):

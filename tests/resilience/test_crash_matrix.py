@@ -4,7 +4,7 @@ nothing happened to. One run meets them one after the other; its launcher starts
 import json
 
 import pytest
-from launching import SMALL, Training, train
+from support.processes import SMALL, Training, train
 
 # 203 samples in steps of 12 are 16.9 steps an epoch: 6 epochs are 102 steps, validated at 17, 34, 51, 68, 85 and 102.
 SHORT = (
@@ -75,7 +75,7 @@ def test_one_bad_gradient_is_passed_over_and_many_send_the_run_back(settings, tm
 
     # The same steps left out without a fault.
     (tmp_path / "without").mkdir()
-    (tmp_path / "without" / "choices.json").write_text(json.dumps({"omitted_steps": [[21, 27]]}))
+    (tmp_path / "without" / "decisions.json").write_text(json.dumps({"skipped_steps": [[21, 27]]}))
     without = train(tmp_path / "without", *settings, "resilience.bad_steps=3", ranks=2)
     assert without.digest == back.digest
     assert not {22, 23, 24, 25, 26, 27} & without.series("train/loss").keys()

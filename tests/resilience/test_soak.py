@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import SMALL, readme_command
+from support.processes import SMALL, readme_command
 
 from distrain.__main__ import main
 from distrain.resilience.soak import draw_faults

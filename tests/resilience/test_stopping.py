@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import SMALL, Training, train
+from support.processes import SMALL, Training, train
 
 from distrain.resilience.stopping import StopRequest
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import SMALL, Training, train
 from mlflow import MlflowClient
+from support.processes import SMALL, Training, train
 
 # 102 steps with a checkpoint in between
 LONGER = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=25")

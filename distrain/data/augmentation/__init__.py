@@ -1,0 +1,1 @@
+"""Crop boxes and pixel changes as pure functions of (seed, sample, epoch)."""

@@ -1,0 +1,108 @@
+"""Changes of pixels in training, each a pure function of (seed, sample id, epoch, copy): the second half of
+augmentation, after the window has been cut out. Works on one image, uint8 [3, h, w], on any device."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from distrain.config import DataConfig
+from distrain.rng import Stream, uniform
+
+_BINS = 31  # magnitudes of TrivialAugment
+_SHIFTS = torch.linspace(0.0, 32.0, _BINS).int().tolist()  # torchvision cuts off digits: the middle one is 15, not 16
+_NEAREST = InterpolationMode.NEAREST
+
+# Mean directions of colour over ImageNet (Krizhevsky et al. 2012, section 4.1), RGB of 0..1: deviations and axes.
+_LIGHTING_STD = np.array([0.2175, 0.0188, 0.0045])
+_LIGHTING_AXES = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+
+
+def augments_pixels(data: DataConfig) -> bool:
+    """Whether the configuration asks for anything in this module."""
+    return data.auto_augment != "none" or any(data.color_jitter) or data.lighting > 0 or data.erase > 0
+
+
+def augment_pixels(image: torch.Tensor, data: DataConfig, seed: int, sample: tuple[int, int, int]) -> torch.Tensor:
+    """Augment one image as configured; `sample` is (id, epoch, copy)."""
+    draws = iter(uniform(seed, Stream.PIXELS, *sample, np.arange(24)).tolist())
+    if data.auto_augment == "ta_wide":
+        image = trivial_augment_wide(image, next(draws), next(draws), next(draws))
+    for strength, change in zip(data.color_jitter, _JITTERS, strict=True):
+        if strength:
+            image = change(image, 1 + strength * (2 * next(draws) - 1))
+    if data.lighting:
+        image = shift_lighting(image, data.lighting, np.array([next(draws) for _ in range(6)]))
+    if data.erase and next(draws) < data.erase:
+        image = erase_box(image, data.mean, *(next(draws) for _ in range(4)))
+    return image
+
+
+_JITTERS: tuple[Callable[[torch.Tensor, float], torch.Tensor], ...] = (
+    F.adjust_brightness,
+    F.adjust_contrast,
+    F.adjust_saturation,
+)
+
+
+def trivial_augment_wide(image: torch.Tensor, which: float, magnitude: float, sign: float) -> torch.Tensor:
+    """One operation of random strength (Mueller and Hutter 2021, table 7, "wide"). Arguments lie in [0, 1)."""
+    operation = _TRIVIAL[int(which * len(_TRIVIAL))]
+    return operation(image, int(magnitude * _BINS) / (_BINS - 1), 1.0 if sign < 0.5 else -1.0)
+
+
+def _affine(image: torch.Tensor, dx: int = 0, dy: int = 0, sx: float = 0.0, sy: float = 0.0) -> torch.Tensor:
+    shear = [math.degrees(math.atan(sx)), math.degrees(math.atan(sy))]
+    corner = [0.0, 0.0] if sx or sy else None  # shears are about the corner
+    return F.affine(image, 0.0, [dx, dy], 1.0, shear, interpolation=_NEAREST, center=corner)
+
+
+def _shift(magnitude: float, sign: float) -> int:
+    return int(sign) * _SHIFTS[round(magnitude * (_BINS - 1))]
+
+
+_TRIVIAL: tuple[Callable[[torch.Tensor, float, float], torch.Tensor], ...] = (
+    lambda image, m, s: image,
+    lambda image, m, s: _affine(image, sx=0.99 * m * s),
+    lambda image, m, s: _affine(image, sy=0.99 * m * s),
+    lambda image, m, s: _affine(image, dx=_shift(m, s)),
+    lambda image, m, s: _affine(image, dy=_shift(m, s)),
+    lambda image, m, s: F.rotate(image, 135 * m * s, interpolation=_NEAREST),
+    lambda image, m, s: F.adjust_brightness(image, 1 + 0.99 * m * s),
+    lambda image, m, s: F.adjust_saturation(image, 1 + 0.99 * m * s),
+    lambda image, m, s: F.adjust_contrast(image, 1 + 0.99 * m * s),
+    lambda image, m, s: F.adjust_sharpness(image, 1 + 0.99 * m * s),
+    lambda image, m, s: F.posterize(image, 8 - round(6 * m)),
+    lambda image, m, s: F.solarize(image, 255 * (1 - m)),
+    lambda image, m, s: F.autocontrast(image),
+    lambda image, m, s: F.equalize(image),
+)
+
+
+def shift_lighting(image: torch.Tensor, std: float, draws: np.ndarray) -> torch.Tensor:
+    """Add a normal multiple, of deviation `std`, of each main direction of colour. `draws`: six in [0, 1)."""
+    normal = np.sqrt(-2 * np.log1p(-draws[:3])) * np.cos(2 * np.pi * draws[3:])  # Box and Muller 1958
+    shift = 255 * _LIGHTING_AXES @ (std * normal * _LIGHTING_STD)
+    shifted = image + torch.tensor(shift, dtype=torch.float32, device=image.device).view(3, 1, 1)
+    return shifted.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def erase_box(
+    image: torch.Tensor, mean: list[float], area: float, ratio: float, top: float, left: float
+) -> torch.Tensor:
+    """Fill a box of 2 to 33 % of the image, 0.3 to 3.3 times as high as wide, with the mean colour (Zhong et al.
+    2020). The last four arguments lie in [0, 1)."""
+    height, width = image.shape[-2:]
+    pixels = (0.02 + 0.31 * area) * height * width
+    shape = math.exp(math.log(0.3) + ratio * math.log(3.3 / 0.3))
+    h = min(height, max(1, round(math.sqrt(pixels * shape))))
+    w = min(width, max(1, round(math.sqrt(pixels / shape))))
+    i, j = int(top * (height - h + 1)), int(left * (width - w + 1))
+    erased = image.clone()
+    erased[:, i : i + h, j : j + w] = (
+        torch.tensor(mean, device=image.device).mul(255).round().to(torch.uint8).view(3, 1, 1)
+    )
+    return erased

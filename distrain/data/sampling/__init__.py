@@ -1,0 +1,1 @@
+"""Which samples each lane consumes, and when: pure functions, no I/O."""

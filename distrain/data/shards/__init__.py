@@ -1,0 +1,1 @@
+"""Making and checking shards and their index, offline."""

@@ -1,0 +1,67 @@
+"""Reading everything again: whether the shards are still those that were indexed."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from distrain.data.image import ImageError, check
+from distrain.data.index import Index
+from distrain.data.storage.sequential import SequentialReader, error_reason, read_once
+
+
+def verify(
+    index: Index, *, decode: bool = False, workers: int = 1, done: Callable[[int], None] = lambda samples: None
+) -> Iterator[str]:
+    """Compare every shard and sample with the index, and yield a line per problem, in the order of the index.
+
+    With `decode` every image is decoded too. `done` hears how many samples each finished shard holds.
+    """
+
+    def read(shard: int) -> list[str]:
+        problems = _verify_shard(index, shard, decode)
+        done(int(np.count_nonzero(index.shard == shard)))
+        return problems
+
+    with ThreadPoolExecutor(workers) as pool:
+        for problems in pool.map(read, range(len(index.shards))):
+            yield from problems
+
+
+def _verify_shard(index: Index, shard: int, decode: bool) -> list[str]:
+    name, size, crc32 = index.shards[shard]
+    samples = np.flatnonzero(index.shard == shard)
+    samples = samples[np.argsort(index.offset[samples], kind="stable")]
+
+    def read(tape: SequentialReader) -> list[str]:
+        return [
+            f"{name}: sample {sample}: {problem}"
+            for sample in samples.tolist()
+            if (problem := _find_problem(index, sample, tape, decode))
+        ]
+
+    try:
+        problems, found_size, found_crc32 = read_once(index.location(shard), read)
+    except OSError as error:
+        return [f"{name}: cannot be read: {error_reason(error)}"]
+    if found_size != size:
+        return [f"{name}: has {found_size:,} bytes, {size:,} when it was indexed", *problems]
+    if found_crc32 != crc32:
+        return [f"{name}: has checksum {found_crc32:08x}, {crc32:08x} when it was indexed", *problems]
+    return problems
+
+
+def _find_problem(index: Index, sample: int, tape: SequentialReader, decode: bool) -> str | None:
+    tape.seek(int(index.offset[sample]))
+    data = tape.read(int(index.size[sample]))
+    if len(data) < index.size[sample]:
+        return "lies beyond the end of the shard"
+    if zlib.crc32(data) != index.crc32[sample]:
+        return f"its {len(data):,} bytes at {index.offset[sample]:,} are not those that were indexed"
+    if decode:
+        try:
+            check(data)
+        except ImageError as error:
+            return f"cannot be decoded: {error_reason(error)}"
+    return None

@@ -1,0 +1,1 @@
+"""How a network runs on its device: memory format, recomputation, compilation, precision, memory fitting."""

@@ -1,0 +1,257 @@
+"""`python -m distrain shards`, as it is typed."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from s3fs import S3FileSystem
+from support.servers import serve, serve_s3
+
+from distrain import config
+from distrain.__main__ import main
+from distrain.data.index import COLUMNS, Index
+from distrain.data.shards.scan import expand
+from distrain.data.storage import sequential
+from distrain.data.storage.index_file import load_index, save_index
+
+
+@pytest.fixture
+def shards(monkeypatch, capsys):
+    """Runs the tool and returns its exit code, what it printed, and what it complained of."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["distrain", "shards", *map(str, arguments)])
+        code = main()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+@pytest.fixture
+def original(dataset):
+    return load_index(f"{dataset}/train.parquet")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 7)).save(tmp_path / "photos" / name / "a.jpg")
+    (tmp_path / "photos" / "dog" / "b.jpg").write_bytes(b"nonsense")
+    return tmp_path / "photos"
+
+
+def test_a_folder_becomes_shards_and_an_index(shards, photos, tmp_path):
+    code, out, _ = shards("build", photos, "--out", tmp_path / "out", "--split", "val", "--workers", 2)
+    assert code == 0
+    assert f"{tmp_path}/out/val.parquet: 2 images, 2 classes, 1 shards, 10.2 kB" in out
+    assert f"1 images could not be read and are kept out: {tmp_path}/out/val.unreadable.txt" in out
+    assert "dog/b.jpg: not a JPEG" in out
+    _, out, _ = shards("build", photos, "--out", tmp_path / "out", "--split", "val")
+    assert "(1 were there)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "nowhere", "--out", "out"], "nowhere: no such file or folder"),
+        (["build", "photos", "--out", "photos/cat/a.jpg"], "photos/cat/a.jpg: cannot be written: File exists"),
+        (["build", "photos", "--out", "out", "--classes", "none.txt"], "none.txt: cannot be read: no such file"),
+        (["build", "photos", "--out", "out", "--classes", "twice.txt"], "twice.txt: class cat is there more than once"),
+        (["build", "photos", "--out", "out", "--classes", "empty.txt"], "empty.txt: names no classes"),
+        (["index", "no-*.tar", "--out", "i.parquet"], "no-*.tar: matches no file"),
+        (["index", "no-{0..1.tar", "--out", "i.parquet"], "no-{0..1.tar: its braces do not match"),
+        (["index", "a.tar", "./a.tar", "--out", "i.parquet"], "a.tar: given more than once"),
+        (["index", "a.tar", "--out", "no/i.parquet"], "no: no such folder"),
+        (["index", "a.tar", "--out", "i.parquet"], "a.tar: shard cannot be read: no such file"),
+        (["index", "b.tar", "--out", "photos"], "photos: cannot be written: Is a directory"),
+        (["verify", "i.parquet"], "i.parquet: no such index"),
+        (["show", "i.parquet"], "i.parquet: no such index"),
+    ],
+)
+def test_a_mistake_is_one_line(shards, dataset, photos, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(dataset / "train-000000.tar", tmp_path / "b.tar")
+    (tmp_path / "twice.txt").write_text("cat\ndog\ncat\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    code, out, err = shards(*arguments)
+    assert (code, out) == (78, "")
+    assert err.startswith(f"distrain: {message}")
+    assert err.count("\n") == 1
+
+
+def test_patterns_stand_for_shards_in_order(tmp_path):
+    for name in ("b-0.tar", "a-1.tar", "a-0.tar"):
+        (tmp_path / name).touch()
+    assert expand([f"{tmp_path}/{{b,a}}-*.tar"]) == [f"{tmp_path}/{name}.tar" for name in ("b-0", "a-0", "a-1")]
+    assert expand(["s3://b/t-{000008..000010}.tar"]) == [f"s3://b/t-{number:06d}.tar" for number in (8, 9, 10)]
+
+
+def test_shards_are_named_so_that_they_are_found_again(shards, copy, tmp_path):
+    (tmp_path / "apart").mkdir()
+    for out in (copy / "i.parquet", tmp_path / "i.parquet", tmp_path / "apart" / "i.parquet"):
+        assert shards("index", copy / "train-*.tar", "--out", out)[0] == 0
+        loaded = load_index(str(out))
+        assert loaded.digest == load_index(f"{copy}/train.parquet").digest
+        assert shards("verify", out)[0] == 0
+    assert load_index(f"{copy}/i.parquet").shards[0].name == "train-000000.tar"
+    assert load_index(f"{tmp_path}/i.parquet").shards[0].name == "copy/train-000000.tar"
+    assert load_index(f"{tmp_path}/apart/i.parquet").shards[0].name == f"{copy}/train-000000.tar"
+
+
+def test_shards_on_a_web_server_are_read_once_each(shards, copy, original, tmp_path):
+    with serve(copy) as server:
+        pattern = f"{server.url}/train-{{000000..000004}}.tar"
+        code, out, _ = shards("index", pattern, "--out", tmp_path / "i.parquet", "--workers", 3)
+        assert code == 0
+        assert "203 images, 3 classes, 5 shards" in out
+        assert server.requests == {f"train-{number:06d}.tar": 1 for number in range(5)}
+        loaded = load_index(f"{tmp_path}/i.parquet")
+        assert loaded.digest == original.digest
+        assert [shard[1:] for shard in loaded.shards] == [shard[1:] for shard in original.shards]
+        assert shards("verify", tmp_path / "i.parquet")[0] == 0
+
+
+def test_a_download_that_breaks_off_is_begun_again(shards, copy, original, tmp_path, monkeypatch):
+    monkeypatch.setattr(sequential.time, "sleep", lambda seconds: None)
+    with serve(copy) as server:
+        server.faults["train-000001.tar"] = ["cut", 503]
+        code, _, _ = shards("index", f"{server.url}/train-00000{{0,1}}.tar", "--out", tmp_path / "i.parquet")
+        assert code == 0
+        assert server.requests["train-000001.tar"] == 3
+
+
+@pytest.mark.parametrize(("status", "reason"), [(404, "no such file"), (403, ".*403"), (500, ".*500")])
+def test_a_server_that_refuses_is_one_line(shards, copy, tmp_path, monkeypatch, status, reason):
+    monkeypatch.setattr(sequential.time, "sleep", lambda seconds: None)
+    with serve(copy) as server:
+        server.faults["train-000000.tar"] = [status] * 9
+        code, _, err = shards("index", f"{server.url}/train-000000.tar", "--out", tmp_path / "i.parquet")
+    assert code == 78
+    assert err.count("\n") == 1
+    assert f"{server.url}/train-000000.tar: shard cannot be read: " in err
+    assert reason.removeprefix(".*") in err
+
+
+def test_shards_in_a_bucket_are_found_by_pattern(shards, dataset, original, tmp_path, monkeypatch):
+    S3FileSystem.clear_instance_cache()  # of other servers
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    with serve_s3(dataset) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        code, _, _ = shards("index", "s3://shards/train-*.tar", "--out", tmp_path / "i.parquet")
+        assert code == 0
+        loaded = load_index(f"{tmp_path}/i.parquet")
+        assert loaded.digest == original.digest
+        assert loaded.shards[4].name == "s3://shards/train-000004.tar"
+        assert shards("verify", tmp_path / "i.parquet")[0] == 0
+
+
+def test_verify_is_content_with_whole_shards(shards, copy):
+    code, out, _ = shards("verify", copy / "train.parquet", "--decode")
+    assert code == 0
+    assert "all 203 images in 5 shards are as they were indexed" in out
+
+
+def test_verify_names_every_problem(shards, copy, original):
+    content = bytearray((copy / "train-000001.tar").read_bytes())
+    content[original.offset[50] + 20] ^= 255
+    (copy / "train-000001.tar").write_bytes(content)
+    (copy / "train-000002.tar").write_bytes((copy / "train-000002.tar").read_bytes()[: original.offset[83] + 5])
+    (copy / "train-000003.tar").unlink()
+    code, out, _ = shards("verify", copy / "train.parquet")
+    lines = out.splitlines()
+    assert code == 78
+    assert lines[0].startswith("train-000001.tar: has checksum ")
+    assert lines[1].startswith(f"train-000001.tar: sample 50: its {original.size[50]} bytes at ")
+    assert lines[2].startswith("train-000002.tar: has ")
+    assert lines[3] == "train-000002.tar: sample 83: lies beyond the end of the shard"
+    assert "train-000003.tar: cannot be read: no such file" in lines
+    assert lines[-1].endswith(f"{len(lines) - 1} problems")
+
+
+def test_verify_finds_what_does_not_decode_when_asked_to(shards, photos, tmp_path):
+    shards("build", photos, "--out", tmp_path / "out")
+    path = f"{tmp_path}/out/train.parquet"
+    built = load_index(path)
+    columns = {name: getattr(built, name) for name in COLUMNS}
+    cut = columns["size"] - 30
+    with open(built.location(0), "rb") as file:  # noqa: PTH123
+        stored = file.read()
+    checksums = [
+        np.uint32(sequential.zlib.crc32(stored[start : start + size]))
+        for start, size in zip(columns["offset"], cut, strict=True)
+    ]
+    columns |= {"size": cut, "crc32": np.array(checksums)}
+    save_index(Index(built.root, built.shards, built.classes, **columns), path)
+    assert shards("verify", path)[0] == 0
+    code, out, _ = shards("verify", path, "--decode")
+    assert code == 78
+    assert "train-000000.tar: sample 0: cannot be decoded: " in out
+
+
+def test_show_tells_what_the_index_holds(shards, dataset, original):
+    code, out, _ = shards("show", dataset / "train.parquet")
+    assert code == 0
+    assert "203 images, 3 classes, 5 shards" in out
+    for name, count in zip(original.classes, np.bincount(original.label), strict=True):
+        assert f"{name:<5} {count:>9} █" in out
+    assert "shards: " in out
+    assert "40 to 41 images" in out
+
+
+def test_show_sums_up_many_classes_and_unreadable_images(shards, original, tmp_path):
+    columns = {name: getattr(original, name) for name in COLUMNS}
+    columns |= {"label": np.arange(203, dtype=np.int32) // 2, "width": original.width * (np.arange(203) > 6)}
+    classes = tuple(f"class{number}" for number in range(110))
+    save_index(Index(original.root, original.shards, classes, **columns), tmp_path / "i.parquet")
+    _, out, _ = shards("show", tmp_path / "i.parquet")
+    assert "7 of the images could not be decoded" in out
+    assert "images per class: 0 to 2, median 2; 8 classes have none" in out
+    assert "fewest: class102 0, class103 0" in out
+    assert "most: class100 2" in out
+
+
+def test_the_sheet_passes_over_bad_samples_as_training_does(shards, original, copy):
+    few = Index(**{**vars(original), "root": str(copy), "width": original.width * (np.arange(203) % 4 == 0)})
+    save_index(few, copy / "few.parquet")
+    code, _, err = shards("show", copy / "few.parquet", "--sheet", copy / "s.png", "--samples", 6)
+    assert (code, err) == (0, "")
+    assert Image.open(copy / "s.png").width > 0
+
+
+def test_the_sheet_shows_what_training_will_see(shards, dataset, tmp_path):
+    from contextlib import closing
+
+    import torch
+
+    from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests
+
+    (tmp_path / "run.yaml").write_text(
+        f"run: {{name: a, dir: {tmp_path}, seed: 5}}\nmodel: {{name: regnety_400mf, num_classes: 3}}\n"
+        f"data: {{train: {dataset}/train.parquet, val: {dataset}/val.parquet, image_size: 8, val_resize: 8, "
+        "crop: pad, crop_pad: 2}\nbatch: {lanes: 1, per_lane: 6}\n"
+    )
+    sheet, settings = tmp_path / "s.png", tmp_path / "run.yaml"
+    code, _, _ = shards("show", dataset / "train.parquet", "--sheet", sheet, "--samples", 6, "--config", settings)
+    assert code == 0
+    drawn = np.asarray(Image.open(sheet))
+
+    loaded = load_index(f"{dataset}/train.parquet")
+    run = config.load(settings)
+    requests = train_requests(run, make_plan(run, loaded), loaded, range(1))
+    loader = make_loader(run, "torch", loaded, make_quarantine(run, loaded, "train"), torch.device("cpu"))
+    with closing(loader):
+        images = next(loader.stream(requests)).images.permute(0, 2, 3, 1).numpy()
+    side, caption = 96, 16
+    assert drawn.shape == (2 * (side + 4 + caption) + 4, 3 * (side + 4) + 4, 3)
+    for place in range(6):
+        left, top = 4 + place % 3 * (side + 4), 4 + place // 3 * (side + 4 + caption)
+        np.testing.assert_array_equal(drawn[top : top + side : 12, left : left + side : 12], images[place])

@@ -1,0 +1,1 @@
+"""What tests share: processes, synthetic data, servers, simulated hosts."""

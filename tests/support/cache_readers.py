@@ -1,0 +1,52 @@
+"""Processes that read from one cache, as the ranks of a node do."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+
+from distrain.config import DataConfig
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.remote import open_store
+from distrain.data.storage.store import Store
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def open_at(url: str, cache: Path, **settings) -> Store:
+    """A store on the training shards behind a URL."""
+    defaults = {"cache_gb": 1.0, "retries": 3, "retry_wait": 0.01, "stall": 5.0}
+    data = DataConfig(train="", val="", cache=str(cache), **(defaults | settings))
+    return open_store(load_index(f"{url}/train.parquet"), data)
+
+
+def start_readers(count: int, url: str, cache: Path, samples: int, **settings) -> list:
+    """Processes that each read every sample once, in orders of their own."""
+    readers = [SPAWN.Process(target=_read, args=(url, cache, seed, samples, settings)) for seed in range(count)]
+    for reader in readers:
+        reader.start()
+    return readers
+
+
+def start_reader_of(sample: int, url: str, cache: Path):
+    """A process that reads one sample and waits long for it."""
+    reader = SPAWN.Process(target=_read_one, args=(url, cache, sample))
+    reader.start()
+    return reader
+
+
+def exit_codes(readers: list) -> list[int | None]:
+    for reader in readers:
+        reader.join(60)
+    return [reader.exitcode for reader in readers]
+
+
+def _read(url, cache, seed, samples, settings):
+    store = open_at(url, cache, **settings)
+    for sample in np.random.default_rng(seed).permutation(samples).tolist():
+        store.read(sample)
+    store.close()
+
+
+def _read_one(url, cache, sample):
+    open_at(url, cache, stall=20.0).read(sample)

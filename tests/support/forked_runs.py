@@ -1,0 +1,115 @@
+"""Whole runs in processes that begin at once, because they fork from one that has imported everything. They end as a
+user's do; launching.py starts them as a user does."""
+
+import multiprocessing
+import os
+import re
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from support.processes import environment, read_metrics
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(
+    ["distrain.train", "torchvision.transforms.v2.functional", "pyarrow.parquet", "support.forked_runs"]
+)
+
+
+@dataclass
+class Ended:
+    """How a run ended: the exit code of the rank that ended first with one, and what all ranks printed."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def lines(self) -> list[str]:
+        """What distrain complained of, by whichever rank."""
+        found = [line for line in self.output.splitlines() if line.startswith("distrain: ")]
+        return [re.sub(r"^distrain: (rank \d+: )?", "", line) for line in found]
+
+    @property
+    def last_line(self) -> str:
+        return next(line for line in reversed(self.output.splitlines()) if line.startswith("done: "))
+
+    @property
+    def digest(self) -> str:
+        return self.last_line.rpartition("weights ")[2]
+
+    @property
+    def delivered(self) -> list[list[list[int]]]:
+        """The labels of the training batches that each rank was given, by rank and batch."""
+        files = sorted(self.folder.parent.glob(f"{self.folder.name}-labels-*"))
+        return [[[int(label) for label in line.split()] for line in file.read_text().splitlines()] for file in files]
+
+    def series(self, name: str) -> dict[int, float]:
+        """A metric by step."""
+        entries = read_metrics(self.folder)
+        return {entry["step"]: entry["metrics"][name] for entry in entries if name in entry["metrics"]}
+
+
+def train(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
+    """Train to the end. When one rank fails the others are ended, as torchrun does."""
+    arguments = [f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    logs = [folder.parent / f"{folder.name}-{rank}.log" for rank in range(ranks)]
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **meeting} if ranks > 1 else {}
+        labels = folder.parent / f"{folder.name}-labels-{rank}"
+        processes.append(FORKING.Process(target=_run, args=(arguments, environment() | place, logs[rank], labels)))
+        processes[-1].start()
+    code, running = 0, list(processes)
+    while running and wait([process.sentinel for process in running], timeout=120):
+        code = code or next((process.exitcode for process in running if process.exitcode), 0)
+        running = [process for process in running if process.is_alive()]
+        for process in running if code else []:
+            process.kill()
+    for process in running:
+        process.kill()
+        code = code or -1
+    return Ended(code, "".join(log.read_text() for log in logs), folder)
+
+
+def _run(arguments: list[str], variables: dict[str, str], log: Path, labels: Path) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.argv = ["distrain", *arguments]
+    from distrain.__main__ import main
+    from distrain.data.loading import feed
+
+    make_loader = feed.open_loader
+    feed.open_loader = lambda *options: _Recorder(make_loader(*options), labels)
+    sys.exit(main())
+
+
+class _Recorder:
+    """A loader that writes down the labels of the training batches it hands out, a line for each."""
+
+    def __init__(self, loader, path: Path):
+        self._loader = loader
+        self._path = path
+        self.close = loader.close
+
+    def stream(self, requests):
+        trained = []
+
+        def noting():
+            for request in requests:
+                trained.append(request.augmented)
+                yield request
+
+        with self._path.open("a") as record:
+            for number, batch in enumerate(self._loader.stream(noting())):
+                if trained[number]:
+                    record.write(" ".join(map(str, batch.labels.tolist())) + "\n")
+                yield batch

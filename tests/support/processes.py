@@ -1,0 +1,154 @@
+"""Starts real training processes, the way a user does."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from distrain.parallel.group import RELIABLE_RESTARTS
+
+# A network of 14 layers that trains at hundreds of steps a second on 8-pixel images.
+SMALL = (
+    "model.name=densenet_bc_10_4",
+    "train.precision=fp32",
+    "train.memory_format=channels_last",
+    "data.loader=torch",
+    "data.threads=1",
+    "optimizer.lr=0.05",
+    "schedule.warmup_epochs=0",
+    "track.uri=none",
+    "track.every_steps=1",
+)
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@dataclass
+class Result:
+    """How a training command ended."""
+
+    code: int
+    output: str
+    folder: Path
+
+    @property
+    def digest(self) -> str:
+        """The digest of the final weights, from the run's last line."""
+        return self.output.strip().splitlines()[-1].rpartition("weights ")[2]
+
+    @property
+    def metrics(self) -> list[dict]:
+        return read_metrics(self.folder)
+
+    def series(self, name: str) -> dict[int, float]:
+        """A metric by step."""
+        return {entry["step"]: entry["metrics"][name] for entry in self.metrics if name in entry["metrics"]}
+
+
+class Training:
+    """A running training command: `ranks` processes under torchrun, or one without it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        ranks: int = 1,
+        rendezvous: tuple[str, ...] = ("--standalone",),
+        program: tuple[str, ...] = ("-m", "distrain"),
+        host: tuple[str, ...] = (),
+    ):
+        """`host`: a command that runs what follows it elsewhere."""
+        torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
+        alone = ranks == 1 and rendezvous == ("--standalone",)
+        start = [sys.executable] if alone else [sys.executable, *torchrun]
+        self.folder = folder
+        self._log = folder.with_suffix(".log")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("a") as log:
+            self._began = log.tell()
+            self.process = subprocess.Popen(
+                [*host, *start, *program, f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides],
+                stdout=log, stderr=subprocess.STDOUT, env=environment(),
+            )  # fmt: skip
+
+    def wait(self, timeout: float = 120) -> Result:
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end after {timeout} s:\n{self.output}") from None
+        return Result(code, self.output, self.folder)
+
+    def wait_for_step(self, step: int, timeout: float = 90) -> None:
+        """Return as soon as this step, or a later one, has been reported by this or an earlier start."""
+        deadline = time.monotonic() + timeout
+        while True:
+            reported = [entry["step"] for entry in read_metrics(self.folder)]
+            if reported and max(reported) >= step:
+                return
+            assert self.process.poll() is None, f"ended before step {step}:\n{self.output}"
+            assert time.monotonic() < deadline, f"step {step} not reached:\n{self.output}"
+            time.sleep(0.002)
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """SIGKILL to the launcher and all ranks at once, as when a machine loses power."""
+        doomed = [psutil.Process(self.process.pid), *self.workers()]
+        for process in doomed:
+            process.suspend()
+        for process in doomed:
+            process.kill()
+        self.process.wait()
+        psutil.wait_procs(doomed, timeout=10)
+
+    def signal_workers(self, number: signal.Signals) -> None:
+        for process in self.workers() or [psutil.Process(self.process.pid)]:
+            process.send_signal(number)
+
+    @property
+    def output(self) -> str:
+        with self._log.open() as log:
+            log.seek(self._began)
+            return log.read()
+
+
+def train(folder: Path, *overrides: str, ranks: int = 1, **options) -> Result:
+    """Train to the end."""
+    return Training(folder, *overrides, ranks=ranks, **options).wait()
+
+
+def environment() -> dict[str, str]:
+    """A user's environment, one computing thread for each process, and no tracking server of the tester's."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **RELIABLE_RESTARTS}
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def readme_command(beginning: str) -> list[str]:
+    """The words of the one command in README that begins so, its continuation lines included."""
+    (found,) = re.findall(rf"^ +({re.escape(beginning)}(?:.*\\\n)*.*)$", README.read_text(), re.MULTILINE)
+    return shlex.split(found.replace("\\\n", " "))
+
+
+def digest_on_one_node(folder: Path, *arguments: str, ranks: int) -> str:
+    """The digest of a run that `python -m launch local` takes to its end, a thread in each rank."""
+    command = [sys.executable, "-m", "launch", "local", "--ranks", str(ranks), *arguments, f"run.dir={folder}"]
+    done = subprocess.run(
+        [*command, "run.name=run"], cwd=README.parent, capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().rpartition("weights ")[2]

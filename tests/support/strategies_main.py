@@ -1,0 +1,81 @@
+"""Trains small networks under several strategies, one after the other in one process group.
+
+    torchrun --nproc-per-node N strategies_main.py FILE
+
+FILE holds a list of tasks in JSON: what is not `load`, `save`, `first` and `last` are settings of the run. Beside it
+goes FILE.results: for each task the loss of every step and the norm of every gradient, means over all lanes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from distrain import config, models
+from distrain.parallel.group import Group
+from distrain.parallel.statistics import LaneStatistics
+from distrain.parallel.strategy import open_strategy
+
+REQUIRED = [
+    "run.name=task",
+    "data.train=none",
+    "data.val=none",
+    "model.num_classes=5",
+    "train.memory_format=contiguous",
+]
+
+
+def images_of(step: int, lane: int, per_lane: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + lane)
+    labels = torch.randint(0, 5, (per_lane,), generator=generator)
+    images = torch.randn(per_lane, 3, 16, 16, generator=generator)
+    images[torch.arange(per_lane), labels % 3] += labels.view(-1, 1, 1) - 2.0
+    return images, labels
+
+
+def perform(task: dict, group: Group) -> dict:
+    settings = config.load(None, [*REQUIRED, *task["settings"]])
+    torch.manual_seed(3)
+    network = models.build(settings.model.name, 5, **settings.model.options).to(group.device)
+    lanes = group.lanes(settings.batch.lanes)
+    statistics = LaneStatistics(network, group, settings.batch.lanes, reported=1)
+    saved = torch.load(task["load"]) if task.get("load") else None
+    example = images_of(0, 0, settings.batch.per_lane)[0].to(group.device)
+    strategy = open_strategy(settings, network, group, settings.batch.lanes, example, saved)
+
+    losses, norms, applied = [], [], []
+    for step in range(task["first"], task["last"]):
+        statistics.begin_step()
+        for number, lane in enumerate(lanes):
+            images, labels = (tensor.to(group.device) for tensor in images_of(step, lane, settings.batch.per_lane))
+            if step == task.get("poison"):
+                images[0] = torch.nan
+            torch.manual_seed(1000 * step + lane)
+            with strategy.micro_batch(number):
+                loss = F.cross_entropy(strategy.forward(images), labels)
+                strategy.backward(loss)
+            statistics.end_lane(loss.detach()[None])
+        update = strategy.update(lr=settings.optimizer.lr)
+        losses.append(statistics.end_step(update.applied).item())
+        norms.append(update.norm.item())
+        applied.append(bool(update.applied))
+
+    state = {name: tensor.clone() for name, tensor in strategy.state().items()}
+    if group.is_main and task.get("save"):
+        torch.save(state, task["save"])
+    return {"losses": losses, "norms": norms, "applied": applied}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    path = Path(sys.argv[1])
+    with Group() as group:
+        results = [perform(task, group) for task in json.loads(path.read_text())]
+        if group.is_main:
+            path.with_suffix(".results").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
