@@ -31,7 +31,7 @@ class Learner:
         self.parts = execution.parts
         self.micro_batches = [(lane, part) for lane in group.lanes(config.batch.lanes) for part in range(self.parts)]
         """This rank's share of a step: (lane, part of its batch)."""
-        self._average = EMA(network, config.average.decay) if config.average.decay else None
+        self._average = EMA(network, config.ema.decay) if config.ema.decay else None
 
         everywhere = config.batch.lanes * self.parts
         self.statistics = LaneStatistics(network, group, everywhere, reported=2)
@@ -47,7 +47,7 @@ class Learner:
 
     def update_average(self, step: int) -> None:
         """Let the average of weights, if there is one, take in those after `step` updates, if it is their turn."""
-        if self._average is not None and step % self.config.average.every_steps == 0:
+        if self._average is not None and step % self.config.ema.every_steps == 0:
             self._average.update(self.strategy.weights())
 
     def state(self) -> State:

@@ -79,7 +79,7 @@ def examine_host(settings: Config) -> Facts:
     attempt("code", digest_code)
     attempt("config", lambda: hashlib.sha256(config.to_yaml(settings).encode()).hexdigest()[:12])
     attempt("data", lambda: " ".join(index.digest[:12] for index in load_indexes(settings)))
-    folders = {"run": settings.run.folder, "cache": cache_folder(settings.data)}
+    folders = {"run": settings.run.folder, "cache": cache_folder(settings.download)}
     for name, folder in folders.items():
         attempt(f"{name}_free_gb", partial(free_gb, folder))
         attempt(f"{name}_write_gbps", partial(measure_writing, folder))

@@ -62,8 +62,8 @@ def on_dataset(dataset) -> tuple[str, ...]:
         f"data.val={dataset}/val.parquet",
         "data.image_size=8",
         "data.val_resize=8",
-        "data.crop=pad",
-        "data.crop_pad=1",
+        "augment.crop=pad",
+        "augment.crop_pad=1",
         "model.num_classes=3",
     )
 

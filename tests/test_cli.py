@@ -46,7 +46,7 @@ def test_an_unknown_model_is_refused_before_any_work_with_the_nearest_name():
 
 def test_settings_may_stand_before_between_and_after_options():
     shown = distrain(
-        "train.epochs=7", "--config", "configs/quickstart.yaml", "run.seed=3", "--print-config", "data.flip=0"
+        "train.epochs=7", "--config", "configs/quickstart.yaml", "run.seed=3", "--print-config", "augment.flip=0"
     )
     assert shown.returncode == 0
     assert all(line in shown.stdout for line in ("  epochs: 7.0 ", "  seed: 3 ", "  flip: 0.0 "))

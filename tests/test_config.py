@@ -35,43 +35,50 @@ def test_every_setting_is_explained_where_it_is_printed():
         ("batch.lane=3", "batch.lane=3: unknown key batch.lane: did you mean batch.lanes?"),
         ("optimiser.lr=3", "optimiser.lr=3: unknown key optimiser: did you mean optimizer?"),
         ("batch.lanes=x", "batch.lanes=x: batch.lanes: Value 'x' of type 'str' could not be converted to Integer"),
-        ("batch.lanes=0", "batch.lanes=0 is too small: it must be at least 1"),
+        ("batch.lanes=0", "batch.lanes=0: must be at least 1"),
         ("train.precision=fp8", "train.precision=fp8 is not known: did you mean fp32?"),
         (
             "data.val_resize=200",
-            "data.val_resize=200 is smaller than data.image_size=224: the centre crop would leave the image",
+            "data.val_resize=200 is smaller than data.image_size=224: the center crop would exceed the image",
         ),
         (
             "schedule.warmup_epochs=101",
             "schedule.warmup_epochs=101.0 is longer than train.epochs=100.0: shorten the warm-up or train longer",
         ),
+        ("train.epochs=0", "train.epochs=0.0: must be greater than 0"),
+        ("data.max_bad=2", "data.max_bad=2.0: must be in [0, 1]"),
+        ("data.shuffle=windows", "data.shuffle=windows is not known: did you mean window?"),
+        ("data.crop=pad", "data.crop=pad: data.crop is now called augment.crop"),
+        ("average.decay=0.9", "average.decay=0.9: average.decay is now called ema.decay"),
+        ("train.recompute=block", "train.recompute=block: train.recompute=block is now called train.recompute=full"),
         ("lanes", "'lanes' is not an override: write key=value, such as batch.lanes=4"),
         ("batch=3", "batch=3: Merge error: int is not a subclass of BatchConfig. value: 3"),
-        ("data.mean=[1,2]", "data.mean needs three numbers, one per channel"),
+        ("data.mean=[1,2]", "data.mean=[1.0, 2.0] must be a list of 3 numbers"),
         ("run.name=a/b", "run.name='a/b' must be a plain folder name, without '/'"),
         ("optimizer.lr=.nan", "optimizer.lr=nan must be finite"),
         ("data.mean=[0.5,.inf,0.5]", "data.mean=[0.5, inf, 0.5] must be finite"),
-        ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9, 1.0] must be two numbers in 0..1, 1 excluded"),
+        ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9, 1.0]: every item must be in [0, 1)"),
         (
             "train.recompute=auto",
-            "train.recompute=auto needs train.activation_gb: the memory that activations may take",
+            "train.recompute=auto needs train.activation_gb: the memory budget for activations",
         ),
         (
             "parallel.offload=true",
-            "parallel.offload=true works with parallel.strategy=zero1, zero2 or zero3, not with ddp",
+            "parallel.offload=true needs parallel.strategy=zero1, zero2 or zero3, not ddp",
         ),
         (
             "parallel.strategy=zero2 optimizer.name=lars",
-            "optimizer.name=lars looks at whole layers, which parallel.strategy=zero2 cuts up: "
-            "take ddp or zero0, or optimizer.name=adamw",
+            "optimizer.name=lars needs whole layers, which parallel.strategy=zero2 partitions: "
+            "use ddp or zero0, or optimizer.name=adamw",
         ),
         (
             "parallel.strategy=zero3 train.compile=true",
-            "train.compile=true cannot follow the weights that parallel.strategy=zero3 moves: take zero2 or less",
+            "train.compile=true does not work with the partitioned weights of parallel.strategy=zero3: "
+            "use zero2 or lower",
         ),
         (
-            "parallel.batch_norm=sync train.recompute=block",
-            "train.recompute=block would gather the statistics of parallel.batch_norm=sync twice: "
+            "parallel.batch_norm=sync train.recompute=full",
+            "train.recompute=full would reduce the statistics of parallel.batch_norm=sync twice: "
             "set train.recompute=none or parallel.batch_norm=lane",
         ),
     ],
@@ -89,7 +96,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
 
 
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.yaml: no such configuration file"):
+    with pytest.raises(UserError, match=r"nothing\.yaml: configuration file not found"):
         config.load(tmp_path / "nothing.yaml", REQUIRED)
     with pytest.raises(UserError, match=r"broken\.yaml: not valid YAML"):
         config.load(write(tmp_path / "broken.yaml", "batch: [1,"), REQUIRED)
@@ -118,7 +125,7 @@ def test_ranks_that_a_strategy_cannot_deal_lanes_to_are_refused():
     config.check_ranks(config.load(None, [*REQUIRED, "batch.lanes=7"]), 4)
     zero = config.load(None, [*REQUIRED, "batch.lanes=6", "parallel.strategy=zero1"])
     config.check_ranks(zero, 3)
-    with pytest.raises(UserError, match=r"does not divide by 4 ranks: start 3, or set parallel\.strategy=ddp"):
+    with pytest.raises(UserError, match=r"is not divisible by 4 ranks: start 3, or set parallel\.strategy=ddp"):
         config.check_ranks(zero, 4)
     sync = config.load(None, [*REQUIRED, "batch.lanes=4", "parallel.batch_norm=sync"])
     config.check_ranks(sync, 4)

@@ -14,7 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from distrain.bench.rounds import Rate, measure_in_turns
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig, DownloadConfig
 from distrain.data.augmentation.crops import draw_crop_boxes
 from distrain.data.index import Index, is_remote
 from distrain.data.loading import LOADERS, open_loader
@@ -31,6 +31,7 @@ DECODE = "decode alone"
 WEBDATASET = "webdataset + DataLoader"
 DALI = "DALI's WebDataset reader"
 PARTS = ("read and checksum", "decode the window", "resize and mirror", "put into the batch")
+_AUGMENT = AugmentConfig()
 _SUFFIXES = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
@@ -66,8 +67,8 @@ def ours(index: Index, data: DataConfig, batch: int, device: torch.device) -> It
         loaders = {}
         for name in LOADERS:
             quarantine = Quarantine(Path(folder) / name, "train", len(index), 1.0)
-            source = SampleReader(index, open_store(index, data), quarantine)
-            loaders[name] = open_loader(name, data, 0, batch, source, device)
+            source = SampleReader(index, open_store(index, DownloadConfig()), quarantine)
+            loaders[name] = open_loader(name, data, _AUGMENT, 0, batch, source, device)
         try:
             yield loaders
         finally:
@@ -88,13 +89,13 @@ def requests(index: Index, data: DataConfig, ids: np.ndarray, batch: int) -> Ite
     for start in range(0, len(ids), batch):
         part = ids[start : start + batch]
         samples = LaneBatch(part, np.zeros_like(part), np.zeros_like(part))
-        crops = draw_crop_boxes(data, 0, samples, index.width[part], index.height[part])
+        crops = draw_crop_boxes(_AUGMENT, data, 0, samples, index.width[part], index.height[part])
         yield Request(samples, crops, data.image_size)
 
 
 def decoding(index: Index, data: DataConfig, ids: np.ndarray) -> Callable[[], int]:
     """The limit: images that lie in memory are decoded and thrown away, by as many threads."""
-    store = open_store(index, data)
+    store = open_store(index, DownloadConfig())
     encoded = [store.read(int(sample)) for sample in ids]
     store.close()
 
@@ -114,9 +115,9 @@ def peer_webdataset(index: Index, data: DataConfig, images: int, batch: int) -> 
 
     def transform(encoded: bytes) -> torch.Tensor:
         whole = decode(encoded)
-        top, left, height, width = RandomResizedCrop.get_params(whole, data.crop_scale, data.crop_ratio)
+        top, left, height, width = RandomResizedCrop.get_params(whole, _AUGMENT.crop_scale, _AUGMENT.crop_ratio)
         image = F.resized_crop(whole, top, left, height, width, [data.image_size] * 2, antialias=True)
-        return F.horizontal_flip(image) if torch.rand(()) < data.flip else image
+        return F.horizontal_flip(image) if torch.rand(()) < _AUGMENT.flip else image
 
     # Every worker reads all shards, again and again, until it has its part of a round: few shards need not divide.
     dataset = (
@@ -154,11 +155,11 @@ def peer_dali(index: Index, data: DataConfig, images: int, batch: int, device: t
         images = fn.decoders.image_random_crop(
             encoded,
             device="mixed" if gpu else "cpu",
-            random_area=data.crop_scale,
-            random_aspect_ratio=data.crop_ratio,
+            random_area=_AUGMENT.crop_scale,
+            random_aspect_ratio=_AUGMENT.crop_ratio,
         )
         images = fn.resize(images, size=[data.image_size] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.flip(images, horizontal=fn.random.coin_flip(probability=data.flip))
+        return fn.flip(images, horizontal=fn.random.coin_flip(probability=_AUGMENT.flip))
 
     pipeline = graph(
         batch_size=batch, num_threads=data.threads, device_id=device.index if gpu else None, prefetch_queue_depth=2
@@ -188,9 +189,9 @@ def peer_dali(index: Index, data: DataConfig, images: int, batch: int, device: t
 
 def profile(index: Index, data: DataConfig, ids: np.ndarray) -> dict[str, float]:
     """Microseconds per image of one thread in the parts of our torch loader."""
-    store = open_store(index, data)
+    store = open_store(index, DownloadConfig())
     samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
-    *boxes, flips = draw_crop_boxes(data, 0, samples, index.width[ids], index.height[ids])
+    *boxes, flips = draw_crop_boxes(_AUGMENT, data, 0, samples, index.width[ids], index.height[ids])
     batch = np.empty((32, data.image_size, data.image_size, 3), np.uint8)
     times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for place, sample in enumerate(ids.tolist()):

@@ -24,7 +24,7 @@ from distrain.models.complexity import count_complexity, total
 _VARIANTS = {
     "strategy": [f"parallel.strategy={name}" for name in ("ddp", "zero0", "zero1", "zero2", "zero3")],
     "format": [f"train.memory_format={name}" for name in ("channels_last", "contiguous")],
-    "recompute": [f"train.recompute={name}" for name in ("none", "selective", "block")],
+    "recompute": [f"train.recompute={name}" for name in ("none", "selective", "full")],
     "compile": ["train.compile=false", "train.compile=true"],
 }
 NEEDED = ["run.name=bench", "data.train=none", "data.val=none"]  # of which nothing is used

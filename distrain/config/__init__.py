@@ -13,13 +13,16 @@ from distrain.config.files import (
     to_yaml,
     tracking_uri,
 )
+from distrain.config.renamed import STATE_FORMAT
 from distrain.config.schema import (
     NO_MLFLOW,
-    AverageConfig,
+    AugmentConfig,
     BatchConfig,
     CheckpointConfig,
     Config,
     DataConfig,
+    DownloadConfig,
+    EmaConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -31,11 +34,14 @@ from distrain.config.schema import (
 
 __all__ = [
     "NO_MLFLOW",
-    "AverageConfig",
+    "STATE_FORMAT",
+    "AugmentConfig",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DownloadConfig",
+    "EmaConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -1,16 +1,17 @@
 """Reading a run's configuration from YAML files and the command line, and writing it down."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from distrain.config.options import check_choice, choices
+from distrain.config.renamed import check_current_name
 from distrain.config.schema import Config
 from distrain.errors import UserError, nearest
 
@@ -39,16 +40,13 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     for key in config.run.change:
         if key not in changeable_settings(config):
             raise UserError(
-                f"run.change: {key} cannot change in the life of a run: {nearest(key, changeable_settings(config))}"
+                f"run.change: {key} cannot change during a run: {nearest(key, changeable_settings(config))}"
             )
-    for key, value in flatten(to_dict(config)).items():
-        if not _is_finite(value):
-            raise UserError(f"{key}={value} must be finite")
     return config
 
 
 def check_ranks(config: Config, world: int) -> None:
-    """Refuse a number of ranks that the lanes cannot be dealt to."""
+    """Raises UserError if the lanes cannot be distributed over `world` ranks."""
     lanes, strategy = config.batch.lanes, config.parallel.strategy
     if lanes < world:
         raise UserError(
@@ -58,8 +56,8 @@ def check_ranks(config: Config, world: int) -> None:
     if strategy != "ddp" and lanes % world:
         fitting = [ranks for ranks in range(1, world) if lanes % ranks == 0]
         raise UserError(
-            f"parallel.strategy={strategy} needs as many lanes on every rank, and batch.lanes={lanes} does not "
-            f"divide by {world} ranks: start {fitting[-1]}, or set parallel.strategy=ddp"
+            f"parallel.strategy={strategy} needs the same number of lanes on every rank, and batch.lanes={lanes} is "
+            f"not divisible by {world} ranks: start {fitting[-1]}, or set parallel.strategy=ddp"
         )
     if config.parallel.batch_norm == "sync" and lanes != world:
         raise UserError(
@@ -99,7 +97,7 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         f"{section.name}.{entry.name}": values[section.name][entry.name]
         for section in fields(config)
         for entry in fields(getattr(config, section.name))
-        if not entry.metadata["free"]
+        if entry.metadata["on_resume"] != "free"
     }
 
 
@@ -109,7 +107,7 @@ def changeable_settings(config: Config) -> set[str]:
         f"{section.name}.{entry.name}"
         for section in fields(config)
         for entry in fields(getattr(config, section.name))
-        if entry.metadata["changeable"]
+        if entry.metadata["on_resume"] == "changeable"
     }
 
 
@@ -121,8 +119,14 @@ def to_yaml(config: Config) -> str:
         lines.append(f"{section.name}:")
         for entry in fields(values):
             value = yaml.safe_dump([getattr(values, entry.name)], default_flow_style=True, width=1000).strip()
-            lines.append(f"  {f'{entry.name}: {value[1:-1]}':<36}  # {entry.metadata['help']}")
+            lines.append(f"  {f'{entry.name}: {value[1:-1]}':<36}  # {_meaning(values, entry)}")
     return "\n".join(lines) + "\n"
+
+
+def _meaning(section: Any, entry: "Field[Any]") -> str:
+    """The help of a field, after the values it may have if they are listed."""
+    known = choices(get_type_hints(type(section))[entry.name])
+    return f"{' | '.join(known)}; {entry.metadata['help']}" if known else str(entry.metadata["help"])
 
 
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
@@ -132,13 +136,13 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str,
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such configuration file") from error
+        raise UserError(f"{path}: configuration file not found") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from error
     if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: must hold keys and values")
+        raise UserError(f"{path}: expected a mapping")
     base = content.pop("extends", None)
     if base is not None:
         yield from _read_layers(path.parent / str(base), (*seen, path.resolve()))
@@ -146,6 +150,10 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str,
 
 
 def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
+    plain = OmegaConf.to_container(layer)
+    assert isinstance(plain, dict)
+    for key, value in flatten({str(key): value for key, value in plain.items()}).items():
+        check_current_name(source, key, value)
     try:
         merged = OmegaConf.merge(config, layer)
     except ConfigKeyError as error:
@@ -153,10 +161,20 @@ def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
         hint = nearest(key, _known_keys(Config), shown=[section.name for section in fields(Config)])
         raise UserError(f"{source}: unknown key {key}: {hint}") from error
     except OmegaConfBaseException as error:
+        if isinstance(error, ValidationError) and error.full_key:
+            _check_choices(error.full_key, OmegaConf.select(layer, error.full_key))
         where = f"{source}: {error.full_key}" if error.full_key else source
         raise UserError(f"{where}: {_first_line(error)}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _check_choices(key: str, value: Any) -> None:
+    """Raises UserError if `key` has a list of allowed values and `value` is not among them."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    check_choice(key, value, kind)
 
 
 def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -166,12 +184,6 @@ def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from _known_keys(entry.type, f"{prefix}{entry.name}.")
         else:
             yield prefix + entry.name
-
-
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _first_line(error: Exception) -> str:

@@ -59,7 +59,7 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
     network.to(memory_format=_FORMATS[layout])
 
     blocks = [module for module in network.modules() if isinstance(module, Block)]
-    rung = {"none": 0, "selective": len(blocks), "block": 2 * len(blocks)}.get(config.train.recompute)
+    rung = {"none": 0, "selective": len(blocks), "full": 2 * len(blocks)}.get(config.train.recompute)
     if rung is None:
         rung = decide("recompute", partial(_least_recomputation, config, network, group.device, info))
     climb(blocks, rung)
@@ -98,7 +98,7 @@ def climb(blocks: Sequence[Block], rung: int) -> None:
     on, in mode `selective`, and once all are, in mode `block`. Memory falls with every rung, results do not change."""
     for number, block in enumerate(blocks):
         mode: Recomputation = "none" if number >= rung else "selective"
-        block.recomputation = "block" if number + len(blocks) < rung else mode
+        block.recomputation = "full" if number + len(blocks) < rung else mode
 
 
 def count_kept_bytes(network: nn.Module, images: torch.Tensor) -> int:
@@ -126,9 +126,9 @@ def fit_memory(
     """
     blocks = [module for module in network.modules() if isinstance(module, Block)]
     while not _all_fit(network, images[: len(images) // parts], group, attempt):
-        if any(block.recomputation != "block" for block in blocks):
+        if any(block.recomputation != "full" for block in blocks):
             climb(blocks, 2 * len(blocks))
-            info("out of memory: all blocks are computed again, as with train.recompute=block; results do not change")
+            info("out of memory: all blocks are computed again, as with train.recompute=full; results do not change")
             continue
         parts *= 2
         if len(images) % parts or len(images) // parts < 2:

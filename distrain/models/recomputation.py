@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from distrain.errors import UserError, nearest
 
-Recomputation = Literal["none", "block", "selective"]
+Recomputation = Literal["none", "full", "selective"]
 RECOMPUTATIONS: tuple[Recomputation, ...] = get_args(Recomputation)
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
@@ -19,7 +19,7 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 def set_recomputation(network: nn.Module, mode: str) -> None:
     """Choose what the backward pass of `network` computes again (Chen et al. 2016).
 
-    none: nothing, all activations are kept. block: everything inside a residual block or dense layer.
+    none: nothing, all activations are kept. full: everything inside a residual block or dense layer.
     selective: normalisation, ReLU, concatenation and dropout; outputs of convolutions are kept. Results,
     gradients and running statistics are the same bits in all three. Raises UserError for another mode.
     """
@@ -45,7 +45,7 @@ class Block(nn.Module):
         if not torch.compiler.is_compiling():
             return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=self._contexts)
         # The compiler writes buffers back once, at the end of its graph, so it needs no care for statistics.
-        if self.recomputation == "block":
+        if self.recomputation == "full":
             return checkpoint(self.compute, *inputs, use_reentrant=False)
         return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=_keep_convolutions)
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SCRIPT = "regnety_16gf.sh"
 # 203 samples in steps of 16: 24 epochs are 304 steps.
 SETTINGS = (
-    *SMALL, "batch.lanes=4", "batch.per_lane=4", "train.epochs=24", "checkpoint.every_steps=20", "data.lighting=0",
+    *SMALL, "batch.lanes=4", "batch.per_lane=4", "train.epochs=24", "checkpoint.every_steps=20", "augment.lighting=0",
     "evaluate.every_epochs=8", "resilience.patience=6", "optimizer.weight_decay=0",
 )  # fmt: skip
 STEPS = 304

@@ -115,7 +115,7 @@ def test_the_doctor_names_every_unfit_host_with_a_mocked_clock(cluster, settings
     (tmp_path / "sitecustomize.py").write_text("import time\nhere = time.time\ntime.time = lambda: here() + 30\n")
     start_sshd(cluster, "n4", tmp_path / "ssh", f"SetEnv=PYTHONPATH={tmp_path}")
 
-    words = ("--hosts", "n1,n2,n3,n4", f"run.dir={tmp_path}", "run.name=run", f"data.cache={cache}", *settings)
+    words = ("--hosts", "n1,n2,n3,n4", f"run.dir={tmp_path}", "run.name=run", f"download.cache={cache}", *settings)
     done = launch(cluster, "doctor", *words)
     assert done.returncode == 78, done.stdout + done.stderr
     unfit = [line.partition("unfit: ")[2] for line in done.stdout.splitlines() if "unfit: " in line]

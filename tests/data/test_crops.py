@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.crops import center_crop_boxes, draw_crop_boxes
 from distrain.data.sampling.plan import LaneBatch
 
@@ -12,6 +12,7 @@ IDS = np.arange(N)
 RNG = np.random.default_rng(0)
 WIDTHS = RNG.integers(20, 900, N).astype(np.int32)
 HEIGHTS = RNG.integers(20, 900, N).astype(np.int32)
+AUGMENT = AugmentConfig()
 
 
 def config(**options) -> DataConfig:
@@ -22,25 +23,25 @@ def batch(epoch=0, copy=0, ids=IDS) -> LaneBatch:
     return LaneBatch(ids, np.full_like(ids, epoch), np.full_like(ids, copy))
 
 
-def test_a_window_depends_on_its_own_sample_alone():
-    together = draw_crop_boxes(config(), 1, batch(3), WIDTHS, HEIGHTS)
-    alone = draw_crop_boxes(config(), 1, batch(3, ids=IDS[7:8]), WIDTHS[7:8], HEIGHTS[7:8])
+def test_a_crop_box_depends_on_its_own_sample_alone():
+    together = draw_crop_boxes(AUGMENT, config(), 1, batch(3), WIDTHS, HEIGHTS)
+    alone = draw_crop_boxes(AUGMENT, config(), 1, batch(3, ids=IDS[7:8]), WIDTHS[7:8], HEIGHTS[7:8])
     assert [part[7] for part in together] == [part[0] for part in alone]
 
 
-def test_windows_change_with_epoch_copy_and_seed():
-    windows = [
-        draw_crop_boxes(config(), seed, batch(epoch, copy), WIDTHS, HEIGHTS)
+def test_crop_boxes_change_with_epoch_copy_and_seed():
+    drawn = [
+        draw_crop_boxes(AUGMENT, config(), seed, batch(epoch, copy), WIDTHS, HEIGHTS)
         for seed, epoch, copy in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))
     ]
-    boxes = [np.stack(window[:4]) for window in windows]
+    boxes = [np.stack(each[:4]) for each in drawn]
     for other in boxes[1:]:
         assert np.mean((boxes[0] == other).all(axis=0)) < 0.15  # some fit no crop and take the centre
-    assert 0.4 < np.mean(windows[0].flip == windows[1].flip) < 0.6
+    assert 0.4 < np.mean(drawn[0].flip == drawn[1].flip) < 0.6
 
 
 def test_resized_crops_lie_inside_the_image():
-    top, left, height, width, flip = draw_crop_boxes(config(), 0, batch(), WIDTHS, HEIGHTS)
+    top, left, height, width, flip = draw_crop_boxes(AUGMENT, config(), 0, batch(), WIDTHS, HEIGHTS)
     assert min(top.min(), left.min()) == 0
     assert min(height.min(), width.min()) > 0
     assert (top + height <= HEIGHTS).all()
@@ -49,7 +50,7 @@ def test_resized_crops_lie_inside_the_image():
 
 
 def test_resized_crops_are_distributed_as_those_of_torchvision():
-    _, left, height, width, _ = draw_crop_boxes(config(), 0, batch(), WIDTHS, HEIGHTS)
+    _, left, height, width, _ = draw_crop_boxes(AUGMENT, config(), 0, batch(), WIDTHS, HEIGHTS)
     theirs = np.array(
         [
             RandomResizedCrop.get_params(torch.empty(3, 1, 1).expand(3, h, w), (0.08, 1.0), (0.75, 4 / 3))
@@ -69,9 +70,9 @@ def test_resized_crops_are_distributed_as_those_of_torchvision():
 
 
 def test_shifted_crops_reach_as_far_as_the_padding_on_every_side():
-    data = config(crop="pad", crop_pad=4, image_size=32, val_resize=32)
+    augment = AugmentConfig(crop="pad", crop_pad=4)
     sides = np.full(N, 32, np.int32)
-    top, left, height, width, _ = draw_crop_boxes(data, 0, batch(), sides, sides)
+    top, left, height, width, _ = draw_crop_boxes(augment, config(), 0, batch(), sides, sides)
     assert set(top) == set(left) == set(range(-4, 5))
     assert set(height) == set(width) == {32}
 

@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype
 from webdataset import TarWriter
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.crops import CropBoxes
 from distrain.data.image import ImageError, measure
 from distrain.data.loading import jpeg_region, open_loader
@@ -137,7 +137,7 @@ def load(tmp_path_factory):
         request = Request(LaneBatch(ids, ids * 0, ids * 0), CropBoxes(*boxes, np.zeros(len(ids), bool)), SIZE)
         quarantine = Quarantine(folder / "quarantine.jsonl", "train", len(kinds), 0.0)
         source = SampleReader(kinds, LocalStore(kinds), quarantine)
-        with closing(open_loader(loader, data, 0, len(ids), source, torch.device("cpu"))) as opened:
+        with closing(open_loader(loader, data, AugmentConfig(), 0, len(ids), source, torch.device("cpu"))) as opened:
             (batch,) = opened.stream([request])
         return batch.images
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import crop, resize
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.crops import CropBoxes, draw_crop_boxes
 from distrain.data.loading import open_loader
 from distrain.data.loading.dali import DaliLoader, find_refusal
@@ -23,11 +23,12 @@ from distrain.data.storage.index_file import load_index
 from distrain.data.storage.store import LocalStore
 
 CPU = torch.device("cpu")
+AUGMENT = AugmentConfig(crop="pad", crop_pad=2)
 
 
 @pytest.fixture
 def data():
-    return DataConfig(train="", val="", image_size=8, val_resize=8, crop="pad", crop_pad=2, threads=2, max_bad=0.5)
+    return DataConfig(train="", val="", image_size=8, val_resize=8, threads=2, max_bad=0.5)
 
 
 @pytest.fixture
@@ -37,12 +38,12 @@ def train_index(dataset):
 
 @pytest.fixture(params=["torch", "dali"])
 def load(request, tmp_path):
-    """Decode requests: load(data, index, requests) -> batches. Bad samples go to tmp_path/quarantine.jsonl."""
+    """Decode requests: load(data, index, requests[, augment]) -> batches. Bad samples: tmp_path/quarantine.jsonl."""
 
-    def load_all(data, train_index, wanted):
+    def load_all(data, train_index, wanted, augment=AUGMENT):
         quarantine = Quarantine(tmp_path / "quarantine.jsonl", "train", len(train_index), data.max_bad)
         source = SampleReader(train_index, LocalStore(train_index), quarantine)
-        with closing(open_loader(request.param, data, 0, 6, source, CPU)) as loader:
+        with closing(open_loader(request.param, data, augment, 0, 6, source, CPU)) as loader:
             return list(loader.stream(wanted))
 
     return load_all
@@ -57,11 +58,11 @@ def samples(*ids):
     return LaneBatch(np.array(ids), np.zeros(len(ids), int), np.zeros(len(ids), int))
 
 
-def requests(data, train_index, start=0, augmented=False):
+def requests(data, train_index, start=0, augmented=False, augment=AUGMENT):
     for step in range(start, 10):
         wanted = samples(*range(step * 6, step * 6 + 6))
         widths, heights = train_index.width[wanted.ids], train_index.height[wanted.ids]
-        crops = draw_crop_boxes(data, 0, wanted, widths, heights)
+        crops = draw_crop_boxes(augment, data, 0, wanted, widths, heights)
         yield Request(wanted, crops, data.image_size, augmented=augmented)
 
 
@@ -94,16 +95,16 @@ def test_a_window_that_lies_outside_of_its_image_is_black(data, train_index, loa
 
 
 def test_shifts_may_be_larger_than_the_images(data, train_index, load):
-    batches = load(replace(data, crop_pad=20), train_index, requests(replace(data, crop_pad=20), train_index))
+    batches = load(data, train_index, requests(data, train_index, augment=replace(AUGMENT, crop_pad=20)))
     black = [not image.any() for batch in batches for image in batch.images]
     assert len(black) == 60
     assert 0 < sum(black) < 60
 
 
 def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index, load):
-    data = replace(data, auto_augment="ta_wide", color_jitter=[0.4, 0.4, 0.4], lighting=0.1, erase=0.5)
-    full = load(data, train_index, requests(data, train_index, augmented=True))
-    tail = load(data, train_index, requests(data, train_index, start=7, augmented=True))
+    augment = replace(AUGMENT, auto_augment="ta_wide", color_jitter=[0.4, 0.4, 0.4], lighting=0.1, erase=0.5)
+    full = load(data, train_index, requests(data, train_index, augmented=True), augment)
+    tail = load(data, train_index, requests(data, train_index, start=7, augmented=True), augment)
     assert len(full) == 10
     for expected, found in zip(full[7:], tail, strict=True):
         assert torch.equal(expected.images, found.images)
@@ -111,10 +112,10 @@ def test_starting_in_the_middle_gives_the_tail_of_a_full_run(data, train_index, 
 
 
 def test_only_training_changes_pixels(data, train_index, load):
-    changing = replace(data, lighting=0.5)
+    lighting = replace(AUGMENT, lighting=0.5)
     plain = load(data, train_index, requests(data, train_index))
-    assert torch.equal(load(changing, train_index, requests(data, train_index))[0].images, plain[0].images)
-    trained = load(changing, train_index, requests(data, train_index, augmented=True))
+    assert torch.equal(load(data, train_index, requests(data, train_index), lighting)[0].images, plain[0].images)
+    trained = load(data, train_index, requests(data, train_index, augmented=True), lighting)
     assert not torch.equal(trained[0].images, plain[0].images)
 
 
@@ -123,10 +124,10 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_listed(data, train
 
     def request(stream):
         wanted = samples(*stream)
-        crops = draw_crop_boxes(data, 0, wanted, train_index.width[wanted.ids], train_index.height[wanted.ids])
+        widths, heights = train_index.width[wanted.ids], train_index.height[wanted.ids]
+        crops = draw_crop_boxes(replace(AUGMENT, crop="none", flip=0.0), data, 0, wanted, widths, heights)
         return Request(wanted, crops, 8, replacement=lambda place: request(wanted.ids[place : place + 1] + 1))
 
-    data = replace(data, crop="none", flip=0.0)
     (batch,) = load(data, bad, [request(range(6))])
     assert batch.labels.tolist() == train_index.label[[0, 1, 2, 4, 4, 5]].tolist()
     assert torch.equal(batch.images[3], pixels(train_index, 4))
@@ -174,7 +175,7 @@ def test_only_an_image_that_cannot_be_decoded_counts_as_one(message, refusal):
 def open_dali(data, train_index, folder, device=CPU):
     quarantine = Quarantine(folder / "quarantine.jsonl", "train", len(train_index), data.max_bad)
     return closing(
-        open_loader("dali", data, 0, 6, SampleReader(train_index, LocalStore(train_index), quarantine), device)
+        open_loader("dali", data, AUGMENT, 0, 6, SampleReader(train_index, LocalStore(train_index), quarantine), device)
     )
 
 

@@ -36,15 +36,16 @@ def photos(tmp_path_factory) -> Path:
 LOADING = f"""
 import json, sys
 import psutil, torch
-from distrain.config import BatchConfig, Config, DataConfig, RunConfig, TrainConfig
-from distrain.data.storage.index_file import load_index, save_index
+from distrain.config import AugmentConfig, BatchConfig, Config, DataConfig, RunConfig, TrainConfig
+from distrain.data.storage.index_file import load_index
 from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests
 
 loader, path, folder = sys.argv[1:]
 torch.set_num_threads(1)
 run = Config(
     run=RunConfig(name="run", dir=folder),
-    data=DataConfig(train=path, val=path, image_size=64, val_resize=64, color_jitter=[0.4, 0.4, 0.4]),
+    data=DataConfig(train=path, val=path, image_size=64, val_resize=64),
+    augment=AugmentConfig(color_jitter=[0.4, 0.4, 0.4]),
     batch=BatchConfig(lanes=2, per_lane={BATCH}),
     train=TrainConfig(epochs={EPOCHS}),
 )

@@ -3,18 +3,19 @@ import pytest
 import torch
 from torchvision.transforms import RandomErasing, TrivialAugmentWide
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig
 from distrain.data.augmentation import pixels
 from distrain.data.augmentation.pixels import augment_pixels, erase_box, shift_lighting, trivial_augment_wide
 
+MEAN = [0.485, 0.456, 0.406]
 IMAGE = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_change_is_a_function_of_seed_sample_epoch_and_copy():
-    data = DataConfig(train="", val="", auto_augment="ta_wide", color_jitter=[0.4, 0.4, 0.4], lighting=0.1, erase=0.5)
+    augment = AugmentConfig(auto_augment="ta_wide", color_jitter=[0.4, 0.4, 0.4], lighting=0.1, erase=0.5)
     keys = [(0, (1, 2, 0)), (1, (1, 2, 0)), (0, (2, 2, 0)), (0, (1, 3, 0)), (0, (1, 2, 1))]
-    first, *others = (augment_pixels(IMAGE, data, *key) for key in keys)
-    assert torch.equal(first, augment_pixels(IMAGE, data, *keys[0]))
+    first, *others = (augment_pixels(IMAGE, augment, MEAN, *key) for key in keys)
+    assert torch.equal(first, augment_pixels(IMAGE, augment, MEAN, *keys[0]))
     assert not any(torch.equal(first, other) for other in others)
 
 
@@ -67,4 +68,4 @@ def test_the_mean_colour_fills_what_is_erased():
 
 
 def test_nothing_is_changed_unless_asked_for():
-    assert not pixels.augments_pixels(DataConfig(train="", val=""))
+    assert not pixels.augments_pixels(AugmentConfig())

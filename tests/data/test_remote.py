@@ -16,7 +16,7 @@ from s3fs import S3FileSystem
 from support.cache_readers import exit_codes, open_at, start_reader_of, start_readers
 from support.servers import use_s3, without_credentials
 
-from distrain.config import DataConfig
+from distrain.config import DownloadConfig
 from distrain.data.index import Index
 from distrain.data.storage import download
 from distrain.data.storage.download import Closed, Downloader, DownloadError
@@ -156,7 +156,7 @@ def wait_for(condition):
 @pytest.mark.parametrize("fault", [500, 503, 429, "stall", "cut", "corrupt"])
 def test_every_transient_fault_is_survived(fault, server, open_remote, folder, caplog):
     server.faults[SHARD] = [fault, fault]
-    store = open_remote(server.url, stall=0.2)
+    store = open_remote(server.url, timeout=0.2)
     assert store.read(IN_SHARD) == LocalStore(load_index(f"{folder}/train.parquet")).read(IN_SHARD)
     assert server.requests[SHARD] == 3
     assert len([message for message in caplog.messages if SHARD in message]) == 2
@@ -166,7 +166,7 @@ def test_every_transient_fault_is_survived(fault, server, open_remote, folder, c
 def test_every_transient_fault_of_s3_is_survived(fault, server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     server.faults["train-000000.tar"] = [fault, fault]
-    store = open_copy(folder, "s3://a", cache, stall=0.3)
+    store = open_copy(folder, "s3://a", cache, timeout=0.3)
     assert store.read(0) == LocalStore(load_index(f"{folder}/train.parquet")).read(0)
     assert server.requests["train-000000.tar"] == 3
 
@@ -251,22 +251,22 @@ def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, ca
         open_copy(folder, "s3://c", cache).read(0)
 
 
-def open_copy(folder, root, cache, stall=5.0):
+def open_copy(folder, root, cache, timeout=5.0):
     """A store on the shards of `folder` that takes them to lie at `root`."""
     built = load_index(f"{folder}/train.parquet")
-    data = DataConfig(train="", val="", cache=str(cache), retries=2, retry_wait=0.01, stall=stall)
-    return RemoteStore(Index(**{**vars(built), "root": root}), data)
+    download = DownloadConfig(cache=str(cache), retries=2, retry_wait=0.01, timeout=timeout)
+    return RemoteStore(Index(**{**vars(built), "root": root}), download)
 
 
 def test_a_bound_that_holds_no_shard_is_refused_by_name(server, open_remote):
-    with pytest.raises(UserError, match=r"^data\.cache_gb=1e-05 cannot hold train-000000\.tar of .* GB: raise it"):
+    with pytest.raises(UserError, match=r"^download\.cache_gb=1e-05 cannot hold train-000000\.tar of .* GB: raise it"):
         open_remote(server.url, cache_gb=1e-5)
 
 
 def test_a_full_disk_is_one_line_that_names_the_folder(server, open_remote, cache, monkeypatch):
     store = open_remote(server.url)
     monkeypatch.setattr(os, "posix_fallocate", raise_disk_full)
-    with pytest.raises(RankError, match=rf"^{cache}: the disk is full: .* MB; free some space or set data\.cache"):
+    with pytest.raises(RankError, match=rf"^{cache}: the disk is full: .* MB; free some space or set download\.cache"):
         store.read(0)
     assert not list(cache.glob("*.part"))
 
@@ -295,7 +295,7 @@ def free_beside_an_empty_cache(cache):
 
 def test_a_folder_that_cannot_be_written_is_named(server, open_remote, cache):
     cache.write_text("a file where the folder should be")
-    with pytest.raises(RankError, match=rf"^{cache}: cannot hold downloaded shards: File exists; set data\.cache"):
+    with pytest.raises(RankError, match=rf"^{cache}: cannot hold downloaded shards: File exists; set download\.cache"):
         open_remote(server.url)
 
 
@@ -329,7 +329,7 @@ def test_a_shard_damaged_in_the_cache_is_downloaded_again(server, open_remote, c
 def test_a_bad_sample_of_a_good_shard_is_an_error_of_that_sample_alone(server, folder, cache):
     built = load_index(f"{server.url}/train.parquet")
     built.crc32[IN_SHARD] ^= 1
-    store = RemoteStore(built, DataConfig(train="", val="", cache=str(cache)))
+    store = RemoteStore(built, DownloadConfig(cache=str(cache)))
     with pytest.raises(DataError, match=rf"{SHARD}: the \d+ bytes at \d+ are not those that were indexed"):
         store.read(IN_SHARD)
     store.read(IN_SHARD + 1)

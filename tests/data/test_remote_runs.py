@@ -5,14 +5,14 @@ from support.forked_runs import train
 from support.processes import SMALL
 from support.servers import use_s3, without_credentials
 
-from distrain.config import DataConfig
+from distrain.config import DownloadConfig
 from distrain.data.storage.download import DownloadError
 from distrain.data.storage.index_file import load_index
 from distrain.errors import UserError
 
 SHARD = "train-000001.tar"
 
-PATIENCE = DataConfig(retries=2, retry_wait=0.01, stall=0.3)
+PATIENCE = DownloadConfig(retries=2, retry_wait=0.01, timeout=0.3)
 
 
 @pytest.mark.parametrize("protocol", ["http", "s3"])
@@ -58,7 +58,7 @@ def run_on(tmp_path_factory, on_dataset):
     def run(name, root):
         where = (f"data.train={root}/train.parquet", f"data.val={root}/val.parquet", "data.shuffle=window")
         steps = ("batch.lanes=2", "batch.per_lane=8", "train.epochs=2", "data.loader=torch")
-        downloads = (f"data.cache={folder}/{name}-cache", "data.retry_wait=0.01", "data.stall=0.3")
+        downloads = (f"download.cache={folder}/{name}-cache", "download.retry_wait=0.01", "download.timeout=0.3")
         return train(folder / name, *SMALL, *on_dataset, *where, *steps, *downloads)
 
     return run

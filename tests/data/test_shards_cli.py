@@ -236,8 +236,8 @@ def test_the_sheet_shows_what_training_will_see(shards, dataset, tmp_path):
 
     (tmp_path / "run.yaml").write_text(
         f"run: {{name: a, dir: {tmp_path}, seed: 5}}\nmodel: {{name: regnety_400mf, num_classes: 3}}\n"
-        f"data: {{train: {dataset}/train.parquet, val: {dataset}/val.parquet, image_size: 8, val_resize: 8, "
-        "crop: pad, crop_pad: 2}\nbatch: {lanes: 1, per_lane: 6}\n"
+        f"data: {{train: {dataset}/train.parquet, val: {dataset}/val.parquet, image_size: 8, val_resize: 8"
+        "}\naugment: {crop: pad, crop_pad: 2}\nbatch: {lanes: 1, per_lane: 6}\n"
     )
     sheet, settings = tmp_path / "s.png", tmp_path / "run.yaml"
     code, _, _ = shards("show", dataset / "train.parquet", "--sheet", sheet, "--samples", 6, "--config", settings)

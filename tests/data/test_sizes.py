@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from distrain import config
-from distrain.config import BatchConfig, Config, DataConfig, ModelConfig, RunConfig, ScheduleConfig, TrainConfig
+from distrain.config import (
+    AugmentConfig,
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from distrain.data.augmentation.crops import size_at
 from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests, validation_requests
 from distrain.data.storage.index_file import load_index
@@ -22,9 +31,12 @@ REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.n
         ("[[0,128],[30]]", "data.size_schedule=[[0.0, 128.0], [30.0]] must be rows of an epoch and a whole number of"),
         ("[[0,100.5],[30,224]]", "must be rows of an epoch and a whole number of pixels"),
         ("[[0,0],[30,224]]", "must be rows of an epoch and a whole number of pixels"),
-        ("[[1,128],[30,224]]", "must begin at epoch 0 and go on with ever later epochs"),
-        ("[[0,128],[30,160],[30,224]]", "must begin at epoch 0 and go on with ever later epochs"),
-        ("[[0,128],[30,160]]", "data.size_schedule ends at 160 pixels, but data.image_size=224: end it there"),
+        ("[[1,128],[30,224]]", "must start at epoch 0, and epochs must increase"),
+        ("[[0,128],[30,160],[30,224]]", "must start at epoch 0, and epochs must increase"),
+        (
+            "[[0,128],[30,160]]",
+            "data.size_schedule ends at 160 pixels, but data.image_size=224: the last size must be image_size",
+        ),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_one_line(schedule, message):
@@ -61,11 +73,11 @@ def growing(dataset, tmp_path):
         image_size=12,
         val_resize=12,
         size_schedule=[[0, 6], [1, 8], [2.5, 12]],
-        auto_augment="ta_wide",
     )
     return Config(
         run=RunConfig(name="run", dir=str(tmp_path)),
         data=data,
+        augment=AugmentConfig(auto_augment="ta_wide"),
         model=ModelConfig(name="densenet121", num_classes=3),
         batch=BatchConfig(lanes=2, per_lane=10),
         train=TrainConfig(epochs=3),

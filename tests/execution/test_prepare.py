@@ -46,7 +46,7 @@ def test_every_rung_computes_more_again_and_keeps_less(network):
     climb(blocks, 2)
     assert modes(network) == ["selective"] * 2 + ["none"] * 7
     climb(blocks, 11)
-    assert modes(network) == ["block"] * 2 + ["selective"] * 7
+    assert modes(network) == ["full"] * 2 + ["selective"] * 7
 
 
 def test_auto_recomputes_the_least_that_fits_the_budget(network, group, tmp_path):
@@ -100,7 +100,7 @@ def test_on_a_small_mock_device_blocks_are_computed_again_before_lanes_are_cut(n
     images, said = torch.randn(8, 3, 16, 16), []
     little = kept(network, 8) // 2
     assert fit_memory(network, images, 1, group, mock_of_a_device_that_holds(little), said.append) == 1
-    assert modes(network) == ["block"] * 9
+    assert modes(network) == ["full"] * 9
     less = kept(network, 8) - 1
     assert fit_memory(network, images, 1, group, mock_of_a_device_that_holds(less), said.append) == 2
     assert [line.partition(":")[2][:20] for line in said] == [" all blocks are comp", " each lane is cut in"]

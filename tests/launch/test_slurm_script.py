@@ -14,7 +14,7 @@ def launch(*words: str) -> "subprocess.CompletedProcess[str]":
 
 def test_the_script_asks_for_as_many_nodes_as_the_lanes_need():
     words = ("--dry-run", "--gpus", "4", "--partition", "gpu", "--account", "us", "--time", "2:00:00")
-    done = launch(*COMMAND, *words, "--image", "/images/distrain.sif", "train.epochs=30", "data.crop_scale=[0.1, 1]")
+    done = launch(*COMMAND, *words, "--image", "/images/distrain.sif", "train.epochs=30", "augment.crop_scale=[0.1, 1]")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     # 32 lanes on nodes of 4.
@@ -22,7 +22,7 @@ def test_the_script_asks_for_as_many_nodes_as_the_lanes_need():
         assert f"#SBATCH --{option}" in lines
     assert "RUN=runs/regnety_16gf" in lines
     assert "CONTAINER=/images/distrain.sif" in lines
-    assert "overrides=(train.epochs=30 'data.crop_scale=[0.1, 1]')" in lines
+    assert "overrides=(train.epochs=30 'augment.crop_scale=[0.1, 1]')" in lines
 
 
 def test_the_scripts_that_are_there_ask_for_what_it_would_write():

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from distrain.errors import UserError
 from distrain.models import build, set_recomputation
 
-MODES = ["block", "selective"]
+MODES = ["full", "selective"]
 NETWORKS: dict[str, dict[str, Any]] = {
     "densenet_bc_22_12": {"dropout": 0.2},
     "densenet_16_8": {"dropout": 0.2},
@@ -118,9 +118,9 @@ def test_names_of_parameters_stay(network, mode):
 @pytest.mark.parametrize("name", ["densenet_bc_22_12", "regnety_200mf"])
 def test_each_mode_keeps_less_memory_than_the_one_before(name):
     network, images = build(name, 10), torch.randn(2, 3, 64, 64)
-    everything, selective, block = (count_kept_bytes(network, images, mode) for mode in ("none", "selective", "block"))
+    everything, selective, full = (count_kept_bytes(network, images, mode) for mode in ("none", "selective", "full"))
     assert selective < 0.7 * everything
-    assert block < 0.7 * selective
+    assert full < 0.7 * selective
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
@@ -148,7 +148,7 @@ def go_back_twice(network: nn.Module, images: torch.Tensor) -> Step:
 
 def test_a_graph_can_be_gone_through_twice_where_blocks_are_computed_again(network, images):
     changed = copy.deepcopy(network)
-    set_recomputation(changed, "block")
+    set_recomputation(changed, "full")
     before = [id(buffer) for buffer in changed.buffers()]
     expected, step = go_back_twice(network, images), go_back_twice(changed, images)
     assert all(torch.equal(a, b) for a, b in zip(step.tensors(), expected.tensors(), strict=True))
@@ -173,5 +173,5 @@ def test_it_can_be_taken_back(network, images, mode):
 
 
 def test_an_unknown_mode_is_named_with_the_nearest(network):
-    with pytest.raises(UserError, match="'blocks' is not known: did you mean block"):
-        set_recomputation(network, "blocks")
+    with pytest.raises(UserError, match="'ful' is not known: did you mean full"):
+        set_recomputation(network, "ful")

@@ -9,7 +9,7 @@ from support.processes import SMALL, Training, train
 # 203 samples in steps of 24 are 8.5 steps an epoch: 4 epochs are 34 steps.
 SETTINGS = (
     *SMALL, "batch.lanes=6", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=5", "evaluate.batch=16",
-    "optimizer.lr=0.02", "average.decay=0.9", "average.every_steps=2",
+    "optimizer.lr=0.02", "ema.decay=0.9", "ema.every_steps=2",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distrain.config import DataConfig
+from distrain.config import DownloadConfig
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.remote import open_store
 from distrain.data.storage.store import Store
@@ -15,9 +15,9 @@ SPAWN = multiprocessing.get_context("spawn")
 
 def open_at(url: str, cache: Path, **settings) -> Store:
     """A store on the training shards behind a URL."""
-    defaults = {"cache_gb": 1.0, "retries": 3, "retry_wait": 0.01, "stall": 5.0}
-    data = DataConfig(train="", val="", cache=str(cache), **(defaults | settings))
-    return open_store(load_index(f"{url}/train.parquet"), data)
+    defaults = {"cache_gb": 1.0, "retries": 3, "retry_wait": 0.01, "timeout": 5.0}
+    download = DownloadConfig(cache=str(cache), **(defaults | settings))
+    return open_store(load_index(f"{url}/train.parquet"), download)
 
 
 def start_readers(count: int, url: str, cache: Path, samples: int, **settings) -> list:
@@ -49,4 +49,4 @@ def _read(url, cache, seed, samples, settings):
 
 
 def _read_one(url, cache, sample):
-    open_at(url, cache, stall=20.0).read(sample)
+    open_at(url, cache, timeout=20.0).read(sample)

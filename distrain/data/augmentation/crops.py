@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig
 from distrain.data.sampling.plan import LaneBatch
 from distrain.rng import Stream, uniform
 
@@ -27,17 +27,22 @@ class CropBoxes(NamedTuple):
 
 
 def draw_crop_boxes(
-    data: DataConfig, seed: int, batch: LaneBatch, widths: NDArray[np.int32], heights: NDArray[np.int32]
+    augment: AugmentConfig,
+    data: DataConfig,
+    seed: int,
+    batch: LaneBatch,
+    widths: NDArray[np.int32],
+    heights: NDArray[np.int32],
 ) -> CropBoxes:
     """The training windows of a lane's samples, whose images are so wide and high."""
-    flip = uniform(seed, Stream.FLIP, *batch) < data.flip
-    if data.crop == "pad":
-        shifts = 2 * data.crop_pad + 1
-        top, left = (np.floor(uniform(seed, Stream.CROP, *batch, axis) * shifts) - data.crop_pad for axis in (0, 1))
+    flip = uniform(seed, Stream.FLIP, *batch) < augment.flip
+    if augment.crop == "pad":
+        shifts = 2 * augment.crop_pad + 1
+        top, left = (np.floor(uniform(seed, Stream.CROP, *batch, axis) * shifts) - augment.crop_pad for axis in (0, 1))
         return _crop_boxes(top, left, heights, widths, flip)
-    if data.crop == "none":
+    if augment.crop == "none":
         return center_crop_boxes(data, widths, heights)._replace(flip=flip)
-    return _draw_resized(data, seed, batch, widths, heights)._replace(flip=flip)
+    return _draw_resized(augment, seed, batch, widths, heights)._replace(flip=flip)
 
 
 def size_at(data: DataConfig, epoch: float) -> int:
@@ -54,7 +59,7 @@ def center_crop_boxes(data: DataConfig, widths: NDArray[np.int32], heights: NDAr
 
 
 def _draw_resized(
-    data: DataConfig, seed: int, batch: LaneBatch, widths: NDArray[np.int32], heights: NDArray[np.int32]
+    augment: AugmentConfig, seed: int, batch: LaneBatch, widths: NDArray[np.int32], heights: NDArray[np.int32]
 ) -> CropBoxes:
     """A share of the area at a log-uniform aspect ratio (Szegedy et al. 2015, as torchvision draws it)."""
     attempt = np.arange(_ATTEMPTS)[:, None]
@@ -62,10 +67,10 @@ def _draw_resized(
     def draw(number: int) -> NDArray[np.float64]:
         return uniform(seed, Stream.CROP, *batch, attempt, number)
 
-    smallest, largest = data.crop_scale
+    smallest, largest = augment.crop_scale
     widths, heights = np.maximum(widths, 1), np.maximum(heights, 1)  # 0 for an unreadable image
     area = widths * heights.astype(np.float64) * (smallest + draw(0) * (largest - smallest))
-    narrowest, widest = np.log(data.crop_ratio)
+    narrowest, widest = np.log(augment.crop_ratio)
     ratio = np.exp(narrowest + draw(1) * (widest - narrowest))
     w = np.rint(np.sqrt(area * ratio))
     h = np.rint(np.sqrt(area / ratio))
@@ -77,7 +82,7 @@ def _draw_resized(
     top = np.floor(draw(2)[first, column] * (heights - h + 1))
     left = np.floor(draw(3)[first, column] * (widths - w + 1))
 
-    whole_ratio = np.clip(widths / heights, data.crop_ratio[0], data.crop_ratio[1])
+    whole_ratio = np.clip(widths / heights, augment.crop_ratio[0], augment.crop_ratio[1])
     fallback_w = np.minimum(widths, np.rint(heights * whole_ratio))
     fallback_h = np.minimum(heights, np.rint(widths / whole_ratio))
     found = fits.any(axis=0)

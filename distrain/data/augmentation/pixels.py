@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig
 from distrain.rng import Stream, uniform
 
 _BINS = 31  # magnitudes of TrivialAugment
@@ -21,23 +21,25 @@ _LIGHTING_STD = np.array([0.2175, 0.0188, 0.0045])
 _LIGHTING_AXES = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
 
-def augments_pixels(data: DataConfig) -> bool:
+def augments_pixels(augment: AugmentConfig) -> bool:
     """Whether the configuration asks for anything in this module."""
-    return data.auto_augment != "none" or any(data.color_jitter) or data.lighting > 0 or data.erase > 0
+    return augment.auto_augment != "none" or any(augment.color_jitter) or augment.lighting > 0 or augment.erase > 0
 
 
-def augment_pixels(image: torch.Tensor, data: DataConfig, seed: int, sample: tuple[int, int, int]) -> torch.Tensor:
+def augment_pixels(
+    image: torch.Tensor, augment: AugmentConfig, mean: list[float], seed: int, sample: tuple[int, int, int]
+) -> torch.Tensor:
     """Augment one image as configured; `sample` is (id, epoch, copy)."""
     draws = iter(uniform(seed, Stream.PIXELS, *sample, np.arange(24)).tolist())
-    if data.auto_augment == "ta_wide":
+    if augment.auto_augment == "ta_wide":
         image = trivial_augment_wide(image, next(draws), next(draws), next(draws))
-    for strength, change in zip(data.color_jitter, _JITTERS, strict=True):
+    for strength, change in zip(augment.color_jitter, _JITTERS, strict=True):
         if strength:
             image = change(image, 1 + strength * (2 * next(draws) - 1))
-    if data.lighting:
-        image = shift_lighting(image, data.lighting, np.array([next(draws) for _ in range(6)]))
-    if data.erase and next(draws) < data.erase:
-        image = erase_box(image, data.mean, *(next(draws) for _ in range(4)))
+    if augment.lighting:
+        image = shift_lighting(image, augment.lighting, np.array([next(draws) for _ in range(6)]))
+    if augment.erase and next(draws) < augment.erase:
+        image = erase_box(image, mean, *(next(draws) for _ in range(4)))
     return image
 
 

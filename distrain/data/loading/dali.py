@@ -19,7 +19,7 @@ import torch
 import torch.utils.dlpack
 from numpy.typing import NDArray
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.pixels import augment_pixels, augments_pixels
 from distrain.data.loading.loader import Batch, Request
 from distrain.data.loading.reader import ReadSample, SampleReader
@@ -35,16 +35,25 @@ _OUT_OF_ORDER = ("'#5'", "'#15'", "'#21'")  # of nvImageCodec: out of memory, tw
 class DaliLoader:
     """Batches of which `data.prefetch` are in the making at any time."""
 
-    def __init__(self, data: DataConfig, seed: int, batch: int, source: SampleReader, device: torch.device) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        augment: AugmentConfig,
+        seed: int,
+        batch: int,
+        source: SampleReader,
+        device: torch.device,
+    ) -> None:
         self._data = data
+        self._augment = augment
         self._seed = seed
         self._batch = batch
-        self._augments_pixels = augments_pixels(data)
+        self._augments_pixels = augments_pixels(augment)
         self._source = source
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._warned = False
-        self._other = TorchLoader(data, seed, source, device)
+        self._other = TorchLoader(data, augment, seed, source, device)
         self._pipeline = self._make_pipeline()
         self._readers = ThreadPoolExecutor(data.threads, thread_name_prefix="read")
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="dali")
@@ -147,7 +156,7 @@ class DaliLoader:
 
     def _change(self, image: torch.Tensor, sample: ReadSample) -> torch.Tensor:
         key = tuple(int(part[sample.place]) for part in sample.request.samples)
-        return augment_pixels(image, self._data, self._seed, key)  # type: ignore[arg-type]
+        return augment_pixels(image, self._augment, self._data.mean, self._seed, key)  # type: ignore[arg-type]
 
     def _make_pipeline(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types

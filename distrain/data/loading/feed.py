@@ -31,7 +31,7 @@ _TRIAL_ROUNDS = 2
 
 def load_indexes(config: Config) -> tuple[Index, Index]:
     """The training and validation index. Raises UserError unless both have the classes the model is to learn."""
-    train_index, val_index = (load_index(path, config.data) for path in (config.data.train, config.data.val))
+    train_index, val_index = (load_index(path, config.download) for path in (config.data.train, config.data.val))
     if train_index.classes != val_index.classes:
         raise UserError(f"{config.data.val} has other classes than {config.data.train}; index both with one list")
     classes = len(train_index.classes)
@@ -64,7 +64,7 @@ def train_requests(
     def request(lane: int, stream: IntArray, size: int) -> Request:
         samples = plan.lane_samples(lane, stream)
         widths, heights = index.width[samples.ids], index.height[samples.ids]
-        crops = draw_crop_boxes(config.data, config.run.seed, samples, widths, heights)
+        crops = draw_crop_boxes(config.augment, config.data, config.run.seed, samples, widths, heights)
 
         def replacement(place: int) -> Request:
             """The next sample of the lane: known beforehand, so that every run replaces a bad one by the same."""
@@ -98,9 +98,9 @@ def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine,
     """The loader `name` over an index. Raises RankError if it is not installed on this machine."""
     if name == "dali":
         _require_dali()
-    source = SampleReader(index, open_store(index, config.data), quarantine)
+    source = SampleReader(index, open_store(index, config.download), quarantine)
     batch = max(config.batch.per_lane, config.evaluate.batch)
-    return open_loader(name, config.data, config.run.seed, batch, source, device)
+    return open_loader(name, config.data, config.augment, config.run.seed, batch, source, device)
 
 
 def window_requests(config: Config, index: Index, stride: int) -> int:
@@ -115,7 +115,7 @@ def choose_loader(config: Config, plan: Plan, index: Index, device: torch.device
     The choice is kept in the run's folder, because another loader rounds pixels differently and a resumed run
     is to see the same ones. Raises UserError for a loader that is not installed.
     """
-    chosen = config.data.loader
+    chosen: str = config.data.loader
     if chosen == "auto":
         fastest = partial(_find_fastest, config, plan, index, device, info)
         chosen = str(RunDecisions(config.run.folder).get("loader", fastest))

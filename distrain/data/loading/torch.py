@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from distrain.config import DataConfig
+from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.pixels import augment_pixels, augments_pixels
 from distrain.data.loading.jpeg_region import Pixels, crop, resize
 from distrain.data.loading.loader import Batch, Request
@@ -17,11 +17,14 @@ from distrain.data.loading.reader import ReadSample, SampleReader
 class TorchLoader:
     """Batches of which `data.prefetch` are in the making at any time."""
 
-    def __init__(self, data: DataConfig, seed: int, source: SampleReader, device: torch.device) -> None:
+    def __init__(
+        self, data: DataConfig, augment: AugmentConfig, seed: int, source: SampleReader, device: torch.device
+    ) -> None:
         self._data = data
+        self._augment = augment
         self._seed = seed
         self._ahead = max(data.prefetch, data.threads)
-        self._augments_pixels = augments_pixels(data)
+        self._augments_pixels = augments_pixels(augment)
         self._source = source
         self._device = device
         self._pool = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")
@@ -86,7 +89,7 @@ class TorchLoader:
         if request.augmented and self._augments_pixels:
             keys = tuple(int(key[place]) for key in request.samples)
             planes = torch.from_numpy(image).permute(2, 0, 1)
-            planes = augment_pixels(planes, self._data, self._seed, keys)  # type: ignore[arg-type]
+            planes = augment_pixels(planes, self._augment, self._data.mean, self._seed, keys)  # type: ignore[arg-type]
             return planes.permute(1, 2, 0).numpy()
         return image
 

@@ -198,14 +198,14 @@ class ShardCache:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full(size) from error
             raise RankError(
-                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; set data.cache to a folder that can"
+                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; set download.cache to another folder"
             ) from error
 
     def _full(self, size: int) -> RankError:
         free = shutil.disk_usage(self._folder).free
         return RankError(
             f"{self._folder}: the disk is full: {free / 1e6:,.0f} MB are free and the next shard takes "
-            f"{size / 1e6:,.0f} MB; free some space or set data.cache to a folder on another disk"
+            f"{size / 1e6:,.0f} MB; free some space or set download.cache to a folder on another disk"
         )
 
 

@@ -7,7 +7,7 @@ from threading import Event
 
 import numpy as np
 
-from distrain.config import DataConfig
+from distrain.config import DownloadConfig
 from distrain.data.index import COLUMNS, Index, Shard, is_remote
 from distrain.data.storage.download import Downloader
 from distrain.errors import RankError, UserError
@@ -15,8 +15,8 @@ from distrain.errors import RankError, UserError
 _FORMAT = 1
 
 
-def load_index(path: str, data: DataConfig | None = None) -> Index:
-    """Read an index file from a path or URL; `data` tells how patient to be with a server.
+def load_index(path: str, download: DownloadConfig | None = None) -> Index:
+    """Read an index file from a path or URL; `download` tells how patient to be with a server.
 
     Raises UserError when it is missing or is no index, TransferError when the server fails at every attempt.
     """
@@ -24,7 +24,7 @@ def load_index(path: str, data: DataConfig | None = None) -> Index:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(BytesIO(_read_bytes(path, data or DataConfig())))
+        table = pyarrow.parquet.read_table(BytesIO(_read_bytes(path, download or DownloadConfig())))
         header = json.loads(table.schema.metadata[b"distrain"])
         columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -57,11 +57,11 @@ def save_index(index: Index, path: str | Path) -> None:
     draft.replace(path)
 
 
-def _read_bytes(path: str, data: DataConfig) -> bytes:
+def _read_bytes(path: str, download: DownloadConfig) -> bytes:
     missing = "no such index; make it with `python -m distrain shards` or set data.train and data.val"
     try:
         if is_remote(path):
-            return Downloader(data.retries, data.retry_wait, data.stall, Event()).read(path, missing)
+            return Downloader(download.retries, download.retry_wait, download.timeout, Event()).read(path, missing)
         return Path(path).read_bytes()
     except RankError as error:  # all ranks read the same index
         raise UserError(str(error)) from error

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.config import DataConfig
+from distrain.config import DownloadConfig
 from distrain.data.index import Index
 from distrain.data.storage.cache import ShardCache, Write
 from distrain.data.storage.download import Closed, Downloader, DownloadError
@@ -22,27 +22,27 @@ from distrain.errors import UserError
 
 
 class RemoteStore:
-    """Reads from shards that are downloaded to `data.cache` when they are announced, or else when they are needed."""
+    """Reads shards that are downloaded to `download.cache` ahead of need, or else when they are needed."""
 
-    def __init__(self, index: Index, data: DataConfig) -> None:
+    def __init__(self, index: Index, download: DownloadConfig) -> None:
         """Raises UserError when no cache within the bound can hold the shards."""
-        limit = round(data.cache_gb * 1e9)
+        limit = round(download.cache_gb * 1e9)
         largest = max(index.shards, key=lambda shard: shard.size)
         if largest.size > limit:
             raise UserError(
-                f"data.cache_gb={data.cache_gb:g} cannot hold {largest.name} of {largest.size / 1e9:.3g} GB: "
+                f"download.cache_gb={download.cache_gb:g} cannot hold {largest.name} of {largest.size / 1e9:.3g} GB: "
                 "raise it, to some shards for each rank at the least"
             )
         self._index = index
         self._closing = threading.Event()
-        self._transfer = Downloader(data.retries, data.retry_wait, data.stall, self._closing)
-        self._cache = ShardCache(cache_folder(data), limit, self._closing)
+        self._transfer = Downloader(download.retries, download.retry_wait, download.timeout, self._closing)
+        self._cache = ShardCache(cache_folder(download), limit, self._closing)
         self._names = [self._name(shard) for shard in range(len(index.shards))]
         self._announced: SimpleQueue[int] = SimpleQueue()
         self._waiting: set[int] = set()
         self._workers = [
             threading.Thread(target=self._download_announced, name="download", daemon=True)
-            for _ in range(data.downloads)
+            for _ in range(download.parallel)
         ]
         for worker in self._workers:
             worker.start()
@@ -97,11 +97,11 @@ class RemoteStore:
         return sha256(f"{self._index.location(shard)} {size} {crc32}".encode()).hexdigest()[:24]
 
 
-def open_store(index: Index, data: DataConfig) -> Store:
+def open_store(index: Index, download: DownloadConfig) -> Store:
     """A store that suits the place of the shards. Raises UserError when they cannot be used."""
-    return RemoteStore(index, data) if index.remote else LocalStore(index)
+    return RemoteStore(index, download) if index.remote else LocalStore(index)
 
 
-def cache_folder(data: DataConfig) -> Path:
+def cache_folder(download: DownloadConfig) -> Path:
     default = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}" / "shards"
-    return Path(data.cache).expanduser() if data.cache else default
+    return Path(download.cache).expanduser() if download.cache else default
