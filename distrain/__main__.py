@@ -1,4 +1,4 @@
-"""The entry of every process: runs the command line and turns what happened into an exit code."""
+"""Entry point of every process: runs the command line and turns the outcome into an exit code."""
 
 import os
 import select
@@ -6,16 +6,16 @@ import signal
 import sys
 import time
 
-from distrain.errors import EXIT_USER, LostRankError, RankError, SharedError, TemporaryError, UserError
+from distrain.errors import EXIT_USER, TemporaryError, UserError
 
-_LAST_WORDS_S = 5  # that another rank has to say why it ends
+_GRACE_S = 5  # for another rank to print why it exits
 
 
 def main() -> int:
     try:
         try:
             return run()
-        finally:  # also where argparse leaves, after --help
+        finally:  # also when argparse exits after --help
             sys.stdout.flush()
     except BrokenPipeError:
         if not stdout_closed():
@@ -24,12 +24,12 @@ def main() -> int:
 
 
 def entry() -> None:
-    """main() as the whole of a process."""
+    """Run main() and exit the process."""
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
     if code == EXIT_USER:
-        os._exit(code)  # libraries that are taken down in the middle of their work may abort, with another code
+        os._exit(code)  # libraries torn down while working may abort with another exit code
     sys.exit(code)
 
 
@@ -38,48 +38,43 @@ def run() -> int:
 
     try:
         return cli.run(sys.argv[1:])
-    except UserError as error:
-        if not isinstance(error, RankError):
+    except (UserError, TemporaryError) as error:
+        if error.scope == "all":
             yield_to_main_rank()
-        info(error)
-        return EXIT_USER
-    except TemporaryError as error:
-        if isinstance(error, SharedError):
-            yield_to_main_rank()
-        if isinstance(error, LostRankError):
-            yield_to_lost_rank()
-        info(error)
-        return 1
+        elif error.scope == "peer":
+            yield_to_failed_rank()
+        print_error(error)
+        return EXIT_USER if isinstance(error, UserError) else 1
 
 
 def yield_to_main_rank() -> None:
-    """Give rank 0 time to say what all would say alike. Once it has ended, torchrun ends those that wait here; one
-    that is still there after some seconds has to speak itself."""
+    """Give rank 0 time to print what every rank would print. Once it exits, torchrun ends the ranks that wait here; a
+    rank that is still alive after that prints the error itself."""
     if int(os.environ.get("RANK", 0)) > 0:
-        time.sleep(_LAST_WORDS_S)
+        time.sleep(_GRACE_S)
 
 
-def yield_to_lost_rank() -> None:
-    """The same for a rank that is gone. torchrun may have seen that first: then this one was told to end already."""
+def yield_to_failed_rank() -> None:
+    """The same for a rank that failed. torchrun may have noticed first and sent SIGTERM to this one already."""
     from distrain.resilience.stopping import StopRequest
 
     if StopRequest.sigterm_came:
         signal.raise_signal(signal.SIGTERM)
-    time.sleep(_LAST_WORDS_S)
+    time.sleep(_GRACE_S)
 
 
 def stdout_closed() -> bool:
-    """Whether what is printed has nowhere to go, as behind `| head`. It then goes to /dev/null, so that Python does not
-    complain at exit."""
-    watch = select.poll()
-    watch.register(sys.stdout, 0)
-    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+    """Whether the reader of standard output is gone, as behind `| head`. Output then goes to /dev/null, so that Python
+    does not complain at exit."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 
-def info(error: Exception) -> None:
+def print_error(error: Exception) -> None:
     rank = int(os.environ.get("RANK", 0))
     print(f"distrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
 

@@ -1,44 +1,57 @@
-"""What a process says when it ends: exit codes, and the user's mistakes as one line.
+"""How a process ends: exit codes, and errors that are reported in one line.
 
-The launcher and the batch scripts decide by the exit codes alone whether to run again.
+The launcher and the batch scripts decide from the exit codes alone whether to start again.
 """
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
 
 EXIT_DONE = 0
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, everything saved, run me again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, everything saved, run again
 EXIT_USER = 78  # EX_CONFIG of sysexits.h: the user's mistake, running again will not help
+
+Scope = Literal["all", "rank", "peer"]
+"""Who reports an error. all: every rank has it, the main rank reports for them. rank: this rank has it and reports it
+itself. peer: another rank failed, and that one or the launcher reports the cause."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line: what is wrong, where, and the cure."""
+    """A mistake the user can fix. The message is one line: what is wrong, where, and the cure."""
 
-
-class RankError(UserError):
-    """A UserError that one rank comes upon while the others do not: it speaks for itself."""
+    def __init__(self, message: str, scope: Scope = "all") -> None:
+        super().__init__(message)
+        self.scope = scope
 
 
 class TemporaryError(Exception):
-    """Something outside failed that may work later. The message is one line; running again may help."""
+    """An external failure that may not happen again. The message is one line; running again may help."""
 
-
-class SharedError(TemporaryError):
-    """A TemporaryError that all ranks come upon alike: rank 0 speaks for all."""
-
-
-class LostRankError(TemporaryError):
-    """Another rank is gone. Why, it says itself, or the launcher does."""
+    def __init__(self, message: str, scope: Scope = "rank") -> None:
+        super().__init__(message)
+        self.scope = scope
 
 
 class StaleAttemptError(TemporaryError):
-    """Another attempt at the same run has begun, and this one may not change anything any more."""
+    """A newer attempt of the same run has started; this one must not write any more."""
+
+
+class Stopped(Exception):  # noqa: N818, it is not an error
+    """The run was asked to stop, and everything is saved."""
+
+
+class Diverged(Exception):  # noqa: N818, the run continues from a checkpoint
+    """Training has to roll back to the last checkpoint and skip the steps up to `step`."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"{reason} up to step {step}")
+        self.step = step
 
 
 def nearest(name: str, known: Iterable[str], shown: Iterable[str] | None = None) -> str:
-    """A phrase that points from a misspelt name to the closest known one.
+    """A phrase that suggests the closest known name for a misspelled one.
 
-    Where nothing is close it lists what there is: `shown`, or else the first of `known`.
+    If none is close it lists `shown`, or else the first of `known`.
     """
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

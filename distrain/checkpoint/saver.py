@@ -31,7 +31,7 @@ from distrain.checkpoint.files import (
     write_best,
 )
 from distrain.config import CheckpointConfig
-from distrain.errors import SharedError, UserError
+from distrain.errors import TemporaryError, UserError
 from distrain.parallel.group import Group, new_gloo_group
 
 log = logging.getLogger(__name__)
@@ -122,11 +122,12 @@ class Checkpointer:
         return self._whole
 
     def require(self) -> None:
-        """Return once the last save is there. Raises SharedError, on all ranks, if it could not be written."""
+        """Return once the last save is there. Raises TemporaryError, on all ranks, if it could not be written."""
         if self._group.any(not self.wait()):
-            raise SharedError(
+            raise TemporaryError(
                 f"{self._folder}: the last checkpoint, of step {self._last}, could not be written: "
-                "make room or mend the folder and run again, from the checkpoint before"
+                "make room or mend the folder and run again, from the checkpoint before",
+                scope="all",
             )
 
     def note_best(self, step: int, top1: float) -> bool:

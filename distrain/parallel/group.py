@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from distrain.errors import LostRankError
+from distrain.errors import TemporaryError
 
 # For torchrun: without it ranks that are started again may meet addresses of those before them, and wait in vain.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -52,7 +52,9 @@ class Group:
     ) -> None:
         dist.destroy_process_group()
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_RANK):
-            raise LostRankError("lost the connection to another rank, which ended before its time") from error
+            raise TemporaryError(
+                "lost the connection to another rank, which ended before its time", scope="peer"
+            ) from error
 
     @property
     def is_main(self) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distrain.data.storage.cache import ShardCache
-from distrain.errors import RankError
+from distrain.errors import UserError
 
 CONTENT = b"0123456789"
 
@@ -57,7 +57,7 @@ WAYS = {
 def test_what_a_disk_refuses_is_one_line_that_names_the_folder_and_the_cure(way, cache, folder, monkeypatch):
     fail_at(monkeypatch, *WAYS[way])
     with pytest.raises(
-        RankError, match=rf"^{folder}: (the disk is full|cannot hold downloaded shards): .* set download\.cache "
+        UserError, match=rf"^{folder}: (the disk is full|cannot hold downloaded shards): .* set download\.cache "
     ):
         read(cache, "new")
     monkeypatch.undo()
@@ -73,6 +73,6 @@ def test_a_cached_shard_of_another_user_is_one_line_wherever_it_is_touched(cache
         lambda: cache.remove_damaged("old", 10, 0),
     ):
         with pytest.raises(
-            RankError, match=rf"^{folder}: cannot hold downloaded shards: .*; set download\.cache to another folder"
+            UserError, match=rf"^{folder}: cannot hold downloaded shards: .*; set download\.cache to another folder"
         ):
             use()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distrain.data.loading.quarantine import Quarantine
-from distrain.errors import RankError
+from distrain.errors import UserError
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -53,7 +53,7 @@ def test_too_many_bad_samples_end_the_run_and_name_the_list(path):
     ours.report(1, "bad")
     ours.report(1, "bad")
     theirs.report(2, "bad")
-    with pytest.raises(RankError, match=r"3 of 100 samples of data\.train .* data\.max_bad=0\.02 .*q\.jsonl"):
+    with pytest.raises(UserError, match=r"3 of 100 samples of data\.train .* data\.max_bad=0\.02 .*q\.jsonl"):
         ours.report(3, "bad")
 
 
@@ -61,14 +61,14 @@ def test_what_was_mended_after_an_earlier_start_counts_no_more(path):
     earlier = Quarantine(path, "train", 100, 0.02)
     for sample in (1, 2):
         earlier.report(sample, "bad")
-    with pytest.raises(RankError):
+    with pytest.raises(UserError):
         earlier.report(3, "bad")
     ours, theirs = (Quarantine(path, "train", 100, 0.02) for _ in range(2))
     ours.report(1, "still bad")
     theirs.report(50, "bad")
     assert ours.count() == theirs.count() == 2
     assert listed(path) == [("train", sample) for sample in (1, 2, 3, 1, 50)]
-    with pytest.raises(RankError, match="3 of 100 samples"):
+    with pytest.raises(UserError, match="3 of 100 samples"):
         theirs.report(3, "still bad")
 
 
@@ -77,7 +77,7 @@ def test_whatever_the_limit_not_all_samples_may_be_bad(path):
     quarantine.report(0, "bad")
     quarantine.report(2, "bad")
     with pytest.raises(
-        RankError, match=r"^none of the 3 samples of data\.val can be used: .*q\.jsonl lists them; mend"
+        UserError, match=r"^none of the 3 samples of data\.val can be used: .*q\.jsonl lists them; mend"
     ):
         quarantine.report(1, "bad")
 
@@ -98,7 +98,7 @@ def test_a_list_that_cannot_be_opened_is_one_line(path, monkeypatch):
     quarantine = Quarantine(path, "train", 100, 1.0)
     monkeypatch.setattr(Path, "open", fail_read_only)
     with pytest.raises(
-        RankError, match=rf"^{path}: bad samples cannot be listed: Read-only file system; free some space"
+        UserError, match=rf"^{path}: bad samples cannot be listed: Read-only file system; free some space"
     ):
         quarantine.report(1, "bad")
 
@@ -120,6 +120,6 @@ def test_a_list_that_cannot_grow_is_one_line(path, small_files):
     path.write_bytes(b"\n" * (small_files - 10))
     quarantine = Quarantine(path, "train", 100, 1.0)
     with pytest.raises(
-        RankError, match=rf"^{path}: bad samples cannot be listed: File too large; .*, or set run\.dir to a"
+        UserError, match=rf"^{path}: bad samples cannot be listed: File too large; .*, or set run\.dir to a"
     ):
         quarantine.report(1, "bad")

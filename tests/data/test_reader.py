@@ -13,7 +13,7 @@ from distrain.data.loading.reader import SampleReader
 from distrain.data.sampling.plan import LaneBatch
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.store import LocalStore
-from distrain.errors import RankError
+from distrain.errors import UserError
 
 DATA = DataConfig(image_size=8, val_resize=8)
 
@@ -44,7 +44,7 @@ def test_the_search_for_a_good_sample_goes_on_until_there_is_one(source):
 
 
 def test_the_search_ends_when_there_is_none(source):
-    with pytest.raises(RankError, match=r"^none of the 203 samples of data\.train can be used: .*/q\.jsonl lists them"):
+    with pytest.raises(UserError, match=r"^none of the 203 samples of data\.train can be used: .*/q\.jsonl lists them"):
         source().read_or_replace(request(source(), 0), 0, len)
 
 

@@ -23,7 +23,7 @@ from distrain.data.storage.download import Closed, Downloader, DownloadError
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.remote import RemoteStore
 from distrain.data.storage.store import DataError, LocalStore
-from distrain.errors import RankError, UserError
+from distrain.errors import UserError
 
 SAMPLES = 203
 SHARD = "train-000001.tar"  # samples 41 to 81
@@ -189,7 +189,7 @@ def test_a_fault_that_stays_is_one_line_that_names_the_shard(server, open_remote
 )
 def test_a_refusal_is_one_line_that_names_the_shard_and_the_cure(status, message, server, open_remote):
     server.faults[SHARD] = [status] * 9
-    with pytest.raises(RankError, match=rf"^{server.url}/{SHARD}: {message}$"):
+    with pytest.raises(UserError, match=rf"^{server.url}/{SHARD}: {message}$"):
         open_remote(server.url).read(IN_SHARD)
     assert server.requests[SHARD] == 1
 
@@ -200,7 +200,7 @@ def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, fold
     content = (folder / SHARD).read_bytes()
     changed = {"corrupt": content[:-1] + b"x", "longer": content + b"x", "shorter": content[:-512]}
     (folder / SHARD).write_bytes(changed[change])
-    with pytest.raises(RankError, match=rf"/{SHARD}: holds other bytes than were indexed; put the old shard back"):
+    with pytest.raises(UserError, match=rf"/{SHARD}: holds other bytes than were indexed; put the old shard back"):
         store.read(IN_SHARD)
     assert server.requests[SHARD] == 2
 
@@ -213,7 +213,7 @@ def test_a_shard_of_another_length_in_its_bucket_is_named(length, chunk, s3, fol
     other = {"longer": content + b"x", "shorter": content[:-1], "a chunk shorter": content[:-4096]}
     other |= {"whole chunks": content[: 2 * 4096], "empty": b""}
     S3FileSystem().pipe_file("shards/other/train-000000.tar", other[length])
-    with pytest.raises(RankError, match=r"^s3://shards/other/train-000000\.tar: holds other bytes than were indexed"):
+    with pytest.raises(UserError, match=r"^s3://shards/other/train-000000\.tar: holds other bytes than were indexed"):
         open_copy(folder, f"{s3}/other", cache).read(0)
 
 
@@ -226,20 +226,20 @@ def test_a_shard_comes_from_its_bucket_in_many_chunks(s3, folder, cache, monkeyp
 def test_no_more_bytes_are_written_than_were_indexed(server, folder):
     ends = []
     transfer = Downloader(1, 0.01, 5.0, threading.Event())
-    with pytest.raises(RankError):
+    with pytest.raises(UserError):
         transfer.fetch(f"{server.url}/{SHARD}", 5000, 0, lambda data, offset: ends.append(offset + len(data)))
     assert max(ends, default=0) <= 5000 < (folder / SHARD).stat().st_size
 
 
 def test_a_shard_missing_from_a_bucket_is_named(s3, folder, cache):
-    with pytest.raises(RankError, match=r"^s3://shards/elsewhere/train-000000\.tar: there is no such file; put"):
+    with pytest.raises(UserError, match=r"^s3://shards/elsewhere/train-000000\.tar: there is no such file; put"):
         open_copy(folder, f"{s3}/elsewhere", cache).read(0)
 
 
 def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     server.faults["train-000000.tar"] = [400] * 9
-    with pytest.raises(RankError, match=r"^s3://b/train-000000\.tar: access refused \(The provided token has expired"):
+    with pytest.raises(UserError, match=r"^s3://b/train-000000\.tar: access refused \(The provided token has expired"):
         open_copy(folder, "s3://b", cache).read(0)
     assert server.requests["train-000000.tar"] == 1
 
@@ -247,7 +247,7 @@ def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, c
 def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     without_credentials(monkeypatch)
-    with pytest.raises(RankError, match=r"^s3://c/train-000000\.tar: access refused \(Unable to locate credentials\)"):
+    with pytest.raises(UserError, match=r"^s3://c/train-000000\.tar: access refused \(Unable to locate credentials\)"):
         open_copy(folder, "s3://c", cache).read(0)
 
 
@@ -266,7 +266,7 @@ def test_a_bound_that_holds_no_shard_is_refused_by_name(server, open_remote):
 def test_a_full_disk_is_one_line_that_names_the_folder(server, open_remote, cache, monkeypatch):
     store = open_remote(server.url)
     monkeypatch.setattr(os, "posix_fallocate", raise_disk_full)
-    with pytest.raises(RankError, match=rf"^{cache}: the disk is full: .* MB; free some space or set download\.cache"):
+    with pytest.raises(UserError, match=rf"^{cache}: the disk is full: .* MB; free some space or set download\.cache"):
         store.read(0)
     assert not list(cache.glob("*.part"))
 
@@ -295,7 +295,7 @@ def free_beside_an_empty_cache(cache):
 
 def test_a_folder_that_cannot_be_written_is_named(server, open_remote, cache):
     cache.write_text("a file where the folder should be")
-    with pytest.raises(RankError, match=rf"^{cache}: cannot hold downloaded shards: File exists; set download\.cache"):
+    with pytest.raises(UserError, match=rf"^{cache}: cannot hold downloaded shards: File exists; set download\.cache"):
         open_remote(server.url)
 
 

@@ -11,7 +11,7 @@ from support.synthetic import write_split
 
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.store import DataError, LocalStore
-from distrain.errors import RankError, TemporaryError, UserError
+from distrain.errors import TemporaryError, UserError
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_a_shard_replaced_by_another_of_its_length_is_named(copy):
     store = LocalStore(built)
     shard = copy / "train-000001.tar"
     shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
-    with pytest.raises(RankError, match=rf"^{shard}: holds other bytes than were indexed; put the old shard back or"):
+    with pytest.raises(UserError, match=rf"^{shard}: holds other bytes than were indexed; put the old shard back or"):
         store.read(50)
     assert store.read(3) == read_directly(built, 3)
 

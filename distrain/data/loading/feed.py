@@ -23,7 +23,7 @@ from distrain.data.sampling.plan import IntArray, LaneBatch, Plan
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.remote import open_store
 from distrain.decisions import RunDecisions
-from distrain.errors import RankError, UserError
+from distrain.errors import UserError
 
 _TRIAL_BATCHES = 8  # at least
 _TRIAL_ROUNDS = 2
@@ -95,7 +95,7 @@ def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
 
 
 def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
-    """The loader `name` over an index. Raises RankError if it is not installed on this machine."""
+    """The loader `name` over an index. Raises UserError if it is not installed on this machine."""
     if name == "dali":
         _require_dali()
     source = SampleReader(index, open_store(index, config.download), quarantine)
@@ -154,9 +154,10 @@ def _measure(config: Config, loader: Loader, plan: Plan, index: Index) -> float:
 
 def _require_dali() -> None:
     if not _has_dali():
-        raise RankError(
+        raise UserError(
             f"data.loader=dali needs NVIDIA DALI, which is not installed on {socket.gethostname()}: install "
-            "nvidia-dali-cuda130 or set data.loader=torch"
+            "nvidia-dali-cuda130 or set data.loader=torch",
+            scope="rank",
         )
 
 

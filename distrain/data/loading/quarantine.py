@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from distrain.errors import RankError
+from distrain.errors import UserError
 
 
 class Quarantine:
@@ -17,7 +17,7 @@ class Quarantine:
 
     What counts are the lines that any rank wrote since this was made. Those of earlier starts of the run stay as a
     record: the data may have been mended since, and what is still bad is found again. `limit` is the share of the
-    split's `samples` that may be bad; all of them may never be. Raises RankError where the file cannot be used.
+    split's `samples` that may be bad; all of them may never be. Raises UserError where the file cannot be used.
     """
 
     def __init__(self, path: Path, split: str, samples: int, limit: float) -> None:
@@ -34,20 +34,22 @@ class Quarantine:
                     self._read = _whole_lines(file.read())
 
     def report(self, sample: int, reason: str) -> None:
-        """Write a bad sample down. Raises RankError when there are too many."""
+        """Write a bad sample down. Raises UserError when there are too many."""
         with self._lock:
             if sample not in self._known:
                 with self._explained():
                     self._append(sample, reason)
             bad = len(self._known)
         if bad == self._samples:
-            raise RankError(
-                f"none of the {bad} samples of data.{self._split} can be used: {self._path} lists them; mend the data"
+            raise UserError(
+                f"none of the {bad} samples of data.{self._split} can be used: {self._path} lists them; mend the data",
+                scope="rank",
             )
         if bad > self._limit * self._samples:
-            raise RankError(
+            raise UserError(
                 f"{bad} of {self._samples} samples of data.{self._split} cannot be used, more than "
-                f"data.max_bad={self._limit:g} allows: {self._path} lists them; mend the data or raise data.max_bad"
+                f"data.max_bad={self._limit:g} allows: {self._path} lists them; mend the data or raise data.max_bad",
+                scope="rank",
             )
 
     def count(self) -> int:
@@ -90,9 +92,10 @@ class Quarantine:
         try:
             yield
         except OSError as error:
-            raise RankError(
+            raise UserError(
                 f"{self._path}: bad samples cannot be listed: {error.strerror}; free some space, or set run.dir to a "
-                "folder that can be written"
+                "folder that can be written",
+                scope="rank",
             ) from error
 
 

@@ -68,7 +68,7 @@ class SampleReader:
         yield from waiting
 
     def quarantine_sample(self, sample: int, reason: str) -> None:
-        """Quarantine a sample. Raises RankError when there are too many."""
+        """Quarantine a sample. Raises UserError when there are too many."""
         shard = self.index.shards[int(self.index.shard[sample])].name
         self._quarantine.report(sample, f"{shard} at {int(self.index.offset[sample])}: {reason}")
 

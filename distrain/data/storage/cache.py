@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from distrain.data.storage.download import Closed
-from distrain.errors import RankError
+from distrain.errors import UserError
 
 _POLL = 0.02  # seconds
 _SPARE = 2**30  # bytes left free on the disk, or a hundredth of it if that is less: others need some too
@@ -29,7 +29,7 @@ Write = Callable[[bytes, int], None]
 class ShardCache:
     """At most `limit` bytes of shards in `folder`. Makes room by removing what was not used for longest.
 
-    Raises RankError when the folder cannot be used, and Closed out of waiting once `closing` is set.
+    Raises UserError when the folder cannot be used, and Closed out of waiting once `closing` is set.
     """
 
     def __init__(self, folder: Path, limit: int, closing: threading.Event) -> None:
@@ -197,15 +197,17 @@ class ShardCache:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full(size) from error
-            raise RankError(
-                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; set download.cache to another folder"
+            raise UserError(
+                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; set download.cache to another folder",
+                scope="rank",
             ) from error
 
-    def _full(self, size: int) -> RankError:
+    def _full(self, size: int) -> UserError:
         free = shutil.disk_usage(self._folder).free
-        return RankError(
+        return UserError(
             f"{self._folder}: the disk is full: {free / 1e6:,.0f} MB are free and the next shard takes "
-            f"{size / 1e6:,.0f} MB; free some space or set download.cache to a folder on another disk"
+            f"{size / 1e6:,.0f} MB; free some space or set download.cache to a folder on another disk",
+            scope="rank",
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
-from distrain.errors import RankError, TemporaryError, UserError
+from distrain.errors import TemporaryError, UserError
 
 _CHUNK = 16 * 2**20
 _LONGEST_WAIT = 60.0
@@ -48,7 +48,7 @@ class Downloader:
     def fetch(self, url: str, size: int, crc32: int, write: Callable[[bytes, int], None]) -> None:
         """Hand the `size` bytes at a URL to `write`, as pieces with their offsets, until their checksum is right.
 
-        An attempt begins at offset 0 again, and never passes on more than `size` bytes. Raises RankError for what the
+        An attempt begins at offset 0 again, and never passes on more than `size` bytes. Raises UserError for what the
         user has to mend, TransferError when the last attempt failed for another reason, Closed.
         """
         before = None
@@ -87,7 +87,7 @@ class Downloader:
                 raise
             except Exception as error:
                 if (cure := _find_cure(error, missing)) is not None:
-                    raise RankError(f"{url}: {cure}") from error
+                    raise UserError(f"{url}: {cure}", scope="rank") from error
                 reason = f"nothing came for {self._stall:g} s" if isinstance(error, TimeoutError) else _describe(error)
             if number > self._retries:
                 raise DownloadError(
@@ -148,9 +148,11 @@ class Downloader:
         return {}
 
 
-def content_mismatch(location: str) -> RankError:
+def content_mismatch(location: str) -> UserError:
     """What to raise for a shard that is not the one that was indexed."""
-    return RankError(f"{location}: holds other bytes than were indexed; put the old shard back or index it again")
+    return UserError(
+        f"{location}: holds other bytes than were indexed; put the old shard back or index it again", scope="rank"
+    )
 
 
 def _begins_past_end(error: OSError) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from distrain.config import DownloadConfig
 from distrain.data.index import COLUMNS, Index, Shard, is_remote
 from distrain.data.storage.download import Downloader
-from distrain.errors import RankError, UserError
+from distrain.errors import UserError
 
 _FORMAT = 1
 
@@ -63,7 +63,7 @@ def _read_bytes(path: str, download: DownloadConfig) -> bytes:
         if is_remote(path):
             return Downloader(download.retries, download.retry_wait, download.timeout, Event()).read(path, missing)
         return Path(path).read_bytes()
-    except RankError as error:  # all ranks read the same index
+    except UserError as error:  # all ranks read the same index
         raise UserError(str(error)) from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: {missing}") from error

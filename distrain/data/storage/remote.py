@@ -50,7 +50,7 @@ class RemoteStore:
     def read(self, sample: int) -> bytes:
         """The encoded image; waits for its shard if need be.
 
-        Raises DataError when the bytes are not those of the index though its shard is, RankError for a shard that
+        Raises DataError when the bytes are not those of the index though its shard is, UserError for a shard that
         only the user can bring, TransferError for one that could not be had.
         """
         index, shard = self._index, int(self._index.shard[sample])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from distrain.data.index import Index
 from distrain.data.storage.download import content_mismatch
-from distrain.errors import RankError, TemporaryError, UserError
+from distrain.errors import TemporaryError, UserError
 
 
 class Store(Protocol):
@@ -108,7 +108,9 @@ class LocalStore:
         try:
             return _File(path)
         except OSError as error:
-            raise RankError(f"{path}: shard cannot be opened: {error.strerror}; restore it and run again") from error
+            raise UserError(
+                f"{path}: shard cannot be opened: {error.strerror}; restore it and run again", scope="rank"
+            ) from error
 
 
 class _File:

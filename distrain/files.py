@@ -1,0 +1,62 @@
+"""Small files that a restart reads: written atomically and durably, read with one-line errors."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distrain.errors import UserError
+
+
+def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Replace `path` by `content`: after a crash or power loss it holds the old content or the new one, never less.
+
+    Without `durable` nothing is flushed to the disk, which a file that only living processes read does not need.
+    Raises OSError.
+    """
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with tmp.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        tmp.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_atomically` for what JSON can hold. Raises OSError."""
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no file.
+
+    Raises UserError, which names the file and the `cure`, if it holds anything else, as an interrupted write by an
+    older release or a damaged disk may leave it. Raises OSError if the file cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path}: not readable as JSON: {cure}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object: {cure}")
+    return content
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename in it survives a power loss. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
