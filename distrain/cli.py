@@ -1,4 +1,4 @@
-"""The command line: training, and one tool per subject. Each tool's code lives with its subject."""
+"""The command line: training, and one tool per subject, whose code lives in the subject's package."""
 
 import argparse
 import importlib
@@ -16,44 +16,44 @@ if TYPE_CHECKING:
 TOOLS = {
     "models": ("distrain.models.cli", "list the networks, their cost and published accuracy"),
     "bench": ("distrain.bench.cli", "measure loaders and training steps against peers and limits"),
-    "checkpoints": ("distrain.checkpoint.cli", "list, verify, look into and prune the checkpoints of a run"),
-    "soak": ("distrain.resilience.soak", "train under random faults and compare with an undisturbed run"),
-    "shards": ("distrain.data.cli", "build, fetch, index, verify and look at training data"),
+    "checkpoints": ("distrain.checkpoint.cli", "list, verify, show and prune the checkpoints of a run"),
+    "soak": ("distrain.resilience.soak", "train under random faults and compare with an uninterrupted run"),
+    "shards": ("distrain.data.cli", "build, fetch, index, verify and preview training data"),
 }
 
 _DESCRIPTION = """\
 Train DenseNet and RegNet image classifiers, on one process or many nodes.
-A run that was stopped or killed goes on where it was when the same command is given again."""
+A run that was stopped or killed resumes when the same command is run again."""
 
 _EXAMPLES = """\
 first run, on real images:
   python -m distrain shards fetch cifar10 --out data/cifar10
   torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml
 
-your own run, changing what you like (any key that --print-config shows):
+your own run, with any setting that --print-config lists:
   torchrun --nproc-per-node 8 -m distrain --config configs/quickstart.yaml \\
       run.name=mine model.name=regnety_400mf data.train=DIR/train.parquet data.val=DIR/val.parquet
 
-tools (python -m distrain TOOL --help tells more):
+tools (see python -m distrain TOOL --help):
 """
 
 _EXIT_CODES = """
 exit codes:
   0   done
-  75  stopped on request (SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run's folder, train.max_minutes), all
-      saved: run it again
-  78  a mistake in the configuration or the data; the message says which
-  else a crash: run it again to go on from the last checkpoint
+  75  stopped on request (SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run's folder, train.max_minutes),
+      everything saved: run it again to continue
+  78  a mistake in the configuration or the data, named by the message
+  else a crash: run it again to continue from the last checkpoint
 """
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command line and return the exit code. Raises UserError for the user's mistakes."""
+    """Run the command line and return the exit code. Raises UserError for mistakes in it."""
     if argv and argv[0] in TOOLS:
         module, summary = TOOLS[argv[0]]
         kind = AnyOrder if argv[0] == "soak" else argparse.ArgumentParser  # the others have subcommands
         parser = kind(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
-        importlib.import_module(module).configure(parser)
+        importlib.import_module(module).add_arguments(parser)
         args = parser.parse_args(argv[1:])
         return int(args.run(args))
     return _train(argv)
@@ -70,11 +70,11 @@ def _train(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run, such as configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it, such as train.epochs=5")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=5")
     parser.add_argument(
         "--print-config",
         action="store_true",
-        help="print the whole configuration, checked and explained, and exit",
+        help="check the configuration, print it with explanations, and exit",
     )
     parser.add_argument("--version", action="version", version=__version__)
     args = parser.parse_args(argv)
@@ -96,7 +96,7 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def check_network(config: "Config") -> None:
-    """Refuse a network that does not exist, or that the images are too small for, without taking memory for it."""
+    """Raises UserError for an unknown network or images that are too small for it. Allocates no weights."""
     import torch
 
     from distrain import models

@@ -16,6 +16,7 @@ FAILPOINTS = {
     "checkpoint.manifest": "before its manifest is written",
     "checkpoint.rename": "before it is renamed to its final name",
     "checkpoint.commit": "after that",
+    "checkpoint.end": "when the write has ended, successful or not",
 }
 
 Hook = Callable[[str, int], None]

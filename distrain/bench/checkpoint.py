@@ -4,7 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -68,7 +68,7 @@ def measure(settings: Config, folder: Path, rounds: int, group: Group) -> tuple[
     learner = Learner(settings, group, None, lambda line: None)
     step = loop_of_ours(learner, group.device)
     seconds: dict[str, list[float]] = {name: [] for name in ROWS}
-    with closing(Checkpointer(folder, group, settings.checkpoint, NoEvents())) as checkpoints:
+    with closing(Checkpointer(folder, group, settings.checkpoint)) as checkpoints:
         for number in range(rounds + 1):
             step()  # touches all weights, so that none is in the cache by chance
             seconds["step"].append(timed(step))
@@ -99,14 +99,3 @@ def tabulate(title: str, seconds: dict[str, list[float]]) -> Table:
         shares = [value / step for value, step in zip(values, seconds["step"], strict=True)]
         table.add_row(meaning, f"{median(values):.3f} ({min(values):.3f}-{max(values):.3f})", f"{median(shares):.3f}")
     return table
-
-
-class NoEvents:
-    """Nobody is told of a checkpoint."""
-
-    def before_commit(self) -> None: ...
-
-    def strike(self, place: str, step: int) -> None: ...
-
-    def full_disk(self, step: int) -> AbstractContextManager[None]:
-        return nullcontext()

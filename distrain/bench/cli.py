@@ -18,7 +18,7 @@ from distrain.data.storage.index_file import load_index
 from distrain.errors import EXIT_DONE, UserError
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Measure ours against peers and limits, alternating in one run. Ratios carry over to other machines of "
         "the kind; absolute rates hold for this one at this hour."

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified before use, independent of strategy and number of ranks."""
+"""Checkpoints: committed atomically, verified before use, independent of strategy and number of ranks."""
 
 from distrain.checkpoint.files import MANIFEST, Snapshot, committed, newest_step, read, verify, weights_digest
 from distrain.checkpoint.saver import Checkpointer, check_identity

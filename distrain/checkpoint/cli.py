@@ -1,4 +1,4 @@
-"""`python -m distrain checkpoints`: looking after the checkpoints of a run."""
+"""`python -m distrain checkpoints`: list, verify, show and prune the checkpoints of a run."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from distrain.checkpoint.files import (
@@ -25,8 +26,8 @@ from distrain.checkpoint.files import (
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.description = "List, verify, look into and remove the checkpoints of a run. RUN is its folder, runs/NAME."
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "List, verify, show and prune the checkpoints of a run. RUN is its folder, runs/NAME."
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, run: object, summary: str) -> argparse.ArgumentParser:
@@ -37,17 +38,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         command.set_defaults(run=run)
         return command
 
-    add("list", _list, "every checkpoint with its step, size and age, and those that were set aside as damaged")
-    verified = add("verify", _verify, "compare every file with its checksum; exits 78 if one differs")
-    verified.add_argument("--set-aside", action="store_true", help="rename damaged ones, so that no run tries them")
-    shown = add("show", _show, "what one checkpoint holds, and the digest of its weights")
-    shown.add_argument("--step", type=int, metavar="N", help="which one (default: the newest)")
-    pruned = add("prune", _prune, "remove all but the newest, the best, and those of every N-th step")
-    pruned.add_argument("--keep", type=int, required=True, metavar="N", help="newest ones to keep, at least 1")
+    add("list", _list, "list checkpoints with step, size and time, and those set aside as damaged")
+    verified = add("verify", _verify, "compare every file with its checksum; exit 78 if one differs")
+    verified.add_argument("--set-aside", action="store_true", help="rename damaged ones, so that no run loads them")
+    shown = add("show", _show, "show the contents of one checkpoint and the digest of its weights")
+    shown.add_argument("--step", type=int, metavar="N", help="step of the checkpoint (default: the newest)")
+    pruned = add("prune", _prune, "remove all checkpoints but the newest, the best, and multiples of N steps")
+    pruned.add_argument("--keep", type=int, required=True, metavar="N", help="newest checkpoints to keep, at least 1")
     pruned.add_argument(
-        "--keep-every-steps", type=int, default=0, metavar="N", help="keep those of every N-th step too"
+        "--keep-every-steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also keep multiples of N steps",
     )
-    pruned.add_argument("--dry-run", action="store_true", help="tell only what would go")
+    pruned.add_argument("--dry-run", action="store_true", help="only print what would be removed")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -60,11 +65,11 @@ def _list(args: argparse.Namespace) -> int:
         stat = (path / "manifest.json").stat()
         size = sum(file.stat().st_size for file in path.iterdir())
         note = f"best, top-1 {best[1]:.2%}" if best is not None and best[0] == step_of(path) else ""
-        table.add_row(f"{step_of(path):,}", f"{size / 1e6:,.1f} MB", _local_time(stat.st_mtime), note)
+        table.add_row(f"{step_of(path):,}", f"{decimal(size)}", _local_time(stat.st_mtime), note)
     Console(soft_wrap=True).print(table)
     for path in sorted(found[-1].parent.glob("*.bad*")):
         reason = path / "reason.txt"
-        print(f"set aside: {path.name}: {reason.read_text().strip() if reason.exists() else 'no reason noted'}")
+        print(f"set aside: {path.name}: {reason.read_text().strip() if reason.exists() else 'no reason recorded'}")
     return EXIT_DONE
 
 
@@ -73,7 +78,7 @@ def _verify(args: argparse.Namespace) -> int:
     for path in _find(args.run_folder):
         try:
             verify(path)
-            print(f"{path.name}: whole", flush=True)
+            print(f"{path.name}: intact", flush=True)
         except DamagedCheckpointError as error:
             damaged += 1
             aside = f"; set aside as {set_aside(path, str(error)).name}" if args.set_aside else ""
@@ -85,7 +90,7 @@ def _show(args: argparse.Namespace) -> int:
     found = {step_of(path): path for path in _find(args.run_folder)}
     step = max(found) if args.step is None else args.step
     if step not in found:
-        raise UserError(f"{args.run_folder}: no checkpoint of step {step}; there are {', '.join(map(str, found))}")
+        raise UserError(f"{args.run_folder}: no checkpoint of step {step}; found {', '.join(map(str, found))}")
     try:
         manifest = verify(found[step])
     except DamagedCheckpointError as error:
@@ -97,7 +102,7 @@ def _show(args: argparse.Namespace) -> int:
         groups[f"{kind} {rest.rpartition('/')[2]}" if kind == "optimizer" else kind].append(size)
     print(f"{found[step]}: step {step}")
     for group, sizes in groups.items():
-        print(f"  {group}: {len(sizes):,} tensors, {sum(sizes) / 1e6:,.1f} MB")
+        print(f"  {group}: {len(sizes):,} tensors, {decimal(sum(sizes))}")
     print(f"  weights {weights_digest(read(found[step]).tensors)}")
     for section in ("versions", "identity"):
         print(f"  {section}")
@@ -116,7 +121,7 @@ def _prune(args: argparse.Namespace) -> int:
     try:
         verify(newest)
     except DamagedCheckpointError as error:
-        raise UserError(f"{newest}: damaged: {error}; nothing was removed, as an older one may be needed") from error
+        raise UserError(f"{newest}: damaged: {error}; nothing removed: an older one may be needed") from error
     for step in sorted(found.keys() - kept):
         if not args.dry_run:
             remove(found[step])
@@ -127,9 +132,9 @@ def _prune(args: argparse.Namespace) -> int:
 def _find(run_folder: Path) -> list[Path]:
     folder = run_folder / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{run_folder}: no folder of a run; give runs/NAME, which holds checkpoints/")
+        raise UserError(f"{run_folder}: not the folder of a run; give runs/NAME, which contains checkpoints/")
     if not (found := committed(folder)):
-        raise UserError(f"{folder}: holds no checkpoints")
+        raise UserError(f"{folder}: no checkpoints found")
     return found
 
 

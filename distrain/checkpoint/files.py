@@ -1,8 +1,8 @@
-"""Checkpoints as files: whole or not there, checksummed, verified before use.
+"""Checkpoints as files: committed atomically, checksummed, verified before use.
 
-A run's folder holds checkpoints/step-00000500/ and the like. Each has the tensors of the training state by name,
-written by torch.distributed.checkpoint, and manifest.json with the size and checksum of every file. A folder without
-the final name is debris of a write that was cut short.
+A run's folder holds checkpoints/step-00000500/ and so on. Each has the tensors of the training state by name, written
+by torch.distributed.checkpoint, and manifest.json with the size and checksum of every file. A folder named .tmp is
+left over from an interrupted write.
 """
 
 import json
@@ -22,22 +22,24 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from distrain.files import read_json, sync_folder, write_json
+
 MANIFEST = "manifest.json"
 _BEST = "best.json"
 _NAME = re.compile(r"step-(\d{8})$")
-_DRAFT = ".tmp"
+_TMP = ".tmp"
 _BAD = ".bad"
 _CHUNK = 1 << 22
 
 
 class DamagedCheckpointError(Exception):
-    """A checkpoint that does not hold what its manifest says."""
+    """A checkpoint that does not match its manifest."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training state. `tensors` are named per parameter, whatever the strategy and world size that saved
-    them; `extra` is what JSON can hold."""
+    """A training state. `tensors` are named per parameter, independent of the strategy and world size that saved
+    them; `extra` holds JSON values: the state's format, the run's identity, versions."""
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -45,13 +47,13 @@ class Snapshot:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """The folder of the checkpoint of a step, existing or not."""
     return folder / f"step-{step:08d}"
 
 
 def tmp_checkpoint_path(final: Path) -> Path:
-    """Where a checkpoint is before it is whole."""
-    return final.with_name(final.name + _DRAFT)
+    """The folder in which a checkpoint is written before it is committed."""
+    return final.with_name(final.name + _TMP)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -60,7 +62,7 @@ def committed(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, from its name."""
+    """The step of a checkpoint, from its folder's name."""
     match = _NAME.match(path.name)
     assert match is not None
     return int(match[1])
@@ -71,22 +73,28 @@ def newest_step(folder: Path) -> int:
     return max(map(step_of, committed(folder)), default=0)
 
 
-def commit(draft: Path, final: Path, snapshot: Snapshot, before_commit: Callable[[], None] = lambda: None) -> None:
-    """Describe what was written in a manifest, and give it its name once all of it is on disk."""
-    files = {path.name: describe(path) for path in sorted(draft.iterdir())}
-    manifest = draft / MANIFEST
+def commit(tmp: Path, final: Path, snapshot: Snapshot, before_commit: Callable[[], None] = lambda: None) -> None:
+    """Write the manifest of `tmp`, flush everything to disk, and rename it to `final`.
+
+    It is not committed if `before_commit`, called just before the rename, raises.
+    """
+    files = {path.name: checksum_file(path) for path in sorted(tmp.iterdir())}
+    manifest = tmp / MANIFEST
     with manifest.open("w") as file:
         json.dump({"step": snapshot.step, "files": files, **snapshot.extra}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync_folder(draft)
+    sync_folder(tmp)
     before_commit()
-    draft.rename(final)
-    _sync_folder(final.parent)
+    tmp.rename(final)
+    sync_folder(final.parent)
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest, after comparing every file with it. Raises DamagedCheckpointError naming the file that differs."""
+    """Return the manifest after comparing every file with it.
+
+    Raises DamagedCheckpointError naming the file that differs.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files = manifest["files"]
@@ -94,7 +102,7 @@ def verify(path: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"{MANIFEST} cannot be read: {error}") from error
     for name, expected in files.items():
         try:
-            found = describe(path / name)
+            found = checksum_file(path / name)
         except OSError as error:
             raise DamagedCheckpointError(f"{name}: {error.strerror}") from error
         if found != expected:
@@ -104,7 +112,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def set_aside(path: Path, reason: str) -> Path:
-    """Take a damaged checkpoint out of the way, with the reason beside it. Returns where it is now."""
+    """Rename a damaged checkpoint so that no run loads it, and write the reason into it. Returns its new path."""
     aside = _free_name(path.with_name(path.name + _BAD))
     path.rename(aside)
     (aside / "reason.txt").write_text(f"{reason}\n")
@@ -112,23 +120,23 @@ def set_aside(path: Path, reason: str) -> Path:
 
 
 def read(path: Path) -> Snapshot:
-    """Load a verified checkpoint. Every process that calls this reads all of it."""
+    """Load a verified checkpoint. Every process that calls this reads all of it into host memory."""
     manifest = json.loads((path / MANIFEST).read_text())
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in tensors_in(path).items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that each process loads for itself, which is what we ask for
+        warnings.simplefilter("ignore")  # about loading without a process group, which is intended
         load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
     extra = {key: value for key, value in manifest.items() if key not in ("step", "files")}
     return Snapshot(manifest["step"], tensors, extra)
 
 
 def tensors_in(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Size and type of every tensor in a checkpoint, by name."""
+    """Size and dtype of every tensor in a checkpoint, by name."""
     entries = FileSystemReader(path).read_metadata().state_dict_metadata.items()
     return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
-def describe(path: Path) -> dict[str, int]:
+def checksum_file(path: Path) -> dict[str, int]:
     """Size in bytes and CRC-32 of a file."""
     checksum, size = 0, 0
     for chunk in _chunks(path):
@@ -137,42 +145,37 @@ def describe(path: Path) -> dict[str, int]:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; cut short, it leaves debris and never a checkpoint with missing files."""
+    """Delete a checkpoint; interrupted, this leaves a .tmp folder and never a checkpoint with missing files."""
     doomed = tmp_checkpoint_path(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def clear_debris(folder: Path) -> None:
-    """Remove what writes that were cut short have left."""
-    for debris in folder.glob(f"step-*{_DRAFT}"):
-        shutil.rmtree(debris)
+def clear_tmp(folder: Path) -> None:
+    """Remove what interrupted writes have left."""
+    for tmp in folder.glob(f"step-*{_TMP}"):
+        shutil.rmtree(tmp)
 
 
 def choose_kept(steps: Set[int], newest: int, every: int, best: int | None) -> set[int]:
-    """Which checkpoints of `steps` to keep: the `newest` ones, those of every `every`-th step (0: none), the best."""
+    """The steps to keep: the `newest` ones, multiples of `every` (0: none), the `best`."""
     latest = sorted(steps)[-newest:]
     return {step for step in steps if step in latest or step == best or (every and step % every == 0)}
 
 
 def read_best(folder: Path) -> tuple[int, float] | None:
-    """Step and validation accuracy of the best checkpoint, if one was noted."""
-    try:
-        noted = json.loads((folder / _BEST).read_text())
-    except FileNotFoundError:
-        return None
-    return noted["step"], noted["top1"]
+    """Step and validation accuracy in [0, 1] of the best checkpoint, if any."""
+    best = read_json(folder / _BEST, "delete it; the next validation that is best so far writes it")
+    return (best["step"], best["top1"]) if best else None
 
 
 def write_best(folder: Path, step: int, top1: float) -> None:
-    """Note which checkpoint is the best."""
-    draft = folder / (_BEST + _DRAFT)
-    draft.write_text(json.dumps({"step": step, "top1": top1}) + "\n")
-    draft.replace(folder / _BEST)
+    """Record which checkpoint is the best."""
+    write_json(folder / _BEST, {"step": step, "top1": top1})
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over the weights, their average and the buffers of a state, by name: equal for equal bits."""
+    """SHA-256 over the weights, their EMA and the buffers of a state, by name: equal for equal bits."""
     hasher = sha256()
     for name in sorted(name for name in tensors if name.startswith(("model/", "average/"))):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -185,14 +188,6 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_name(path: Path) -> Path:

@@ -300,7 +300,9 @@ class ResilienceConfig(Section):
         0.0, "roll back if the loss exceeds this many times the median of the last 100; 0 disables", min=0
     )
     rollbacks: int = option(3, "max rollbacks of a run, each skipping the samples that led to it", min=0)
-    faults: list[str] = option([], "for tests: KIND@FAILPOINT:STEP/RANK, such as sigkill@step:12/1", on_resume="free")
+    faults: list[str] = option(
+        [], "for tests: KIND@FAILPOINT:STEP/RANK, such as sigkill@train.step:12/1", on_resume="free"
+    )
 
 
 @dataclass

@@ -54,7 +54,7 @@ Shards in the index's folder or below it may move together with the index; other
 path or URL. An image that cannot be decoded is indexed all the same, and training passes over it."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Make, fetch, index and look at shards: plain WebDataset tars plus one Parquet index per split."
     )

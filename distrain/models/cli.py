@@ -47,7 +47,7 @@ growth rate, for small images; densenet, regnet and anynet, made from options al
 `models show NAME` tells the cost of each module of a network and its options."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands list, show and plot."""
     parser.description = _DESCRIPTION
     parser.epilog = _EXAMPLES

@@ -1,1 +1,1 @@
-"""Stopping, watching, and being tested for it."""
+"""Stop requests, hang detection, rollback, and fault injection."""

@@ -1,4 +1,4 @@
-"""`python -m distrain soak`: a run under random faults, compared to the last bit with one that nothing happened to."""
+"""`python -m distrain soak`: train under random faults and compare bit for bit with an uninterrupted run."""
 
 import argparse
 import json
@@ -21,33 +21,33 @@ from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.parallel.group import RELIABLE_RESTARTS
 from distrain.resilience.faults import Fault, parse_fault
 
-# What may happen to a run whose numbers must not change. Each is followed by a restart, the last ones by way of a kill.
+# Faults that must not change a run's numbers. Each is followed by a restart; damage to a checkpoint by a kill first.
 _RANDOM = {
-    "step": ("sigkill", "sigstop", "exception", "oom", "exit", "sigterm", "hang"),
-    "load": ("hang", "exception"),
-    "evaluate": ("sigkill", "sigstop", "exception", "hang", "exit", "sigterm"),
-    "stage": ("sigkill", "exception", "exit"),
-    "write": ("sigkill", "exit", "ioerror", "diskfull", "sigterm"),
-    "manifest": ("sigkill", "exit", "ioerror"),
-    "rename": ("sigkill", "exit"),
-    "commit": ("sigkill", "flip", "truncate"),
+    "train.step": ("sigkill", "sigstop", "exception", "oom", "exit", "sigterm", "hang"),
+    "data.request": ("hang", "exception"),
+    "evaluate.batch": ("sigkill", "sigstop", "exception", "hang", "exit", "sigterm"),
+    "checkpoint.stage": ("sigkill", "exception", "exit"),
+    "checkpoint.write": ("sigkill", "exit", "ioerror", "diskfull", "sigterm"),
+    "checkpoint.manifest": ("sigkill", "exit", "ioerror"),
+    "checkpoint.rename": ("sigkill", "exit"),
+    "checkpoint.commit": ("sigkill", "flip", "truncate"),
 }
-_LEADERS = ("manifest", "rename")  # places where only rank 0 ever is
+_MAIN_RANK_ONLY = ("checkpoint.manifest", "checkpoint.rename")
 _RESTARTS = 1000
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train as configured under random faults until done: kills, freezes, hangs, exceptions, full disks, damaged "
-        "checkpoints, in every phase and rank. Then compare with an undisturbed run of the same configuration. "
-        "What was interrupted goes on when the same command is given again."
+        "Train as configured under random faults: kills, freezes, hangs, exceptions, full disks and damaged "
+        "checkpoints, in every phase and on every rank. Then compare the weights with those of an uninterrupted run of "
+        "the same configuration. An interrupted soak resumes when the same command is run again."
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to it")
-    parser.add_argument("--faults", type=int, default=25, metavar="N", help="how many (default 25)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="other faults at other steps (default 0)")
-    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes, or GPUs (default 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    parser.add_argument("--faults", type=int, default=25, metavar="N", help="number of faults (default 25)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random faults (default 0)")
+    parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes, one per GPU (default 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.set_defaults(run=run)
 
 
@@ -59,16 +59,16 @@ def run(args: argparse.Namespace) -> int:
     steps = make_plan(settings, load_indexes(settings)[0]).steps
     if steps < 2 * args.faults:
         raise UserError(
-            f"a run of {steps} steps is too short for {args.faults} faults: set train.epochs so that it has at least "
-            f"{2 * args.faults}"
+            f"a run of {steps} steps is too short for {args.faults} faults: raise train.epochs to get at least "
+            f"{2 * args.faults} steps"
         )
     faults = draw_faults(args.seed, args.faults, steps, args.ranks)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(f"{steps:,} steps on {args.ranks} ranks without a fault, and then with {args.faults}")
+    console.print(f"{steps:,} steps on {args.ranks} ranks without faults, then with {args.faults}")
     base = [*(["--config", args.config] if args.config else []), *args.overrides]
     name = f"{settings.run.name}-soak"
     digests = {
-        "undisturbed": _train([*base, f"run.name={name}-undisturbed"], args.ranks),
+        "uninterrupted": _train([*base, f"run.name={name}-uninterrupted"], args.ranks),
         "soaked": _train(
             [
                 *base, f"run.name={name}", "resilience.attempts=0",
@@ -78,62 +78,61 @@ def run(args: argparse.Namespace) -> int:
         ),
     }  # fmt: skip
     folder = Path(settings.run.dir) / name
-    struck = [json.loads(line)["fault"] for line in (folder / "faults.jsonl").read_text().splitlines()]
+    fired = [json.loads(line)["fault"] for line in (folder / "faults.jsonl").read_text().splitlines()]
     attempts = [json.loads(line) for line in (folder / "attempts.jsonl").read_text().splitlines()]
-    console.print(tabulate(struck))
-    console.print(f"seconds, means over all restarts: {sum_up(attempts)}")
-    same = digests["undisturbed"] == digests["soaked"]
-    verdict = "the same bits" if same else "OTHER BITS"
+    console.print(tabulate(fired))
+    console.print(f"mean seconds over all restarts: {summarize(attempts)}")
+    same = digests["uninterrupted"] == digests["soaked"]
+    verdict = "the same bits" if same else "DIFFERENT BITS"
     console.print(
-        f"{len(struck)} faults struck, {len(attempts)} attempts: {verdict}, "
-        f"{digests['soaked']} and undisturbed {digests['uninterrupted']}"
+        f"{len(fired)} faults fired, {len(attempts)} attempts: {verdict}, "
+        f"{digests['soaked']} and uninterrupted {digests['uninterrupted']}"
     )
     if args.json:
-        args.json.write_text(json.dumps({"struck": struck, "attempts": attempts, "digests": digests}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"fired": fired, "attempts": attempts, "digests": digests}, indent=1) + "\n")
     return EXIT_DONE if same else EXIT_USER
 
 
 def draw_faults(seed: int, count: int, steps: int, ranks: int) -> list[Fault]:
-    """So many random faults, spread over the run, in order of their steps. A damaged checkpoint is followed by a kill,
-    for only then is it read."""
+    """`count` random faults, spread over the run, in order of their steps."""
     draw = random.Random(seed)
     faults: list[Fault] = []
     for number in range(count):
         first, last = number * steps // count, (number + 1) * steps // count - 1
-        place = draw.choice(list(_RANDOM))
-        kind = draw.choice(_RANDOM[place])
-        rank = 0 if place in _LEADERS or kind in ("flip", "truncate") else draw.randrange(ranks)
-        faults.append(Fault(kind, place, draw.randint(first, last), rank))
+        failpoint = draw.choice(list(_RANDOM))
+        kind = draw.choice(_RANDOM[failpoint])
+        rank = 0 if failpoint in _MAIN_RANK_ONLY or kind in ("flip", "truncate") else draw.randrange(ranks)
+        faults.append(Fault(kind, failpoint, draw.randint(first, last), rank))
     return faults
 
 
-def tabulate(struck: list[str]) -> Table:
-    """A row per kind and place of fault."""
+def tabulate(fired: list[str]) -> Table:
+    """A row per kind and failpoint."""
     table = Table()
     for heading in ("fault", "where", "times"):
         table.add_column(heading, justify="right" if heading == "times" else "left")
     counts: dict[tuple[str, str], int] = defaultdict(int)
-    for text in struck:
+    for text in fired:
         fault = parse_fault(text)
-        counts[fault.kind, fault.place] += 1
-    for (kind, place), times in sorted(counts.items()):
-        table.add_row(kind, place, str(times))
+        counts[fault.kind, fault.failpoint] += 1
+    for (kind, failpoint), times in sorted(counts.items()):
+        table.add_row(kind, failpoint, str(times))
     return table
 
 
-def sum_up(attempts: list[dict[str, Any]]) -> str:
-    """What the restarts cost."""
+def summarize(attempts: list[dict[str, Any]]) -> str:
+    """The cost of the restarts, in one line."""
     restarts = [attempt for attempt in attempts if attempt["cause"]]
     if not restarts:
         return "none"
-    parts = {name: mean(attempt["seconds"][name] for attempt in restarts) for name in restarts[0]["seconds"]}
+    seconds = {name: mean(attempt["seconds"][name] for attempt in restarts) for name in restarts[0]["seconds"]}
     lost = [attempt["lost_steps"] for attempt in restarts]
-    shown = ", ".join(f"{name.replace('_', ' ')} {seconds:.2f}" for name, seconds in parts.items())
+    shown = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in seconds.items())
     return f"{shown}; steps lost {mean(lost):.1f}, at most {max(lost)}"
 
 
 def _train(arguments: list[str], ranks: int) -> str:
-    """Train to the end, starting again as often as it takes. Returns the digest of the weights."""
+    """Train to the end, restarting after every fault. Returns the digest of the weights."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(_RESTARTS), "--monitor-interval"]
     command = [sys.executable, *torchrun, "0.05", "--nproc-per-node", str(ranks), "-m", "distrain", *arguments]
     last = ""
@@ -149,5 +148,5 @@ def _train(arguments: list[str], ranks: int) -> str:
         if training.returncode or not last:
             errors.seek(0)
             print(errors.read()[-3000:], file=sys.stderr)
-            raise UserError("soak: training did not come to its end; its last errors stand above")
+            raise UserError("soak: training did not finish; see its last errors above")
     return last.rpartition("weights ")[2]

@@ -1,5 +1,5 @@
-"""Requests to stop: a signal, a file, the end of a time budget. They only raise a flag; the training loop acts on it
-between steps."""
+"""Stop requests: a signal, a file, the end of a time budget. They only set a flag; the training loop acts on it between
+steps."""
 
 import os
 import signal
@@ -11,34 +11,30 @@ from typing import ClassVar, Self
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818, it is not an error
-    """The run was asked to stop, and everything is saved."""
-
-
 class StopRequest:
-    """True from the moment somebody asks this process to stop. A context manager that owns the handlers.
+    """True once this process was asked to stop. A context manager that owns the signal handlers.
 
-    SIGTERM is what schedulers send at preemption, SIGUSR1 what they send on request some time before the limit.
-    SIGINT, Ctrl-C, ends the process at once when it comes again.
+    Schedulers send SIGTERM at preemption, and SIGUSR1 some time before the time limit if asked to. SIGINT, Ctrl-C,
+    exits at once when it is sent twice.
     """
 
-    sigterm_came: ClassVar[bool] = False  # to any of this process, also one that is over
+    sigterm_came: ClassVar[bool] = False  # to any request of this process, also one that is closed
 
     def __init__(self, folder: Path, minutes: float = 0.0) -> None:
-        """`minutes` from now it is true by itself; never if 0."""
+        """`minutes` from now it becomes true without a request; never if 0."""
         self.reason = ""
         self._file = folder / "stop"
         self._minutes = minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
@@ -49,7 +45,7 @@ class StopRequest:
         return bool(self.reason)
 
     def clear_file(self) -> None:
-        """Remove the stop file, so that the next start does not stop again."""
+        """Remove the stop file, so that the next start does not stop at once."""
         self._file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, plain lines in a log."""
+"""Progress on the console: a bar on a terminal, plain lines in a log."""
 
 from collections.abc import Mapping
 

@@ -1,10 +1,9 @@
-"""Reports to MLflow without ever holding up training.
+"""Reports to MLflow without blocking training.
 
-A thread forwards what is in the spool. Whatever happens to the server, the spool keeps the metrics, and the
-thread sends what MLflow lacks as soon as it answers, also after a restart of the run.
+A thread forwards the spool. If the server fails, the spool keeps the metrics, and the thread sends what MLflow lacks
+when the server answers again, also after a restart of the run.
 """
 
-import json
 import logging
 import os
 import threading
@@ -15,21 +14,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from distrain.files import read_json, write_json
 from distrain.track.spool import Spool
 
 _RETRY_S = 10.0
-_METRICS_PER_CALL = 1000  # the REST interface takes no more
+_METRICS_PER_CALL = 1000  # limit of the REST API
 _RUN_TAG = "distrain.run"
 _SQLITE = "sqlite:///"
 _ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # clusters are closed, and it is not ours to tell
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # we try again ourselves
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # clusters have no outbound network, and sending it is the user's choice
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the thread retries
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 
 
 class MlflowSender:
-    """Keeps one MLflow run in step with a spool, across restarts of the training."""
+    """Keeps one MLflow run up to date with a spool, across restarts of the training."""
 
     def __init__(
         self,
@@ -57,23 +57,23 @@ class MlflowSender:
         self._thread.start()
 
     def notify(self) -> None:
-        """Say that the spool has grown."""
+        """Signal that the spool has grown."""
         with self._news:
             self._unsent = True
             self._news.notify()
 
-    def close(self, status: str, artifacts: Sequence[Path], patience: float) -> None:
-        """Send the rest and the files, and end the MLflow run; give up after `patience` seconds."""
+    def close(self, status: str, artifacts: Sequence[Path], timeout: float) -> None:
+        """Send the rest and the artifacts, and end the MLflow run; give up after `timeout` seconds."""
         with self._news:
             self._status = status
             self._artifacts = artifacts
             self._unsent = True
             self._news.notify()
-        self._thread.join(patience)
+        self._thread.join(timeout)
         if not self._delivered:
             self._warn(
-                f"MLflow at {self._uri} did not take everything; the metrics are in {self._folder} and are sent "
-                "when the same command runs again"
+                f"MLflow at {self._uri} has not received everything; the metrics are in {self._folder} and are "
+                "sent when the same command runs again"
             )
 
     def _run(self) -> None:
@@ -83,10 +83,10 @@ class MlflowSender:
                 _Connection(self._uri, self._experiment, self._name, self._folder, self._params).follow(self)
                 self._delivered = True
                 return
-            except Exception as error:  # training goes on whatever MLflow does
+            except Exception as error:  # training continues whatever MLflow does
                 if not warned:
                     reason = " ".join(str(error).split())[:200]
-                    self._warn(f"MLflow at {self._uri}: {reason}; training goes on, metrics are kept")
+                    self._warn(f"MLflow at {self._uri}: {reason}; training continues, metrics are kept")
                     warned = True
                 with self._news:
                     if self._status is not None:
@@ -94,7 +94,7 @@ class MlflowSender:
                     self._news.wait(_RETRY_S)
 
     def wait(self) -> tuple[str | None, Sequence[Path]]:
-        """Sleep until there is something to send; the status and files to end with, if the run is over."""
+        """Wait until there is something to send. Returns the final status, if the run is over, and artifacts."""
         with self._news:
             while not self._unsent:
                 self._news.wait()
@@ -107,7 +107,7 @@ class MlflowSender:
 
 
 class _Connection:
-    """The MLflow run, found or made, and what it has received so far."""
+    """The MLflow run, found or created, and what it has received so far."""
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, params: Mapping[str, Any]) -> None:
         for variable, value in _ENVIRONMENT.items():
@@ -120,8 +120,8 @@ class _Connection:
             _create_database(Path(uri.removeprefix(_SQLITE)))
         self._client = MlflowClient(uri)
         self._run_id = self._find_or_create(experiment, name, folder, uri)
-        self._received = self._ask_received()
-        self._next = 0  # place in the spool up to which everything is there
+        self._received = self._fetch_received()
+        self._next = 0  # number of the first spool entry that is not sent
         self._log_params(params)
 
     def follow(self, sender: MlflowSender) -> None:
@@ -136,8 +136,8 @@ class _Connection:
                 return
 
     def _find_or_create(self, experiment: str, name: str, folder: Path, uri: str) -> str:
-        """The MLflow run that carries this run's tag. The tag exists before the run does, so that a kill in
-        between cannot lead to a second one."""
+        """The MLflow run with this run's tag. The tag exists before the run does, so that a kill in between cannot
+        lead to a second run."""
         tag = _identity(folder)
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
@@ -152,12 +152,12 @@ class _Connection:
             return run_id
         return str(self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=name).info.run_id)
 
-    def _ask_received(self) -> set[tuple[int, str]]:
+    def _fetch_received(self) -> set[tuple[int, str]]:
         names = self._client.get_run(self._run_id).data.metrics
         return {(point.step, name) for name in names for point in self._client.get_metric_history(self._run_id, name)}
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
-        """MLflow refuses to change a parameter; the first value stays, as the run's identity is fixed anyway."""
+        """MLflow refuses to change a parameter, so the first value stays."""
         from mlflow.entities import Param
 
         known = self._client.get_run(self._run_id).data.params
@@ -181,25 +181,25 @@ class _Connection:
 
 
 def _create_database(path: Path) -> None:
-    """Make MLflow's tables beside their place and move them there whole: MLflow makes them one by one, and never
-    gets over having been killed in between."""
+    """Create MLflow's tables in a temporary file and link it to `path`: MLflow creates them one by one, and a database
+    of which some are missing stays unusable."""
     from mlflow import MlflowClient
 
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        MlflowClient(f"{_SQLITE}{draft}").search_experiments()
-        with suppress(FileExistsError):  # another run was faster
-            path.hardlink_to(draft)
+        tmp = Path(folder) / path.name
+        MlflowClient(f"{_SQLITE}{tmp}").search_experiments()
+        with suppress(FileExistsError):  # another run created it first
+            path.hardlink_to(tmp)
 
 
 def _identity(folder: Path) -> str:
-    """A name for the run that no other run has, kept in its folder."""
+    """A unique id of the run, kept in its folder."""
     path = folder / "run.json"
-    if not path.exists():
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps({"id": uuid.uuid4().hex}))
-        draft.replace(path)
-    return str(json.loads(path.read_text())["id"])
+    found = read_json(path, "delete it; the run is then reported as a new MLflow run")
+    if not found:
+        found = {"id": uuid.uuid4().hex}
+        write_json(path, found)
+    return str(found["id"])

@@ -1,4 +1,4 @@
-"""The learning curves of a run as a picture."""
+"""The learning curves of a run as an image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from distrain.track.spool import Entry
 
 
 def plot_curves(entries: Sequence[Entry], path: Path) -> Path:
-    """Draw loss and accuracy against the step, training and validation together."""
+    """Plot loss and accuracy over steps, training and validation, to an image file. Returns `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

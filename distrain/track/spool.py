@@ -1,4 +1,4 @@
-"""The run's own record of its metrics: a file of JSON lines that outlives any tracking server."""
+"""The run's own record of its metrics: a JSON lines file that does not depend on a tracking server."""
 
 import json
 import logging
@@ -21,25 +21,25 @@ class Entry(NamedTuple):
 
 
 class Spool:
-    """Appends entries to a file and keeps them at hand. A metric is recorded once per step, however often a
-    restarted run passes it."""
+    """Appends entries to a file and keeps them in memory. A metric is recorded once per step, even if a restarted run
+    trains the step again."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._entries, whole = _read(path)
+        self._entries, complete = _read(path)
         self._seen = {(entry.step, name) for entry in self._entries for name in entry.metrics}
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(whole)  # a line that a kill cut short
-        self._size = whole
+        self._file.truncate(complete)  # a line that a kill left incomplete
+        self._size = complete
         self._unwritten = b""
 
     def entries(self, start: int = 0) -> list[Entry]:
-        """All entries, or those from place `start` on."""
+        """All entries from number `start` on."""
         with self._lock:
             return self._entries[start:]
 
     def append(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Record what is new at this step; say whether anything was."""
+        """Record the metrics that are new at this step. Returns whether there were any."""
         new = {name: float(value) for name, value in metrics.items() if (step, name) not in self._seen}
         if not new:
             return False
@@ -52,7 +52,7 @@ class Spool:
         return True
 
     def _write(self) -> None:
-        """Bring to disk what is not there yet. Where that fails it is kept for the next time."""
+        """Write what is not on disk yet; if that fails it is kept for the next call."""
         try:
             if self._file.write(self._unwritten) == len(self._unwritten):
                 self._size += len(self._unwritten)
@@ -63,17 +63,17 @@ class Spool:
             reason = str(error)
         with suppress(OSError):
             self._file.truncate(self._size)
-        log.error("metrics cannot be written: %s; they are kept, and training goes on", reason)
+        log.error("metrics cannot be written: %s; they are kept in memory, and training continues", reason)
 
 
 def _read(path: Path) -> tuple[list[Entry], int]:
-    """The whole entries of a file, and how many bytes they take."""
+    """The complete entries of a file, and their size in bytes."""
     entries: list[Entry] = []
-    whole = 0
+    complete = 0
     if path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
             entries.append(Entry(**json.loads(line)))
-            whole += len(line)
-    return entries, whole
+            complete += len(line)
+    return entries, complete

@@ -72,7 +72,7 @@ def uninterrupted(settings, tmp_path_factory) -> str:
 
 def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, uninterrupted, tmp_path):
     words = ("ssh", "--hosts", "n1,n2,n3", "--ranks", "2", f"run.dir={tmp_path}", "run.name=run", *settings)
-    done = launch(cluster, *words, "resilience.faults=[sigkill@step:40/2]")
+    done = launch(cluster, *words, "resilience.faults=[sigkill@train.step:40/2]")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all 3 hosts are fit" in done.stdout
     assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted

@@ -39,7 +39,7 @@ def uninterrupted(settings, tmp_path_factory) -> str:
 
 
 def test_three_nodes_train_what_one_does_and_start_again_after_crashes(settings, uninterrupted, tmp_path):
-    faults = "resilience.faults=[sigkill@step:25/1,exception@step:45/2]"
+    faults = "resilience.faults=[sigkill@train.step:25/1,exception@train.step:45/2]"
     done = run_on_nodes(tmp_path, settings, faults)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted

@@ -84,7 +84,7 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(uninterrupted, settings, tm
 
 
 def test_the_survivor_of_a_killed_rank_ends_in_silence_as_torchrun_tells_the_cause(settings, tmp_path):
-    died = train(tmp_path / "run", *settings, "resilience.faults=[sigkill@step:9/1]", ranks=2)
+    died = train(tmp_path / "run", *settings, "resilience.faults=[sigkill@train.step:9/1]", ranks=2)
     assert died.code == 1
     assert "Signal 9 (SIGKILL)" in died.output
     assert "distrain:" not in died.output

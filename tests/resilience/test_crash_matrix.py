@@ -14,17 +14,17 @@ SHORT = (
 RESTARTING = ("--standalone", "--max-restarts", "30", "--monitor-interval", "0.05")
 
 TRAINING = (
-    "sigkill@step:5/1", "sigstop@step:10", "exception@step:16/1", "hang@load:20/1", "oom@step:25", "exit@step:30/1",
-    "sigterm@step:40/1", "flip@commit:49", "sigkill@step:51",
+    "sigkill@train.step:5/1", "sigstop@train.step:10", "exception@train.step:16/1", "hang@data.request:20/1", "oom@train.step:25", "exit@train.step:30/1",
+    "sigterm@train.step:40/1", "flip@checkpoint.commit:49", "sigkill@train.step:51",
 )  # fmt: skip
 VALIDATION = (
-    "sigkill@evaluate:17", "hang@evaluate:34/1", "exception@evaluate:51", "sigterm@evaluate:68/1", "exit@evaluate:85/1",
-    "sigstop@evaluate:102/1",
+    "sigkill@evaluate.batch:17", "hang@evaluate.batch:34/1", "exception@evaluate.batch:51", "sigterm@evaluate.batch:68/1", "exit@evaluate.batch:85/1",
+    "sigstop@evaluate.batch:102/1",
 )  # fmt: skip
 CHECKPOINTING = (
-    "sigkill@stage:7/1", "sigkill@write:14", "exit@manifest:21", "sigkill@rename:28", "exception@commit:35/1",
-    "diskfull@write:49/1", "ioerror@manifest:56", "sigterm@write:63", "truncate@commit:77", "sigkill@step:79/1",
-    "exit@commit:84",
+    "sigkill@checkpoint.stage:7/1", "sigkill@checkpoint.write:14", "exit@checkpoint.manifest:21", "sigkill@checkpoint.rename:28", "exception@checkpoint.commit:35/1",
+    "diskfull@checkpoint.write:49/1", "ioerror@checkpoint.manifest:56", "sigterm@checkpoint.write:63", "truncate@checkpoint.commit:77", "sigkill@train.step:79/1",
+    "exit@checkpoint.commit:84",
 )  # fmt: skip
 
 
@@ -61,11 +61,11 @@ def test_no_fault_changes_a_bit(settings, tmp_path, ranks, faults):
 
 
 def test_one_bad_gradient_is_passed_over_and_many_send_the_run_back(settings, tmp_path):
-    one = train(tmp_path / "one", *settings, "resilience.faults=[nan@step:9/1]", ranks=2)
+    one = train(tmp_path / "one", *settings, "resilience.faults=[nan@train.step:9/1]", ranks=2)
     assert one.code == 0, one.output
     assert one.series("train/skipped_updates")[10] == 1
 
-    bad = ",".join(f"nan@step:{step}" for step in (24, 25, 26))
+    bad = ",".join(f"nan@train.step:{step}" for step in (24, 25, 26))
     back = train(tmp_path / "back", *settings, "resilience.bad_steps=3", f"resilience.faults=[{bad}]", ranks=2)
     assert back.code == 0, back.output
     said = (
@@ -82,7 +82,7 @@ def test_one_bad_gradient_is_passed_over_and_many_send_the_run_back(settings, tm
 
 
 def test_a_run_that_diverges_again_and_again_is_given_up_in_one_line(settings, tmp_path):
-    bad = ",".join(f"nan@step:{step}" for step in range(8, 20))
+    bad = ",".join(f"nan@train.step:{step}" for step in range(8, 20))
     limits = ("resilience.bad_steps=2", "resilience.rollbacks=2")
     result = train(tmp_path / "run", *settings, *limits, f"resilience.faults=[{bad}]")
     assert result.code == 78, result.output
@@ -92,9 +92,9 @@ def test_a_run_that_diverges_again_and_again_is_given_up_in_one_line(settings, t
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("sigkil@step:3", "kind sigkil is not known: did you mean sigkill?"),
+        ("sigkil@train.step:3", "kind sigkil is not known: did you mean sigkill?"),
         ("sigkill@stepp:3", "place stepp is not known: did you mean step?"),
-        ("sigkill@step", "'sigkill@step' is not KIND@PLACE:STEP or KIND@PLACE:STEP/RANK"),
+        ("sigkill@train.step", "'sigkill@train.step' is not KIND@PLACE:STEP or KIND@PLACE:STEP/RANK"),
     ],
 )
 def test_a_fault_that_is_misspelt_is_one_line(settings, tmp_path, fault, message):

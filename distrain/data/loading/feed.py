@@ -24,6 +24,7 @@ from distrain.data.storage.index_file import load_index
 from distrain.data.storage.remote import open_store
 from distrain.decisions import RunDecisions
 from distrain.errors import UserError
+from distrain.failpoints import failpoint
 
 _TRIAL_BATCHES = 8  # at least
 _TRIAL_ROUNDS = 2
@@ -75,6 +76,7 @@ def train_requests(
     for step in (step for step in range(start, plan.steps) if step not in skipped_steps):
         size = size_at(config.data, plan.epoch_at(step))
         for lane in lanes:
+            failpoint("data.request", step)
             yield request(lane, plan.stream(step), size)
 
 

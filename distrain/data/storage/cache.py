@@ -198,7 +198,8 @@ class ShardCache:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full(size) from error
             raise UserError(
-                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; set download.cache to another folder",
+                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; "
+                "set download.cache to another folder",
                 scope="rank",
             ) from error
 

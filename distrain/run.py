@@ -1,0 +1,226 @@
+"""A run while it trains: what it is made of, and what the training loop asks of it between steps."""
+
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from distrain import __version__
+from distrain.checkpoint import Checkpointer, check_identity
+from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings
+from distrain.data.index import Index
+from distrain.data.loading.feed import choose_loader, make_loader, make_quarantine, train_requests
+from distrain.data.loading.loader import Batch, Loader
+from distrain.data.loading.quarantine import Quarantine
+from distrain.data.sampling.order import resolve_shuffle
+from distrain.data.sampling.plan import Plan
+from distrain.errors import Stopped
+from distrain.evaluate import Accuracy, evaluate
+from distrain.failpoints import failpoint
+from distrain.learner import Learner
+from distrain.parallel.group import AsyncFlags, Group
+from distrain.resilience.attempt import Attempt
+from distrain.resilience.rollback import load_skipped_steps
+from distrain.resilience.stopping import StopRequest
+from distrain.track import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What one start of a run keeps through every rollback."""
+
+    config: Config
+    plan: Plan
+    train_index: Index
+    val_index: Index
+    group: Group
+    stop: StopRequest
+    tracker: Tracker
+    attempt: Attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Session):
+    """A run from a restored state on. Every rank has one and calls its methods at the same steps."""
+
+    start: int
+    """Updates that are done already."""
+    skipped_steps: set[int]
+    """Steps that rollbacks have excluded."""
+    validation_steps: set[int]
+    """Steps before which the network is validated, and the last one."""
+    manifest: dict[str, Any]
+    """What every checkpoint says about the run: format, identity, versions."""
+    learner: Learner
+    checkpoints: Checkpointer
+    batches: Generator[Batch, None, None]
+    """Training micro-batches of this rank, from step `start` on."""
+    val_loader: Loader
+    quarantines: tuple[Quarantine, Quarantine]
+    flags: AsyncFlags
+    progress: "Progress"
+
+    def steps(self) -> Iterator[int]:
+        """Yield every step that is left to train."""
+        return (step for step in range(self.start, self.plan.steps) if step not in self.skipped_steps)
+
+    def save_if_due(self, step: int) -> None:
+        """Save a checkpoint if it is time for one, by steps or by minutes."""
+        if self.checkpoints.is_due(step, self.progress.overdue):
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Save the state after `step` updates in the background."""
+        self.checkpoints.save(step, self.learner.state(), self.manifest)
+        self.tracker.log(step, {"checkpoint/stall_seconds": self.checkpoints.stall})
+
+    def validate_if_due(self, step: int) -> None:
+        """Validate if evaluate.every_epochs have passed."""
+        if step in self.validation_steps:
+            self.validate(step)
+
+    def validate(self, step: int) -> Accuracy:
+        """Measure and report the accuracy after `step` updates, and save the checkpoint if it is the best so far.
+
+        Raises Stopped, with everything saved, once any rank was asked to stop.
+        """
+        before_batch = partial(self._before_validation_batch, step)
+        network = self.learner.eval_model
+        accuracy = evaluate(network, self.val_index, self.val_loader, self.config, self.group, before_batch)
+        self.tracker.log(step, accuracy.metrics())
+        if self.checkpoints.note_best(step, accuracy.top1 / accuracy.images):
+            self.checkpoints.save(step, self.learner.state(), self.manifest)
+        self.progress.restart_clock(step)
+        return accuracy
+
+    def poll_stop_and_save(self, step: int) -> None:
+        """Exchange the flags of all ranks: whether to stop, and whether a checkpoint is overdue.
+
+        Raises Stopped, with everything saved, once any rank was asked to stop.
+        """
+        self.attempt.heartbeat("step-or-validation", step)
+        is_overdue = self.group.is_main and self.checkpoints.is_overdue()
+        stopping, self.progress.overdue = self.flags.exchange(bool(self.stop), is_overdue)
+        if stopping:
+            self.checkpoints.save(step, self.learner.state(), self.manifest)
+            self.checkpoints.wait_or_raise()
+            raise Stopped(self.stop.reason or "a signal to another rank")
+
+    def record_step(self, step: int, lr: float, metrics: Mapping[str, torch.Tensor], applied: torch.Tensor) -> None:
+        """Record that `step` updates are done, and report `metrics` if it is time to."""
+        self.progress.skipped_updates += ~applied
+        self.attempt.record_step(step)
+        self.tracker.advance(step)
+        if step % self.config.track.every_steps and step != self.plan.steps:
+            return
+        values = {name: float(value) for name, value in metrics.items()} | {"train/lr": lr}
+        values["train/images_per_second"] = self.progress.images_per_second(step, self.plan.batch)
+        if skipped := int(self.progress.skipped_updates):
+            values["train/skipped_updates"] = skipped
+        if bad := sum(quarantine.count() for quarantine in self.quarantines):
+            values["data/quarantined"] = bad
+        self.tracker.log(step, values)
+
+    def _before_validation_batch(self, step: int) -> None:
+        failpoint("evaluate.batch", step)
+        self.poll_stop_and_save(step)
+
+
+@dataclass
+class Progress:
+    """What changes from step to step beside the learner."""
+
+    skipped_updates: torch.Tensor
+    """int64 [], on the device, so that counting does not wait for it."""
+    overdue: bool = False
+    """Whether checkpoint.every_minutes asks for a checkpoint; equal on all ranks."""
+    _step: int = 0
+    _time: float = field(default_factory=time.monotonic)
+
+    def restart_clock(self, step: int) -> None:
+        """Exclude what happened since the last measurement from the throughput."""
+        self._step, self._time = step, time.monotonic()
+
+    def images_per_second(self, step: int, batch: int) -> float:
+        """Over all ranks, since the last call."""
+        rate = (step - self._step) * batch / (time.monotonic() - self._time)
+        self.restart_clock(step)
+        return rate
+
+
+@contextmanager
+def open_run(session: Session) -> Iterator[Run]:
+    """Restore the newest checkpoint, if there is one, and open loaders and checkpoints.
+
+    Raises UserError if configuration, data and checkpoint do not belong together.
+    """
+    config, group, info = session.config, session.group, session.tracker.info
+    splits = (("train", session.train_index), ("val", session.val_index))
+    quarantines = [make_quarantine(config, index, split) for split, index in splits]
+    name = group.broadcast(
+        choose_loader(config, session.plan, session.train_index, group.device, info) if group.is_main else None
+    )
+    with ExitStack() as stack:
+        folder = config.run.folder / "checkpoints"
+        checkpoints = stack.enter_context(
+            closing(Checkpointer(folder, group, config.checkpoint, session.attempt.before_commit))
+        )
+        train_loader, val_loader = (
+            stack.enter_context(closing(make_loader(config, name, index, quarantine, group.device)))
+            for (_, index), quarantine in zip(splits, quarantines, strict=True)
+        )
+        manifest = run_manifest(config, session.train_index)
+        session.attempt.heartbeat("restore", 0)
+        start, saved = 0, None
+        if (snapshot := checkpoints.restore()) is not None:
+            check_identity(snapshot.extra, manifest, changeable_settings(config), config.run.change)
+            start, saved = snapshot.step, snapshot.tensors
+            info(f"resuming at step {start} of {session.plan.steps}")
+        learner = Learner(config, group, saved, info)
+        session.attempt.restored(start)
+
+        skipped_steps, lanes = load_skipped_steps(config, group), group.lanes(config.batch.lanes)
+        requests = train_requests(config, session.plan, session.train_index, lanes, start, skipped_steps)
+        batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.parts)))
+        flags = AsyncFlags(group)
+        stack.callback(flags.wait)
+        progress = Progress(torch.zeros((), dtype=torch.int64, device=group.device))
+        progress.restart_clock(start)
+        yield Run(
+            **vars(session),
+            start=start,
+            skipped_steps=skipped_steps,
+            validation_steps=session.plan.steps_every(config.evaluate.every_epochs),
+            manifest=manifest,
+            learner=learner,
+            checkpoints=checkpoints,
+            batches=batches,
+            val_loader=val_loader,
+            quarantines=(quarantines[0], quarantines[1]),
+            flags=flags,
+            progress=progress,
+        )
+
+
+def run_manifest(config: Config, train_index: Index) -> dict[str, Any]:
+    """What a checkpoint says about its run: a run resumes only with the same identity."""
+    identity = fixed_settings(config) | {
+        "data.train digest": train_index.digest,
+        "data.shuffle": resolve_shuffle(config.data, train_index),
+    }
+    return {
+        "format": STATE_FORMAT,
+        "identity": identity,
+        "versions": {"distrain": __version__, "torch": torch.__version__},
+    }
+
+
+def split_batches(batches: Generator[Batch, None, None], splits: int) -> Generator[Batch, None, None]:
+    """Yield each batch as `splits` smaller ones."""
+    with closing(batches):
+        for images, labels in batches:
+            yield from map(Batch, images.chunk(splits), labels.chunk(splits))
