@@ -6,7 +6,6 @@ left over from an interrupted write.
 """
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -79,12 +78,7 @@ def commit(tmp: Path, final: Path, snapshot: Snapshot, before_commit: Callable[[
     It is not committed if `before_commit`, called just before the rename, raises.
     """
     files = {path.name: checksum_file(path) for path in sorted(tmp.iterdir())}
-    manifest = tmp / MANIFEST
-    with manifest.open("w") as file:
-        json.dump({"step": snapshot.step, "files": files, **snapshot.extra}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(tmp)
+    write_json(tmp / MANIFEST, {"step": snapshot.step, "files": files, **snapshot.extra})
     before_commit()
     tmp.rename(final)
     sync_folder(final.parent)
