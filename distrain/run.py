@@ -92,8 +92,9 @@ class Run(Session):
         network = self.learner.eval_model
         accuracy = evaluate(network, self.val_index, self.val_loader, self.config, self.group, before_batch)
         self.tracker.log(step, accuracy.metrics())
-        if self.checkpoints.note_best(step, accuracy.top1 / accuracy.images):
-            self.checkpoints.save(step, self.learner.state(), self.manifest)
+        top1 = accuracy.top1 / accuracy.images
+        if self.checkpoints.is_best(top1):
+            self.checkpoints.save(step, self.learner.state(), self.manifest, best=top1)
         self.progress.restart_clock(step)
         return accuracy
 

@@ -21,9 +21,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from distrain.errors import TemporaryError
 from distrain.files import read_json, sync_folder, write_json
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"  # written by torch.distributed.checkpoint
+_CHECKSUM = "crc32"  # of the manifest itself
 _BEST = "best.json"
 _NAME = re.compile(r"step-(\d{8})$")
 _TMP = ".tmp"
@@ -72,13 +75,27 @@ def newest_step(folder: Path) -> int:
     return max(map(step_of, committed(folder)), default=0)
 
 
-def commit(tmp: Path, final: Path, snapshot: Snapshot, before_commit: Callable[[], None] = lambda: None) -> None:
+def commit(
+    tmp: Path,
+    final: Path,
+    snapshot: Snapshot,
+    files: dict[str, dict[str, int]],
+    before_commit: Callable[[], None] = lambda: None,
+) -> None:
     """Write the manifest of `tmp`, flush everything to disk, and rename it to `final`.
 
-    It is not committed if `before_commit`, called just before the rename, raises.
+    `files` are the sizes and checksums that the ranks report of what they wrote. It is not committed if
+    `before_commit`, called just before the rename, raises. Raises OSError if the files are not exactly those that the
+    checkpoint's metadata names, or not visible here as they were written.
     """
-    files = {path.name: checksum_file(path) for path in sorted(tmp.iterdir())}
-    write_json(tmp / MANIFEST, {"step": snapshot.step, "files": files, **snapshot.extra})
+    expected = {entry.relative_path for entry in FileSystemReader(tmp).read_metadata().storage_data.values()}
+    if files.keys() != expected | {METADATA}:
+        raise OSError(f"the ranks wrote {sorted(files)}, but the metadata names {sorted(expected)}")
+    for name, written in files.items():
+        if not (tmp / name).is_file() or (tmp / name).stat().st_size != written["size"]:
+            raise OSError(f"{tmp / name} is not visible on the main rank's host: run.dir must be shared by all nodes")
+    content = {"step": snapshot.step, "files": files, **snapshot.extra}
+    write_json(tmp / MANIFEST, {**content, _CHECKSUM: _checksum_content(content)})
     before_commit()
     tmp.rename(final)
     sync_folder(final.parent)
@@ -87,21 +104,18 @@ def commit(tmp: Path, final: Path, snapshot: Snapshot, before_commit: Callable[[
 def verify(path: Path) -> dict[str, Any]:
     """Return the manifest after comparing every file with it.
 
-    Raises DamagedCheckpointError naming the file that differs.
+    Raises DamagedCheckpointError naming the file that differs, TemporaryError if one cannot be read just now.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST} cannot be read: {error}") from error
-    for name, expected in files.items():
+    manifest = _read_manifest(path)
+    for name, expected in manifest["files"].items():
         try:
             found = checksum_file(path / name)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(f"{name} is missing") from error
         except OSError as error:
-            raise DamagedCheckpointError(f"{name}: {error.strerror}") from error
+            raise _unreadable(path / name, error) from error
         if found != expected:
             raise DamagedCheckpointError(f"{name} has {found}, the manifest says {expected}")
-    assert isinstance(manifest, dict)
     return manifest
 
 
@@ -114,12 +128,19 @@ def set_aside(path: Path, reason: str) -> Path:
 
 
 def read(path: Path) -> Snapshot:
-    """Load a verified checkpoint. Every process that calls this reads all of it into host memory."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in tensors_in(path).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about loading without a process group, which is intended
-        load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    """Load a verified checkpoint. Every process that calls this reads all of it into host memory.
+
+    Raises TemporaryError if it cannot be read just now.
+    """
+    manifest = _read_manifest(path)
+    try:
+        entries = tensors_in(path).items()
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about loading without a process group, which is intended
+            load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     extra = {key: value for key, value in manifest.items() if key not in ("step", "files")}
     return Snapshot(manifest["step"], tensors, extra)
 
@@ -143,6 +164,11 @@ def remove(path: Path) -> None:
     doomed = tmp_checkpoint_path(path)
     path.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def set_aside_names(folder: Path) -> list[str]:
+    """The checkpoints that were set aside as damaged."""
+    return sorted(path.name for path in folder.glob(f"step-*{_BAD}*"))
 
 
 def clear_tmp(folder: Path) -> None:
@@ -176,6 +202,33 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.numpy().tobytes())
     return f"sha256:{hasher.hexdigest()[:32]}"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises DamagedCheckpointError if the manifest is not as it was written, TemporaryError if it cannot be read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        checksum = manifest.pop(_CHECKSUM)
+        intact = checksum == _checksum_content(manifest) and manifest["step"] == step_of(path)
+    except FileNotFoundError as error:
+        raise DamagedCheckpointError(f"{MANIFEST} is missing") from error
+    except OSError as error:
+        raise _unreadable(path / MANIFEST, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{MANIFEST} is not readable: {error}") from error
+    if not intact or any(Path(name).name != name for name in manifest["files"]):
+        raise DamagedCheckpointError(f"{MANIFEST} is not as it was written")
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def _checksum_content(content: dict[str, Any]) -> int:
+    """CRC-32 of a manifest without its checksum."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _unreadable(path: Path, error: OSError) -> TemporaryError:
+    return TemporaryError(f"{path}: cannot be read: {error.strerror}; check the file system and run again", scope="all")
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

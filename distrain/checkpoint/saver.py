@@ -5,18 +5,21 @@ import shutil
 import time
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distrain.checkpoint.files import (
+    METADATA,
     DamagedCheckpointError,
     Snapshot,
     checkpoint_path,
+    checksum_file,
     choose_kept,
     clear_tmp,
     commit,
@@ -25,6 +28,7 @@ from distrain.checkpoint.files import (
     read_best,
     remove,
     set_aside,
+    set_aside_names,
     step_of,
     tmp_checkpoint_path,
     verify,
@@ -37,6 +41,8 @@ from distrain.failpoints import failpoint
 from distrain.parallel.group import Group, new_gloo_group
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Checkpointer:
@@ -87,9 +93,16 @@ class Checkpointer:
         minutes = self._config.every_minutes
         return minutes > 0 and time.monotonic() - self._time > 60 * minutes
 
-    def save(self, step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any]) -> None:
-        """Copy the state to host memory and write it in the background. A step that is saved already is skipped."""
+    def save(
+        self, step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any], best: float | None = None
+    ) -> None:
+        """Copy the state to host memory and write it in the background. A step that is saved already is skipped.
+
+        `best`: validation accuracy in [0, 1] to record, once it is committed, as that of the best checkpoint.
+        """
         if step == self._last and self.wait():
+            if best is not None and self._group.is_main:
+                self._record_best(step, best)
             return
         began = time.monotonic()
         self.wait()
@@ -99,42 +112,37 @@ class Checkpointer:
                 self._staged[name] = torch.empty_like(tensor, device="cpu")
             self._staged[name].copy_(tensor)
         self._is_committed, self._last, self._time = False, step, time.monotonic()
-        self._writing = self._thread.submit(self._write, Snapshot(step, dict(self._staged), extra))
+        self._writing = self._thread.submit(self._write, Snapshot(step, dict(self._staged), extra), best)
         self.stall = time.monotonic() - began
 
     def wait(self) -> bool:
-        """Wait until the last save is committed or has failed; return whether it is committed."""
+        """Wait until the last save is committed or has failed; return whether it is, the same on every rank."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
                 writing.result()
                 self._is_committed = True
-            except OSError as error:
+            except _WriteError as error:
                 if self._group.is_main:
                     log.error("%s; training continues, and the next one is tried as usual", error)
         return self._is_committed
 
     def wait_or_raise(self) -> None:
         """Wait until the last save is committed. Raises TemporaryError, on all ranks, if it could not be written."""
-        if self._group.any(not self.wait()):
+        if not self.wait():
             raise TemporaryError(
                 f"{self._folder}: the last checkpoint, of step {self._last}, could not be written: "
                 "free disk space or fix the folder, and run again to continue from the checkpoint before",
                 scope="all",
             )
 
-    def note_best(self, step: int, top1: float) -> bool:
-        """Record a validation accuracy in [0, 1]; return whether it is the best so far.
-
-        If so the caller has to save the checkpoint of `step`, which is kept.
-        """
-        best = self._group.broadcast(read_best(self._folder) if self._group.is_main else None)
-        if not self._config.keep_best or (best is not None and top1 <= best[1]):
+    def is_best(self, top1: float) -> bool:
+        """Whether a validation accuracy in [0, 1] is the best so far, so that its checkpoint is to be kept."""
+        if not self._config.keep_best:
             return False
-        if self._group.is_main:
-            with suppress(OSError):
-                write_best(self._folder, step, top1)
-        return True
+        self.wait()
+        best = self._group.broadcast(read_best(self._folder) if self._group.is_main else None)
+        return best is None or top1 > best[1]
 
     def close(self) -> None:
         """Finish the write in progress and stop the thread."""
@@ -144,63 +152,125 @@ class Checkpointer:
             self._thread.shutdown()
 
     def restore(self) -> Snapshot | None:
-        """Load the newest intact checkpoint, the same on every rank; damaged ones are set aside with the reason."""
-        chosen = self._group.broadcast(self._newest_intact() if self._group.is_main else None)
+        """Load the newest intact checkpoint, the same on every rank; damaged ones are set aside with the reason.
+
+        Raises UserError if all are damaged, TemporaryError if one cannot be read just now.
+        """
+        chosen, error = self._group.broadcast(self._choose() if self._group.is_main else None)
+        if error is not None:
+            raise error
         if chosen is None:
             return None
         snapshot = read(chosen)
         self._last, self._is_committed = snapshot.step, True
         return snapshot
 
-    def _newest_intact(self) -> Path | None:
-        for path in reversed(committed(self._folder)):
-            try:
-                verify(path)
-                return path
-            except DamagedCheckpointError as error:
-                aside = set_aside(path, str(error))
-                log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, error, aside.name)
-        return None
+    def _choose(self) -> tuple[Path | None, UserError | TemporaryError | None]:
+        """The checkpoint to load, or the error that every rank is to raise."""
+        try:
+            read_best(self._folder)
+            for path in reversed(committed(self._folder)):
+                try:
+                    verify(path)
+                    return path, None
+                except DamagedCheckpointError as error:
+                    aside = set_aside(path, str(error))
+                    log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, error, aside.name)
+        except (TemporaryError, UserError) as error:
+            return None, error
+        if damaged := set_aside_names(self._folder):
+            return None, UserError(
+                f"{self._folder}: every checkpoint of this run is damaged ({', '.join(damaged)}): restore one from a "
+                "copy, or delete the folder to train from the beginning"
+            )
+        return None, None
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, best: float | None) -> None:
         step = snapshot.step
         final = checkpoint_path(self._folder, step)
         tmp = tmp_checkpoint_path(final)
         try:
-            failpoint("checkpoint.write", step)
-            # CheckpointException is a BaseException and would end the thread without a message.
-            save(snapshot.tensors, checkpoint_id=tmp, process_group=self._writers)
-            if self._group.is_main:
-                self._commit(tmp, final, snapshot)
-                self._prune(final)
+            self._agree(step, lambda: failpoint("checkpoint.write", step))
+            reports = self._agree(step, partial(self._write_files, snapshot, tmp))
+            files = {name: report for reported in reports for name, report in reported.items()}
+            self._agree(step, partial(self._commit, tmp, final, snapshot, files))
             failpoint("checkpoint.commit", step)
-        except (OSError, DamagedCheckpointError, CheckpointException) as error:
+        except _WriteError:
             if self._group.is_main:
                 shutil.rmtree(tmp, ignore_errors=True)
-            reason = " ".join(str(_cause(error)).split())
-            raise OSError(f"checkpoint of step {step} could not be written: {reason}") from error
+            raise
         finally:
             failpoint("checkpoint.end", step)
+        if self._group.is_main:
+            if best is not None:
+                self._record_best(step, best)
+            self._prune(final)
 
-    def _commit(self, tmp: Path, final: Path, snapshot: Snapshot) -> None:
+    def _agree(self, step: int, work: Callable[[], T]) -> list[T]:
+        """Do `work` on every rank and return what it returned on each.
+
+        Every rank takes part in the exchange also if its own work failed, so that no rank waits for another one in
+        vain or takes a checkpoint for committed that is not. Raises _WriteError on every rank if it failed on any.
+        """
+        result, reason, fatal = None, "", None
+        try:
+            result = work()
+        # CheckpointException is a BaseException and would end the thread without a message.
+        except (OSError, CheckpointException) as error:
+            reason = " ".join(str(_cause(error)).split())
+        except TemporaryError as error:  # a newer attempt has started
+            reason, fatal = str(error), error
+        outcomes: list[Any] = [None] * self._group.world
+        dist.all_gather_object(outcomes, (result, reason, fatal is not None), group=self._writers)
+        if fatal is not None:
+            raise fatal
+        for _, why, is_fatal in outcomes:
+            if is_fatal:
+                raise TemporaryError(why, scope="peer")
+            if why:
+                raise _WriteError(f"checkpoint of step {step} could not be written: {why}")
+        return [value for value, _, _ in outcomes]
+
+    def _write_files(self, snapshot: Snapshot, tmp: Path) -> dict[str, dict[str, int]]:
+        """Write this rank's share. Returns size and checksum of its files by name."""
+        save(snapshot.tensors, checkpoint_id=tmp, process_group=self._writers)
+        own = [*tmp.glob(f"__{self._group.rank}_*"), *([tmp / METADATA] if self._group.is_main else [])]
+        return {path.name: checksum_file(path) for path in own}
+
+    def _commit(self, tmp: Path, final: Path, snapshot: Snapshot, files: dict[str, dict[str, int]]) -> None:
         def before_commit() -> None:
             failpoint("checkpoint.rename", snapshot.step)
             self._before_commit()
 
+        if not self._group.is_main:
+            return
         failpoint("checkpoint.manifest", snapshot.step)
         if final.exists():  # never overwritten
             shutil.rmtree(tmp)
         else:
-            commit(tmp, final, snapshot, before_commit)
+            commit(tmp, final, snapshot, files, before_commit)
+
+    def _record_best(self, step: int, top1: float) -> None:
+        try:
+            write_best(self._folder, step, top1)
+        except OSError as error:
+            log.error("%s: the best checkpoint cannot be recorded: %s", self._folder, error.strerror)
 
     def _prune(self, newest: Path) -> None:
-        """Remove what need not be kept, once the newest is verified."""
-        verify(newest)
-        best = read_best(self._folder)
-        every = self._config.keep_every_steps
-        saved = {step_of(path): path for path in committed(self._folder)}
-        for step in saved.keys() - choose_kept(saved.keys(), self._config.keep, every, best and best[0]):
-            remove(saved[step])
+        """Remove what need not be kept, once the newest is verified. What cannot be removed now is tried again."""
+        try:
+            verify(newest)
+            best = read_best(self._folder)
+            every = self._config.keep_every_steps
+            saved = {step_of(path): path for path in committed(self._folder)}
+            for step in saved.keys() - choose_kept(saved.keys(), self._config.keep, every, best and best[0]):
+                remove(saved[step])
+        except (OSError, DamagedCheckpointError, TemporaryError) as error:
+            log.error("%s: older checkpoints are not removed: %s", self._folder, " ".join(str(error).split()))
+
+
+class _WriteError(Exception):
+    """A checkpoint could not be written, on whichever rank."""
 
 
 def check_identity(

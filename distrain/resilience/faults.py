@@ -26,6 +26,7 @@ from distrain.execution.precision import Autocast
 from distrain.failpoints import FAILPOINTS, arm, disarm
 
 _EXACT = ("train.step", "data.request")  # elsewhere a fault fires at the first chance from its step on
+_DAMAGE = ("flip", "truncate")
 _FULL_DISK_BYTES = 1000  # size that a file may have on a full disk
 
 _FAULT = re.compile(r"(?P<kind>[a-z]+)@(?P<failpoint>[a-z.]+):(?P<step>\d+)(?:/(?P<rank>\d+))?")
@@ -83,7 +84,7 @@ class Faults:
         """Inject what is planned for this failpoint and step."""
         if failpoint == "checkpoint.end":
             _free_disk()
-        due = next((fault for fault in self._planned if _is_due(fault, failpoint, step)), None)
+        due = next((fault for fault in self._planned if _is_due(fault, failpoint, step, self._folder)), None)
         if due is None:
             return
         self._planned.remove(due)
@@ -98,9 +99,11 @@ class Faults:
         return {json.loads(line)["fault"] for line in lines if line.endswith("}")}
 
 
-def _is_due(fault: Fault, failpoint: str, step: int) -> bool:
+def _is_due(fault: Fault, failpoint: str, step: int, folder: Path) -> bool:
     if fault.failpoint != failpoint:
         return False
+    if fault.kind in _DAMAGE and len(committed(folder / "checkpoints")) < 2:
+        return False  # a run whose every checkpoint is damaged cannot resume
     return fault.step == step if failpoint in _EXACT else fault.step <= step
 
 

@@ -1,0 +1,113 @@
+"""The commit protocol: what is committed can be loaded, whatever failed on whichever rank."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from support.processes import Training, train
+
+from distrain.checkpoint import MANIFEST, committed, read, verify
+from distrain.checkpoint.files import DamagedCheckpointError, read_best
+from distrain.errors import TemporaryError
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(settings, tmp_path_factory):
+    """A finished run on two ranks, with checkpoints every 7 steps and the best one of step 51."""
+    result = train(tmp_path_factory.mktemp("uninterrupted") / "run", *settings, ranks=2)
+    assert result.code == 0, result.output
+    return result
+
+
+@pytest.fixture
+def run_folder(uninterrupted, tmp_path) -> Path:
+    return shutil.copytree(uninterrupted.folder, tmp_path / "run")
+
+
+def test_a_write_that_fails_on_one_rank_fails_on_all_and_the_next_one_is_whole(uninterrupted, settings, tmp_path):
+    faults = "resilience.faults=[ioerror@checkpoint.manifest:14,ioerror@checkpoint.write:28/1]"
+    result = train(tmp_path / "run", *settings, faults, "checkpoint.keep=9", "resilience.patience=20", ranks=2)
+    assert result.code == 0, result.output
+    assert result.output.count("could not be written") == 2
+    steps = [int(path.name[-8:]) for path in committed(result.folder / "checkpoints")]
+    assert steps == [7, 17, 21, 34, 35, 42, 49, 51]
+    assert all(verify(path) and read(path).tensors for path in committed(result.folder / "checkpoints"))
+    assert len((result.folder / "attempts.jsonl").read_text().splitlines()) == 1
+    assert result.digest == uninterrupted.digest
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_run_folder_that_hosts_do_not_share_never_commits(settings, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test")
+    folder = tmp_path / "runs" / "run"
+    own_disk = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {folder.parent} && exec "$@"', "-")
+    one_epoch = (*settings, "train.epochs=1", "resilience.patience=0")
+    first = Training(folder, *one_epoch, rendezvous=meeting)
+    second = Training(folder, *one_epoch, rendezvous=meeting, host=own_disk)
+    results = [agent.wait() for agent in (first, second)]
+    assert all(result.code for result in results)
+    said = "".join(result.output for result in results)
+    assert "is not visible on the main rank's host: run.dir must be shared by all nodes" in said
+    assert "the last checkpoint, of step 17, could not be written" in said
+    assert committed(folder / "checkpoints") == []
+
+
+@pytest.mark.parametrize("bit", [0, 300, 900])
+def test_a_flipped_bit_in_a_manifest_is_found(run_folder, bit):
+    newest = committed(run_folder / "checkpoints")[-1]
+    content = bytearray((newest / MANIFEST).read_bytes())
+    content[content.index(b'"step": ') + 8 + bit] ^= 1
+    (newest / MANIFEST).write_bytes(content)
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is not"):
+        verify(newest)
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_damaged(run_folder):
+    newest = committed(run_folder / "checkpoints")[-1]
+    manifest = json.loads((newest / MANIFEST).read_text())
+    manifest["files"]["../../config.yaml"] = {"size": 1, "crc32": 1}
+    (newest / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(DamagedCheckpointError):
+        verify(newest)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(run_folder, settings):
+    newest = committed(run_folder / "checkpoints")[-1]
+    data = next(newest.glob("*.distcp"))
+    content = data.read_bytes()
+    data.unlink()
+    data.symlink_to(data)  # opening it is an error of the file system
+    with pytest.raises(TemporaryError, match=rf"{data}: cannot be read: .*; check the file system and run again"):
+        verify(newest)
+    failed = train(run_folder, *settings)
+    assert failed.code == 1
+    assert failed.output.strip().splitlines()[-1].startswith(f"distrain: {data}: cannot be read: ")
+    data.unlink()
+    data.write_bytes(content)
+    assert train(run_folder, *settings).code == 0
+    assert not list((run_folder / "checkpoints").glob("*.bad*"))
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(run_folder, settings):
+    for path in committed(run_folder / "checkpoints"):
+        (path / MANIFEST).write_text("{}")
+    refused = [train(run_folder, *settings) for _ in range(2)]
+    assert [result.code for result in refused] == [78, 78]
+    assert "every checkpoint of this run is damaged (step-000000" in refused[1].output
+    assert "or delete the folder to train from the beginning" in refused[1].output
+
+
+def test_the_best_checkpoint_is_recorded_only_once_it_is_committed(settings, tmp_path):
+    killed = train(tmp_path / "run", *settings, "resilience.faults=[sigkill@checkpoint.rename:17]")
+    assert killed.code == -9
+    assert read_best(killed.folder / "checkpoints") is None
+    assert train(tmp_path / "run", *settings).code == 0
+    best = read_best(killed.folder / "checkpoints")
+    assert best is not None
+    assert best[0] in [int(path.name[-8:]) for path in committed(killed.folder / "checkpoints")]
