@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distrain import __version__
-from distrain.checkpoint import Checkpointer, check_identity
+from distrain.checkpoint import Checkpointer, check_identity, newest_manifest
 from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings
 from distrain.data.index import Index
 from distrain.data.loading.feed import choose_loader, make_loader, make_quarantine, train_requests
@@ -162,9 +162,7 @@ def open_run(session: Session) -> Iterator[Run]:
     config, group, info = session.config, session.group, session.tracker.info
     splits = (("train", session.train_index), ("val", session.val_index))
     quarantines = [make_quarantine(config, index, split) for split, index in splits]
-    name = group.broadcast(
-        choose_loader(config, session.plan, session.train_index, group.device, info) if group.is_main else None
-    )
+    name = group.on_main(partial(choose_loader, config, session.plan, session.train_index, group.device, info))
     with ExitStack() as stack:
         folder = config.run.folder / "checkpoints"
         checkpoints = stack.enter_context(
@@ -205,6 +203,20 @@ def open_run(session: Session) -> Iterator[Run]:
             flags=flags,
             progress=progress,
         )
+
+
+def check_resumable(config: Config, train_index: Index, group: Group) -> None:
+    """Raises UserError, on every rank, if the run's newest checkpoint belongs to a run with other settings.
+
+    Called before anything is written, so that a refused start does not disturb the run that it would resume.
+    """
+
+    def check() -> None:
+        if (saved := newest_manifest(config.run.folder / "checkpoints")) is not None:
+            current = run_manifest(config, train_index)
+            check_identity(saved, current, changeable_settings(config), config.run.change)
+
+    group.on_main(check)
 
 
 def run_manifest(config: Config, train_index: Index) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import record_rollback
 from distrain.resilience.stopping import StopRequest
 from distrain.rng import Stream, torch_seed
-from distrain.run import Run, Session, open_run
+from distrain.run import Run, Session, check_resumable, open_run
 from distrain.track import open_tracker
 
 
@@ -34,6 +34,7 @@ def train(config: Config) -> int:
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
     with Group() as group, StopRequest(config.run.folder, config.train.max_minutes) as stop:
+        check_resumable(config, train_index, group)
         try:
             with (
                 open_tracker(config, group.is_main, plan.steps) as tracker,

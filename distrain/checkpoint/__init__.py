@@ -1,6 +1,15 @@
 """Checkpoints: committed atomically, verified before use, independent of strategy and number of ranks."""
 
-from distrain.checkpoint.files import MANIFEST, Snapshot, committed, newest_step, read, verify, weights_digest
+from distrain.checkpoint.files import (
+    MANIFEST,
+    Snapshot,
+    committed,
+    newest_manifest,
+    newest_step,
+    read,
+    verify,
+    weights_digest,
+)
 from distrain.checkpoint.saver import Checkpointer, check_identity
 
 __all__ = [
@@ -9,6 +18,7 @@ __all__ = [
     "Snapshot",
     "check_identity",
     "committed",
+    "newest_manifest",
     "newest_step",
     "read",
     "verify",

@@ -11,6 +11,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -117,6 +118,17 @@ def verify(path: Path) -> dict[str, Any]:
         if found != expected:
             raise DamagedCheckpointError(f"{name} has {found}, the manifest says {expected}")
     return manifest
+
+
+def newest_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the newest checkpoint with a readable one; its files are not verified.
+
+    Raises TemporaryError if one cannot be read just now.
+    """
+    for path in reversed(committed(folder)):
+        with suppress(DamagedCheckpointError):
+            return _read_manifest(path)
+    return None
 
 
 def set_aside(path: Path, reason: str) -> Path:

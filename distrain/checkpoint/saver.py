@@ -141,7 +141,7 @@ class Checkpointer:
         if not self._config.keep_best:
             return False
         self.wait()
-        best = self._group.broadcast(read_best(self._folder) if self._group.is_main else None)
+        best = self._group.on_main(lambda: read_best(self._folder))
         return best is None or top1 > best[1]
 
     def close(self) -> None:
@@ -156,34 +156,28 @@ class Checkpointer:
 
         Raises UserError if all are damaged, TemporaryError if one cannot be read just now.
         """
-        chosen, error = self._group.broadcast(self._choose() if self._group.is_main else None)
-        if error is not None:
-            raise error
+        chosen = self._group.on_main(self._choose)
         if chosen is None:
             return None
         snapshot = read(chosen)
         self._last, self._is_committed = snapshot.step, True
         return snapshot
 
-    def _choose(self) -> tuple[Path | None, UserError | TemporaryError | None]:
-        """The checkpoint to load, or the error that every rank is to raise."""
-        try:
-            read_best(self._folder)
-            for path in reversed(committed(self._folder)):
-                try:
-                    verify(path)
-                    return path, None
-                except DamagedCheckpointError as error:
-                    aside = set_aside(path, str(error))
-                    log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, error, aside.name)
-        except (TemporaryError, UserError) as error:
-            return None, error
+    def _choose(self) -> Path | None:
+        """The checkpoint to load, if there is any."""
+        for path in reversed(committed(self._folder)):
+            try:
+                verify(path)
+                return path
+            except DamagedCheckpointError as error:
+                aside = set_aside(path, str(error))
+                log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, error, aside.name)
         if damaged := set_aside_names(self._folder):
-            return None, UserError(
+            raise UserError(
                 f"{self._folder}: every checkpoint of this run is damaged ({', '.join(damaged)}): restore one from a "
                 "copy, or delete the folder to train from the beginning"
             )
-        return None, None
+        return None
 
     def _write(self, snapshot: Snapshot, best: float | None) -> None:
         step = snapshot.step
@@ -265,7 +259,7 @@ class Checkpointer:
             saved = {step_of(path): path for path in committed(self._folder)}
             for step in saved.keys() - choose_kept(saved.keys(), self._config.keep, every, best and best[0]):
                 remove(saved[step])
-        except (OSError, DamagedCheckpointError, TemporaryError) as error:
+        except (OSError, DamagedCheckpointError, TemporaryError, UserError) as error:
             log.error("%s: older checkpoints are not removed: %s", self._folder, " ".join(str(error).split()))
 
 

@@ -4,17 +4,20 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from distrain.errors import TemporaryError
+from distrain.errors import TemporaryError, UserError
 
 # For torchrun: without it ranks that are started again may meet addresses of those before them, and wait in vain.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -77,6 +80,23 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do `work` on the main rank and return its result on every rank.
+
+        A UserError or TemporaryError that it raises is raised on every rank.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except (UserError, TemporaryError) as raised:
+                error = raised
+                error.scope = "all"
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return cast(T, result)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank, on every rank."""

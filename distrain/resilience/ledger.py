@@ -5,16 +5,19 @@ started to train. Only the main rank writes them.
 """
 
 import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from distrain.errors import StaleAttemptError, UserError
 from distrain.files import read_json, write_json
+
+log = logging.getLogger(__name__)
 
 _BEAT_BYTES = 64
 
@@ -42,7 +45,7 @@ class Ledger:
         self._host = socket.gethostname()
         self._cause = "" if not before else before["end"] or "exited without reporting: killed, or its host was lost"
         self._reached, last_beat = self._read_beat()
-        began = psutil.Process().create_time()
+        began = process_start()
         self._seconds = {"down": began - last_beat if last_beat else 0.0, "join": time.time() - began}
         self._restored = time.time()
         self._from_step = 0
@@ -60,7 +63,8 @@ class Ledger:
 
     def record_step(self, step: int) -> None:
         """Record that `step` updates are done."""
-        os.pwrite(self._beat, f"{step} {time.time():.3f}".ljust(_BEAT_BYTES).encode(), 0)
+        with _reported(self._folder):
+            os.pwrite(self._beat, f"{step} {time.time():.3f}".ljust(_BEAT_BYTES).encode(), 0)
         if "first_step" not in self._seconds:
             self._seconds["first_step"] = time.time() - self._restored
             entry = {
@@ -71,7 +75,7 @@ class Ledger:
                 "lost_steps": max(0, self._reached - self._from_step),
                 "seconds": {name: round(value, 3) for name, value in self._seconds.items()},
             }
-            with (self._folder / "attempts.jsonl").open("a") as file:
+            with _reported(self._folder), (self._folder / "attempts.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def require_current(self) -> None:
@@ -85,10 +89,11 @@ class Ledger:
 
     def end(self, cause: str, crashed: bool) -> None:
         """Record how the attempt ended, unless a newer one has started."""
-        current = self._read()
-        if current.get("attempt") == self.attempt:
-            self._write(**{**current, "end": cause, "crashed": crashed})
-        os.close(self._beat)
+        with _reported(self._folder):
+            current = self._read()
+            if current.get("attempt") == self.attempt:
+                self._write(**{**current, "end": cause, "crashed": crashed})
+            os.close(self._beat)
 
     def _read(self) -> dict[str, Any]:
         return read_json(self._current, "delete it and run again")
@@ -102,3 +107,19 @@ class Ledger:
             return int(step), float(when)
         except (FileNotFoundError, ValueError):
             return 0, 0.0
+
+
+def process_start() -> float:
+    """When this process was started, seconds since 1970; psutil's create_time is off by up to a second."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def _reported(folder: Path) -> Iterator[None]:
+    """Report a record that cannot be written, as on a full disk; the run does not depend on it."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s: the attempt cannot be recorded: %s", folder, error.strerror)

@@ -37,5 +37,5 @@ def load_skipped_steps(config: Config, group: Group) -> set[int]:
 
 def _skipped_ranges(config: Config, group: Group) -> list[list[int]]:
     decisions = RunDecisions(config.run.folder)
-    ranges: list[list[int]] = group.broadcast(decisions.get(_SKIPPED, list) if group.is_main else None)
+    ranges: list[list[int]] = group.on_main(lambda: decisions.get(_SKIPPED, list))
     return ranges

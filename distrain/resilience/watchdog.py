@@ -8,7 +8,6 @@ other shared store is served by one of the ranks, and that may be the hung one.
 import faulthandler
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -18,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from distrain.files import write_atomically
+import psutil
+
 from distrain.parallel.group import Group
 
+_BEAT_BYTES = 512
 _ALARM_S = 1.0  # for the other ranks to see an alarm
 
 
@@ -32,11 +33,14 @@ class Heartbeat(NamedTuple):
     step: int
     host: str
     pid: int
+    started: float
+    """When the process was created, seconds since 1970: process ids are reused."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        beats, phase, step, host, pid = text.split()
-        return cls(int(beats), phase, int(step), host, int(pid))
+        """Raises ValueError for an incomplete one."""
+        beats, phase, step, host, pid, started = text.split()
+        return cls(int(beats), phase, int(step), host, int(pid), float(started))
 
 
 class Watchdog:
@@ -50,7 +54,7 @@ class Watchdog:
         self._stacks = run_folder / "stacks"
         self._heartbeats = run_folder / "watch"
         self._patience = patience
-        self._beat = Heartbeat(0, "start", 0, socket.gethostname(), os.getpid())
+        self._beat = Heartbeat(0, "start", 0, socket.gethostname(), os.getpid(), psutil.Process().create_time())
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -62,6 +66,8 @@ class Watchdog:
                 shutil.rmtree(self._heartbeats, ignore_errors=True)
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._group.barrier()
+            self._file = os.open(self._folder / f"rank-{self._group.rank}", os.O_WRONLY | os.O_CREAT, 0o644)
+            self._write_beat()
             self._thread = threading.Thread(target=self._watch_ranks, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -73,6 +79,8 @@ class Watchdog:
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
+            with suppress(OSError):
+                os.close(self._file)
 
     def heartbeat(self, phase: str, step: int) -> None:
         """Record that this rank makes progress, and where it is."""
@@ -86,6 +94,7 @@ class Watchdog:
             over = self._done.wait(min(max(self._patience / 20, 0.1), 10.0))
             with suppress(OSError):  # a folder that is temporarily unavailable is no reason to exit
                 self._write_beat()
+            with suppress(OSError, ValueError):
                 if (self._folder / "alarm").exists() and not over:
                     self._end((self._folder / "alarm").read_text())
                 # A frozen neighbor first: a rank that waits for it makes no progress either, and has more patience.
@@ -101,8 +110,8 @@ class Watchdog:
                         self._raise_alarm(rank, beat)
 
     def _write_beat(self) -> None:
-        path = self._folder / f"rank-{self._group.rank}"
-        write_atomically(path, " ".join(map(str, self._beat)), durable=False)
+        """Overwrite the heartbeat in place, which works on a full disk too."""
+        os.pwrite(self._file, " ".join(map(str, self._beat)).ljust(_BEAT_BYTES).encode(), 0)
 
     def _read_beat(self, rank: int) -> tuple[Heartbeat | None, float]:
         """A rank's heartbeat and when it was written, which advances as long as its process is not frozen."""
@@ -118,9 +127,9 @@ class Watchdog:
         (self._folder / "alarm").write_text(text)
         time.sleep(_ALARM_S)
         is_frozen = rank != self._group.rank and beat.host == self._beat.host
-        self._end(text, kill=beat.pid if is_frozen else None)  # a frozen process handles no other signal
+        self._end(text, kill=beat if is_frozen else None)  # a frozen process handles no other signal
 
-    def _end(self, text: str, kill: int | None = None) -> None:
+    def _end(self, text: str, kill: Heartbeat | None = None) -> None:
         with suppress(OSError):
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"rank-{self._group.rank}-{os.getpid()}.txt").open("w") as file:
@@ -128,6 +137,8 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file)
         if kill is not None:
-            with suppress(ProcessLookupError):
-                os.kill(kill, signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(kill.pid)
+                if process.create_time() == kill.started:
+                    process.kill()
         os._exit(1)

@@ -97,12 +97,16 @@ class MainTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._console.close()
-        curves = plot_curves(self._spool.entries(), self._folder / "curves.png")
+        artifacts = [self._config_file]
+        try:
+            artifacts.append(plot_curves(self._spool.entries(), self._folder / "curves.png"))
+        except OSError as error:  # must not hide how the run ended
+            self._console.info(f"{self._folder}/curves.png cannot be written: {error.strerror}")
         stopping = kind is not None and issubclass(kind, Stopped)
         status = "FINISHED" if kind is None else "SCHEDULED" if stopping else "FAILED"
         if self._mlflow is not None:
             timeout = _TIMEOUT_S if kind is None else _TIMEOUT_STOPPING_S
-            self._mlflow.close(status, [self._config_file, curves], timeout)
+            self._mlflow.close(status, artifacts, timeout)
 
     def info(self, line: str) -> None:
         self._console.info(line)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -111,3 +112,17 @@ def test_the_best_checkpoint_is_recorded_only_once_it_is_committed(settings, tmp
     best = read_best(killed.folder / "checkpoints")
     assert best is not None
     assert best[0] in [int(path.name[-8:]) for path in committed(killed.folder / "checkpoints")]
+
+
+def test_a_refused_start_leaves_the_live_run_alone(settings, tmp_path):
+    live = Training(tmp_path / "run", *settings, "train.epochs=60", "optimizer.lr=0.05")
+    live.wait_for_step(20)
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("attempt.json", "config.yaml")]
+    refused = train(tmp_path / "run", *settings, "train.epochs=60", "optimizer.lr=0.06")
+    after = [(tmp_path / "run" / name).read_bytes() for name in ("attempt.json", "config.yaml")]
+    assert refused.code == 78
+    assert "optimizer.lr was 0.05 when this run began and is 0.06 now" in refused.output
+    assert after == before
+    assert live.process.poll() is None
+    live.signal_workers(signal.SIGTERM)
+    assert live.wait().code == 75
