@@ -1,33 +1,32 @@
-"""What a run decides once, by measurement or of necessity, and keeps to when it is started again."""
+"""What a run decides once, by measurement or out of necessity, and keeps through every restart."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distrain.files import read_json, write_json
+
+_CURE = "delete it; what the run decided is measured again"
+
 
 class RunDecisions:
-    """Named decisions of a run, in decisions.json in its folder. Values are what JSON can hold."""
+    """Named decisions of a run, in decisions.json in its folder. Values are what JSON can hold.
+
+    Its methods raise UserError if the file is not readable as JSON.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "decisions.json"
 
     def get(self, name: str, decide: Callable[[], Any]) -> Any:
-        """What was decided before, or else what `decide` says now."""
-        made = self._read()
-        if name not in made:
+        """Return the decision made before, or else make it by calling `decide`."""
+        decisions = read_json(self._path, _CURE)
+        if name not in decisions:
             self.set(name, decide())
-            made = self._read()
-        return made[name]
+            decisions = read_json(self._path, _CURE)
+        return decisions[name]
 
     def set(self, name: str, value: Any) -> None:
-        """Decide, or decide otherwise."""
+        """Make or replace a decision."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._path.with_suffix(".tmp")
-        draft.write_text(json.dumps({**self._read(), name: value}, indent=1) + "\n")
-        draft.replace(self._path)
-
-    def _read(self) -> dict[str, Any]:
-        made = json.loads(self._path.read_text()) if self._path.exists() else {}
-        assert isinstance(made, dict)
-        return made
+        write_json(self._path, {**read_json(self._path, _CURE), name: value})

@@ -184,7 +184,7 @@ def open_run(session: Session) -> Iterator[Run]:
 
         skipped_steps, lanes = load_skipped_steps(config, group), group.lanes(config.batch.lanes)
         requests = train_requests(config, session.plan, session.train_index, lanes, start, skipped_steps)
-        batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.parts)))
+        batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.splits)))
         flags = AsyncFlags(group)
         stack.callback(flags.wait)
         progress = Progress(torch.zeros((), dtype=torch.int64, device=group.device))

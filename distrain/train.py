@@ -84,10 +84,10 @@ def train_steps(run: Run) -> tuple[Accuracy, str]:
 
         lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
         means, update = train_step(learner, step, run.batches, lr)
-        learner.update_average(step + 1)
-        divergence.observe(step, means[0], update.applied)
+        learner.update_ema(step + 1)
+        divergence.observe(step, means["loss"], update.applied)
 
-        metrics = {"train/loss": means[0], "train/top1": means[1], "train/grad_norm": update.norm}
+        metrics = {f"train/{name}": mean for name, mean in means.items()} | {"train/grad_norm": update.norm}
         run.record_step(step + 1, lr, metrics, update.applied)
     run.save(plan.steps)
     accuracy = run.validate(plan.steps)
@@ -97,20 +97,20 @@ def train_steps(run: Run) -> tuple[Accuracy, str]:
 
 def train_step(
     learner: Learner, step: int, batches: Generator[Batch, None, None], lr: float
-) -> tuple[torch.Tensor, Update]:
-    """One update from one batch of every lane. Returns loss and top-1 accuracy, means over all lanes [2], and what
-    came of the update."""
+) -> tuple[dict[str, torch.Tensor], Update]:
+    """One update from one batch of every lane. Returns the means of `loss` and `top1` over all lanes, each float [],
+    and the outcome of the update."""
     config, strategy, statistics = learner.config, learner.strategy, learner.statistics
     statistics.begin_step()
-    for number, (lane, part) in enumerate(learner.micro_batches):
+    for number, (lane, split) in enumerate(learner.micro_batches):
         batch = next(batches)
         images = normalize(batch.images, config.data.mean, config.data.std)
-        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, part))
+        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, split))
         with strategy.micro_batch(number):
             logits = strategy.forward(images.contiguous(memory_format=learner.memory_format))
             loss = learner.criterion(logits, batch.labels)
             strategy.backward(loss)
-        hits = (logits.detach().argmax(dim=1) == batch.labels).float().mean()
-        statistics.end_lane(torch.stack([loss.detach(), hits]))
+        top1 = (logits.detach().argmax(dim=1) == batch.labels).float().mean()
+        statistics.end_lane(loss=loss.detach(), top1=top1)
     update = strategy.update(lr)
     return statistics.end_step(update.applied), update

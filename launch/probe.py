@@ -166,7 +166,7 @@ def measure_links(group: Group, hosts: Sequence[Facts], leaders: Sequence[int]) 
     pairs = [(number, (number + 1) % count) for number in range(count if count > 2 else count - 1)]
     speeds: dict[int, float] = {}
     for one, other in pairs:
-        speed = group.most(exchange(group, leaders[one], leaders[other]))
+        speed = group.max(exchange(group, leaders[one], leaders[other]))
         for number in (one, other):
             speeds[number] = max(speed, speeds.get(number, 0.0))
     for number, speed in speeds.items():

@@ -24,7 +24,7 @@ from distrain import config
 from distrain.bench.rounds import measure_in_turns
 from distrain.config import Config
 from distrain.data.loading.loader import Batch, normalize
-from distrain.execution.prepare import example_images
+from distrain.execution.trial import example_images
 from distrain.learner import Learner, build_network
 from distrain.parallel.group import Group
 from distrain.parallel.zero import import_deepspeed
@@ -144,7 +144,7 @@ def peak_bytes(run: Callable[[], int], steps: int, group: Group) -> int:
     reset_peak(group.device)
     for _ in range(steps):
         run()
-    return int(group.most(float(peak(group.device))))
+    return int(group.max(float(peak(group.device))))
 
 
 def reset_peak(device: torch.device) -> None:

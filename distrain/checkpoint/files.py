@@ -209,7 +209,7 @@ def write_best(folder: Path, step: int, top1: float) -> None:
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the weights, their EMA and the buffers of a state, by name: equal for equal bits."""
     hasher = sha256()
-    for name in sorted(name for name in tensors if name.startswith(("model/", "average/"))):
+    for name in sorted(name for name in tensors if name.startswith(("model/", "ema/"))):
         tensor = tensors[name].detach().cpu().contiguous()
         hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         hasher.update(tensor.numpy().tobytes())

@@ -1,1 +1,1 @@
-"""Ranks are workers that execute lanes."""
+"""Data parallelism: process groups, lanes on ranks, DistributedDataParallel and DeepSpeed ZeRO."""

@@ -1,7 +1,7 @@
-"""The optimizer state inside DeepSpeed's ZeRO optimizers, by parameter.
+"""Read and write, per parameter, the optimizer state inside DeepSpeed's ZeRO optimizers.
 
-DeepSpeed has no public way to put a state in, and its own checkpoints are tied to a stage and a number of ranks.
-All names of its inside that are needed for one of ours stand in this file.
+DeepSpeed has no public way to load a state, and its own checkpoints are tied to a stage and a number of ranks.
+Every private name of DeepSpeed that we use stands in this file.
 """
 
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from distrain.recipe.optimizers import counts_steps, prime, slots
+from distrain.recipe.optimizers import counts_steps, init_state, state_names
 
-# What this file relies on, by the class that has it; a test compares it with the installed release.
-INSIDES = {
+# The private names this file relies on, by class; a test checks that the installed release has them.
+INTERNALS = {
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": (
         "single_partition_of_fp32_groups",
         "_lazy_init_hp_params_optimizer_state",
@@ -27,43 +27,46 @@ INSIDES = {
 }
 
 
-def parts_of(zero: Any) -> list[torch.Tensor]:
-    """The flat fp32 tensors of this rank that stand in for the parameters in the inner optimizer."""
-    parts = zero.fp32_partitioned_groups_flat if _is_stage3(zero) else zero.single_partition_of_fp32_groups
-    return [part for part in parts if part is not None]
+def flat_partitions(zero: Any) -> list[torch.Tensor]:
+    """This rank's flat fp32 partitions, which replace the parameters in the inner optimizer."""
+    partitions = zero.fp32_partitioned_groups_flat if _is_stage3(zero) else zero.single_partition_of_fp32_groups
+    return [partition for partition in partitions if partition is not None]
 
 
-def prime_parts(zero: Any) -> None:
-    """Zeros in every slot of the inner optimizer, linked to the parameters they belong to."""
-    prime(zero.optimizer, parts_of(zero))
+def init_partition_state(zero: Any) -> None:
+    """Initialize the inner optimizer's state to zeros and link it to the parameters."""
+    init_state(zero.optimizer, flat_partitions(zero))
     if not _is_stage3(zero):
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def read_slots(zero: Any, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    """(slot, its whole tensor) of a parameter. Every rank has to call this for the same parameters in turn."""
+def read_optimizer_state(zero: Any, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, unpartitioned tensor) for a parameter. All ranks must call this for the same parameters in order."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    for slot in slots(zero.optimizer):
-        yield slot, safe_get_full_optimizer_state(parameter, slot)
+    for name in state_names(zero.optimizer):
+        yield name, safe_get_full_optimizer_state(parameter, name)
     if counts_steps(zero.optimizer):
-        yield "step", zero.optimizer.state[parts_of(zero)[0]]["step"]
+        yield "step", zero.optimizer.state[flat_partitions(zero)[0]]["step"]
 
 
-def write_slot(zero: Any, parameter: nn.Parameter, slot: str, value: torch.Tensor, rank: int, world: int) -> None:
-    """Set what `read_slots` reads, from the whole tensor."""
+def write_optimizer_state(
+    zero: Any, parameter: nn.Parameter, name: str, value: torch.Tensor, rank: int, world: int
+) -> None:
+    """Set what `read_optimizer_state` yields, from the unpartitioned tensor."""
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-    if slot == "step":
-        for part in parts_of(zero):
-            zero.optimizer.state[part]["step"].copy_(value)
+    partitions = flat_partitions(zero)
+    if name == "step":
+        for partition in partitions:
+            zero.optimizer.state[partition]["step"].copy_(value)
     elif _is_stage3(zero):
-        share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        padded = torch.zeros(share * world, dtype=torch.float32, device=parts_of(zero)[0].device)
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = torch.zeros(size * world, dtype=torch.float32, device=partitions[0].device)
         padded[: value.numel()] = value.flatten()
-        safe_set_local_optimizer_state(parameter, padded[rank * share : (rank + 1) * share], slot)
+        safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], name)
     else:
-        safe_set_full_optimizer_state(parameter, value.to(parts_of(zero)[0].device), slot)
+        safe_set_full_optimizer_state(parameter, value.to(partitions[0].device), name)
 
 
 def _is_stage3(zero: Any) -> bool:

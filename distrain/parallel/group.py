@@ -1,4 +1,4 @@
-"""The process group: who takes part in a run, and what they agree on."""
+"""The process group of a run: its ranks, their lanes, and what they exchange."""
 
 import ctypes
 import os
@@ -14,22 +14,22 @@ import torch.distributed as dist
 
 from distrain.errors import TemporaryError, UserError
 
-# For torchrun: without it ranks that are started again may meet addresses of those before them, and wait in vain.
+# For torchrun: without it restarted ranks may connect to addresses of the previous attempt and hang.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
-# What gloo and NCCL say when the other side is gone; they have no exception of its own for it.
+# Messages of gloo and NCCL for a lost peer; they raise no exception type for it.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @dataclass
 class Group:
-    """This process's place among the ranks. A context manager that sets up and tears down torch.distributed.
+    """This process's rank. A context manager that sets up and tears down torch.distributed.
 
-    Started by torchrun it joins the ranks that torchrun made; started alone it is a world of one.
+    Under torchrun it joins torchrun's ranks; otherwise it is a world of one.
     """
 
     rank: int = 0
@@ -55,28 +55,26 @@ class Group:
     ) -> None:
         dist.destroy_process_group()
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_RANK):
-            raise TemporaryError(
-                "lost the connection to another rank, which ended before its time", scope="peer"
-            ) from error
+            raise TemporaryError("lost the connection to another rank, which exited early", scope="peer") from error
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is the main rank, which reports, decides and writes for all."""
         return self.rank == 0
 
     def lanes(self, lanes: int) -> range:
-        """The lanes this rank executes: a contiguous range; the first ranks take one more if they do not divide."""
+        """The lanes of this rank, a contiguous range. If `lanes` is not divisible, the first ranks take one more."""
         share, extra = divmod(lanes, self.world)
         first = self.rank * share + min(self.rank, extra)
         return range(first, first + share + (self.rank < extra))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place."""
+        """Sum `values` over all ranks, in place."""
         dist.all_reduce(values)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Return the main rank's value on every rank. It must be picklable."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
@@ -99,60 +97,61 @@ class Group:
         return cast(T, result)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank, on every rank."""
-        return self.most(float(flag)) > 0
+        """Return on every rank whether `flag` is true on any."""
+        return self.max(float(flag)) > 0
 
-    def most(self, value: float) -> float:
-        """The largest of all ranks' values, on every rank."""
+    def max(self, value: float) -> float:
+        """Return the largest of all ranks' values on every rank."""
         largest = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return largest.item()
 
     def barrier(self) -> None:
+        """Wait until every rank has called this."""
         dist.barrier(group=self.control)
 
 
 def die_with_parent() -> None:
-    """Have the kernel end this process when torchrun, which started it, dies, so that none is left to hold a GPU."""
+    """Have the kernel kill this process when its torchrun dies, so that no orphan holds a GPU."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:  # it died before the kernel was told
+        if os.getppid() != parent:  # it died before prctl
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def new_gloo_group() -> dist.ProcessGroup:
-    """A group of all ranks that talks between CPUs. Every rank has to call this at the same place."""
+    """Return a new group of all ranks for CPU tensors. All ranks must create their groups in the same order."""
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 class AsyncFlags:
-    """Flags that all ranks see rise at the same step, without waiting for one another within a step.
+    """Flags that every rank sees set at the same step, without a wait within a step.
 
-    Each step posts this rank's wishes and reads the outcome of the step before, which has had a whole step's
-    time to travel.
+    Each step starts the all-reduce of this rank's flags and reads that of the previous step, which had a whole
+    step's time to complete.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, *wishes: bool) -> tuple[bool, ...]:
-        """Post this rank's wishes; return for each whether any rank had it at the previous call."""
-        agreed = self.wait() or (False,) * len(wishes)
-        flags = torch.tensor([float(wish) for wish in wishes])
-        work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """Send this rank's flags; return for each whether any rank had set it at the previous call."""
+        previous = self.wait() or (False,) * len(flags)
+        values = torch.tensor([float(flag) for flag in flags])
+        work = dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group.control, async_op=True)
         assert work is not None
-        self._pending = work, flags
-        return agreed
+        self._pending = work, values
+        return previous
 
     def wait(self) -> tuple[bool, ...]:
-        """Wait for what was posted last; return for each wish whether any rank had it then. Empty if nothing was."""
+        """Wait for the pending exchange; return for each flag whether any rank set it. Empty if none is pending."""
         if self._pending is None:
             return ()
-        work, flags = self._pending
+        work, values = self._pending
         self._pending = None
         work.wait()
-        return tuple(bool(flag) for flag in flags.tolist())
+        return tuple(bool(value) for value in values.tolist())

@@ -1,7 +1,9 @@
-"""BatchNorm over lanes: each lane normalises by its own batch, and running statistics take the lanes' mean.
+"""BatchNorm per lane: each lane normalizes by its own batch, and running statistics are the mean over the lanes.
 
-A lane that is cut into parts counts as so many lanes.
+If the batch of a lane is split, each micro-batch counts as a lane.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -11,48 +13,54 @@ from distrain.parallel.group import Group
 
 
 class LaneStatistics:
-    """Averages what the lanes of a step measured, over all ranks, in one all-reduce.
+    """Averages the running statistics and metrics of a step over all lanes of all ranks, in one all-reduce.
 
-    Running means and variances of every BatchNorm are moved into one flat tensor, of which they become views,
-    so a step costs three small vector operations and one message however deep the network is. Beside them
-    travel a few numbers to report.
+    The running means and variances of every BatchNorm become views into one flat tensor, so a step costs three
+    small vector operations and one message however deep the network is. The scalar `metrics` share that message.
     """
 
-    def __init__(self, module: nn.Module, group: Group, lanes: int, reported: int) -> None:
+    def __init__(self, module: nn.Module, group: Group, lanes: int, metrics: Sequence[str]) -> None:
         self._group = group
         self._lanes = lanes
+        self._metrics = tuple(metrics)
         norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-        self._running = _join(norms, ("running_mean", "running_var"), torch.float32, group.device)
-        self._seen = _join(norms, ("num_batches_tracked",), torch.int64, group.device)
-        self._before = torch.empty_like(self._running)
-        self._total = torch.zeros(len(self._running) + reported, device=group.device)
+        self._running = _flatten_buffers(norms, ("running_mean", "running_var"), torch.float32, group.device)
+        self._batches_tracked = _flatten_buffers(norms, ("num_batches_tracked",), torch.int64, group.device)
+        self._running_before = torch.empty_like(self._running)
+        self._total = torch.zeros(len(self._running) + len(self._metrics), device=group.device)
 
     def begin_step(self) -> None:
-        self._before.copy_(self._running)
-        self._seen_before = self._seen.clone()
+        """Remember the statistics that every lane of the step starts from."""
+        self._running_before.copy_(self._running)
+        self._batches_tracked_before = self._batches_tracked.clone()
         self._total.zero_()
 
-    def end_lane(self, reported: torch.Tensor) -> None:
-        """Take in what this lane's forward pass measured, and put the statistics back for the next lane."""
+    def end_lane(self, **metrics: torch.Tensor) -> None:
+        """Add a lane's statistics and metrics, each float [], and reset the statistics for the next lane."""
         size = len(self._running)
         self._total[:size] += self._running
-        self._total[size:] += reported
-        self._running.copy_(self._before)
+        self._total[size:] += torch.stack([metrics[name] for name in self._metrics])
+        self._running.copy_(self._running_before)
 
-    def end_step(self, applied: torch.Tensor) -> torch.Tensor:
-        """Set the running statistics to the mean over all lanes, unless the step was not `applied`, bool []; return
-        the mean of the reported numbers."""
+    def end_step(self, applied: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Set the running statistics to the mean over all lanes and return the mean of every metric, float [].
+
+        If the step was not `applied`, bool [], the statistics are left as before it.
+        """
         size = len(self._running)
         mean = self._group.sum(self._total) / self._lanes
-        self._running.copy_(torch.where(applied, mean[:size], self._before))
-        self._seen.copy_(self._seen_before + applied)  # every lane of this rank has counted itself
-        return mean[size:]
+        self._running.copy_(torch.where(applied, mean[:size], self._running_before))
+        # Every lane of this rank has counted a batch; a step counts as one.
+        self._batches_tracked.copy_(self._batches_tracked_before + applied)
+        return dict(zip(self._metrics, mean[size:].unbind(), strict=True))
 
 
-def _join(norms: list[_BatchNorm], names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _flatten_buffers(
+    norms: list[_BatchNorm], names: tuple[str, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Move the named buffers of all `norms` into one flat tensor, of which they become views."""
     buffers = [getattr(norm, name) for norm in norms for name in names]
     flat = torch.zeros(sum(buffer.numel() for buffer in buffers), dtype=dtype, device=device)
-    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.data = part.copy_(buffer.flatten()).view_as(buffer)
+    for buffer, view in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.data = view.copy_(buffer.flatten()).view_as(buffer)
     return flat

@@ -1,4 +1,4 @@
-"""Data parallelism behind one interface: DistributedDataParallel, or DeepSpeed ZeRO in one of its stages."""
+"""Data parallelism behind one protocol, implemented by DistributedDataParallel and DeepSpeed ZeRO."""
 
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
@@ -6,75 +6,59 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from distrain.config import Config
-from distrain.parallel.group import Group
-
 State = dict[str, torch.Tensor]
 
 
 class Update(NamedTuple):
-    """What came of a step. Both are tensors on the device, so that nobody has to wait for them."""
+    """The outcome of a step. Both are tensors on the device, so that nothing has to wait for them."""
 
     norm: torch.Tensor
-    """Of the gradient over all parameters, before clipping. float []; not finite where the gradient was not."""
+    """Norm of the gradient over all parameters, before clipping. float []; not finite if the gradient is not."""
     applied: torch.Tensor
-    """Whether the weights moved: they do not where the gradient is not finite. bool []."""
+    """Whether the weights were updated: they are not if the gradient is not finite. bool []."""
 
 
 class Strategy(Protocol):
-    """Runs micro-batches and moves the weights. Every rank has one, and all call it alike."""
+    """Runs micro-batches and updates the weights. Every rank has one, and all make the same calls."""
 
     network: nn.Module
-    """The network in the precision of the run, with the weights of now. ZeRO-3 needs all ranks in every call of it."""
+    """The network in the run's precision with the current weights. Under ZeRO-3 all ranks must call it together."""
 
     def micro_batch(self, number: int) -> AbstractContextManager[None]:
         """The context of this rank's micro-batch `number` of a step, counted from 0."""
         ...
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [n, 3, h, w] to logits [n, num_classes]."""
+        """Return logits [n, num_classes] for images [n, 3, h, w]."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's gradients, given the mean loss of its images."""
+        """Accumulate a micro-batch's gradients, given the mean loss of its images."""
         ...
 
     def update(self, lr: float) -> Update:
-        """Move the weights against the mean gradient of all micro-batches of all ranks."""
+        """Take an optimizer step along the mean gradient of all micro-batches of all ranks."""
         ...
 
     def weights(self) -> State:
-        """Parameters and buffers by name, whole, on every rank."""
+        """Parameters and buffers by name, unpartitioned, on every rank."""
         ...
 
     def state(self) -> State:
-        """Weights as model/NAME, slots of the optimizer as optimizer/NAME/SLOT, the loss scale: the same names and
-        values whichever strategy and number of ranks. The tensors are good until the next step."""
+        """Weights as model/NAME, optimizer state as optimizer/PARAMETER/NAME, and the loss scale.
+
+        Names and values do not depend on the strategy or the number of ranks. The tensors are valid until the next
+        step.
+        """
         ...
 
 
-def open_strategy(
-    config: Config, network: nn.Module, group: Group, micro_batches: int, example: torch.Tensor, saved: State | None
-) -> Strategy:
-    """The configured strategy, going on from a `saved` state of any strategy and number of ranks.
-
-    A step has `micro_batches` over all ranks, each like `example`, images on the device.
-    """
-    if config.parallel.strategy == "ddp":
-        from distrain.parallel.ddp import DDP
-
-        return DDP(config, network, group, micro_batches, example, saved)
-    from distrain.parallel.zero import Zero
-
-    return Zero(config, network, group, micro_batches, saved)
-
-
-def take_model(saved: State) -> State:
-    """The weights in a state, under the names that the network has for them."""
+def model_state(saved: State) -> State:
+    """The weights in a state, by their names in the network."""
     return {name.removeprefix("model/"): tensor for name, tensor in saved.items() if name.startswith("model/")}
 
 
-def take_slots(saved: State, parameter: str) -> State:
-    """The optimizer's slots of one parameter in a state."""
+def optimizer_state(saved: State, parameter: str) -> State:
+    """The optimizer state of one parameter in a state."""
     prefix = f"optimizer/{parameter}/"
     return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}

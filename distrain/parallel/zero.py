@@ -1,7 +1,7 @@
 """Data parallelism by DeepSpeed: ZeRO stages 0 to 3 (Rajbhandari et al. 2020).
 
-Stage 0 is plain data parallelism; from 1 on ranks share the optimizer state among them, from 2 on the gradients,
-in 3 the weights too.
+Stage 0 is plain data parallelism; stage 1 partitions the optimizer state across ranks, 2 also the gradients, 3 also
+the weights.
 """
 
 import logging
@@ -18,47 +18,46 @@ from distrain.config import Config
 from distrain.execution.precision import Autocast, LossScale
 from distrain.parallel import deepspeed_state
 from distrain.parallel.group import Group
-from distrain.parallel.strategy import State, Update, take_model, take_slots
-from distrain.recipe.optimizers import build_optimizer, prime, set_lr, update_clipped
+from distrain.parallel.strategy import State, Update, model_state, optimizer_state
+from distrain.recipe.optimizers import build_optimizer, init_state, set_lr, update_clipped
 
 
 class Zero:
-    """Runs micro-batches, as many on every rank, under DeepSpeed's engine."""
+    """Strategy that runs micro-batches under DeepSpeed's engine; every rank has the same number of lanes."""
 
     def __init__(
         self, config: Config, network: nn.Module, group: Group, micro_batches: int, saved: State | None
     ) -> None:
-        self._plain = network
+        self._module = network
         self._group = group
         self._parameters = dict(network.named_parameters())
         self._buffers = dict(network.named_buffers())
-        self._mine = micro_batches // group.world
+        self._micro_batches = micro_batches // group.world
         self._stage = int(config.parallel.strategy.removeprefix("zero"))
         self._clip_norm = config.optimizer.clip_norm
         self._scale = LossScale(config.train.precision, group.device)
-        # Before DeepSpeed takes the weights apart: what it offers for putting new ones in afterwards did not reach
-        # the next forward pass.
+        # Before DeepSpeed partitions the weights: those set later through its API did not reach the next forward pass.
         if saved is not None:
-            network.load_state_dict(take_model(saved))
+            network.load_state_dict(model_state(saved))
             self._scale.load(saved)
-        network.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens weights by their views
+        network.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens weights as views
         self.network: nn.Module = Autocast(network, config.train.precision)
         self._engine = _open_engine(
             self.network, build_optimizer(network, config.optimizer), self._settings(config), group
         )
         if self._stage:
             self._zero = self._engine.optimizer
-            deepspeed_state.prime_parts(self._zero)
+            deepspeed_state.init_partition_state(self._zero)
         else:
             self._optimizer = self._engine.optimizer
-            prime(self._optimizer)
+            init_state(self._optimizer)
         if saved is not None:
-            self._load_slots(saved)
+            self._load_optimizer(saved)
 
     def _settings(self, config: Config) -> dict[str, Any]:
-        # By default buffers for 5e8 gradients and 1e9 gathered weights, more than any of these networks has.
+        # The defaults are buffers for 5e8 gradients and 1e9 gathered weights, more than any of our networks has.
         bucket = int(config.parallel.bucket_mb * 2**20 / 4)
-        sharing: dict[str, Any] = {
+        zero: dict[str, Any] = {
             "stage": self._stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
@@ -67,21 +66,21 @@ class Zero:
             "stage3_max_reuse_distance": 2 * bucket,
         }
         if config.parallel.offload:
-            sharing["offload_optimizer"] = {"device": "cpu", "pin_memory": self._group.device.type == "cuda"}
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._group.device.type == "cuda"}
         return {
             "train_micro_batch_size_per_gpu": config.batch.per_lane,
-            "gradient_accumulation_steps": self._mine,
-            "gradient_clipping": self._clip_norm,  # 1.0 unless it is said
-            "zero_allow_untested_optimizer": True,  # SGD
+            "gradient_accumulation_steps": self._micro_batches,
+            "gradient_clipping": self._clip_norm,  # DeepSpeed's default is 1.0
+            "zero_allow_untested_optimizer": True,  # SGD is one
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": sharing,
+            "zero_optimization": zero,
             "steps_per_print": 1 << 60,
         }
 
     @contextmanager
     def micro_batch(self, number: int) -> Iterator[None]:
-        """Stages 0 and 1 exchange gradients in the last micro-batch of a step, 2 and 3 in each, as they keep none."""
-        self._engine.set_gradient_accumulation_boundary(number == self._mine - 1)
+        """Stages 0 and 1 reduce gradients in the last micro-batch of a step, 2 and 3 in each, to keep one partition."""
+        self._engine.set_gradient_accumulation_boundary(number == self._micro_batches - 1)
         yield
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -105,12 +104,12 @@ class Zero:
             parameters = list(self._parameters.values())
             update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
             self._engine.zero_grad()
-        self._scale.adapt(update.applied)
+        self._scale.update(update.applied)
         return update
 
     def weights(self) -> State:
         if self._stage < 3:
-            return dict(self._plain.state_dict())
+            return dict(self._module.state_dict())
         from deepspeed.utils import safe_get_full_fp32_param
 
         return self._buffers | {
@@ -120,27 +119,27 @@ class Zero:
     def state(self) -> State:
         tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
         for name, parameter in self._parameters.items():
-            for slot, value in self._slots(parameter):
-                tensors[f"optimizer/{name}/{slot}"] = value
+            for key, value in self._optimizer_state(parameter):
+                tensors[f"optimizer/{name}/{key}"] = value
         return tensors | self._scale.state()
 
-    def _slots(self, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    def _optimizer_state(self, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
         if self._stage:
-            return deepspeed_state.read_slots(self._zero, parameter)
+            return deepspeed_state.read_optimizer_state(self._zero, parameter)
         return iter(self._optimizer.state[parameter].items())
 
-    def _load_slots(self, saved: State) -> None:
+    def _load_optimizer(self, saved: State) -> None:
         for name, parameter in self._parameters.items():
-            for slot, value in take_slots(saved, name).items():
+            for key, value in optimizer_state(saved, name).items():
                 if self._stage:
                     rank, world = self._group.rank, self._group.world
-                    deepspeed_state.write_slot(self._zero, parameter, slot, value, rank, world)
+                    deepspeed_state.write_optimizer_state(self._zero, parameter, key, value, rank, world)
                 else:
-                    self._optimizer.state[parameter][slot].copy_(value)
+                    self._optimizer.state[parameter][key].copy_(value)
 
 
 def _open_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], group: Group) -> Any:
-    """DeepSpeed's engine, in the process group there is."""
+    """Open DeepSpeed's engine in the existing process group."""
     deepspeed = import_deepspeed(group.device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -149,15 +148,15 @@ def _open_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed for this device, without what it has to say."""
+    """Import DeepSpeed for this device, with its warnings and log silenced."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It calls collectives by names that torch has replaced, at every step.
+    # It calls collectives by deprecated names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # An operation for inference that it would compile for a minute.
+    # An operation for inference that takes a minute to compile.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

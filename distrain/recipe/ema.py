@@ -1,4 +1,4 @@
-"""Averages of weights along the run, which often classify better than the weights themselves."""
+"""Exponential moving average (EMA) of weights, which often classifies better than the weights themselves."""
 
 import copy
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-_PREFIX = "average/"
+_PREFIX = "ema/"
 
 
 class EMA:
     """An exponential moving average of a network's weights and running statistics (Polyak and Juditsky 1992).
 
-    `network` computes with the average; it starts as a copy of the one given.
+    `self.network` holds the average; it starts as a copy of `network`.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -21,7 +21,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Move towards `weights`, named as in the network's state_dict, by 1 - decay of the way."""
+        """Set average = decay x average + (1 - decay) x weights, by state_dict name; integers are copied."""
         for name, mean in self.network.state_dict().items():
             if mean.is_floating_point():
                 mean.lerp_(weights[name], 1 - self._decay)
@@ -29,9 +29,11 @@ class EMA:
                 mean.copy_(weights[name])
 
     def state(self) -> dict[str, torch.Tensor]:
+        """The average as ema/NAME."""
         return {_PREFIX + name: tensor for name, tensor in self.network.state_dict().items()}
 
     def load(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Restore the average from a state."""
         self.network.load_state_dict(
             {name.removeprefix(_PREFIX): tensor for name, tensor in saved.items() if name.startswith(_PREFIX)}
         )

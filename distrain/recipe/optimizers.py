@@ -1,4 +1,4 @@
-"""Optimizers, which parameters decay, and the step they take."""
+"""Optimizers: which parameters have weight decay, the state kept for each, and a clipped step."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from distrain.config import OptimizerConfig
 from distrain.recipe.layerwise import LAMB, LARS
 
-_SLOTS: dict[type[Optimizer], tuple[str, ...]] = {
+_STATE_NAMES: dict[type[Optimizer], tuple[str, ...]] = {
     SGD: ("momentum_buffer",),
     LARS: ("momentum_buffer",),
     AdamW: ("exp_avg", "exp_avg_sq"),
@@ -20,7 +20,7 @@ _SLOTS: dict[type[Optimizer], tuple[str, ...]] = {
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer of `config.name` over all parameters of `module`."""
+    """Build the configured optimizer over all parameters of `module`."""
     groups = group_parameters(module, config)
     settings: dict[str, Any] = {"lr": torch.finfo(torch.float32).tiny}  # set at every step from the schedule
     if config.name in ("sgd", "lars"):
@@ -37,7 +37,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def group_parameters(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Weights of convolutions and of the classifier decay; vectors (norms, biases) do as configured."""
+    """Group parameters by weight decay: matrices (convolutions, classifier) have it, vectors (norms, biases) may."""
     matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
     return [
@@ -46,29 +46,30 @@ def group_parameters(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     ]
 
 
-def prime(optimizer: Optimizer, parameters: Iterable[torch.Tensor] | None = None) -> None:
-    """Give every parameter (or `parameters`, which stand in for them) the slots it has after no steps: zeros.
+def init_state(optimizer: Optimizer, parameters: Iterable[torch.Tensor] | None = None) -> None:
+    """Set the state of every parameter, or of `parameters` that replace them, to zeros, as before the first step.
 
-    Left to itself an optimizer makes them at its first step, when a state may already have been asked for.
+    An optimizer creates its state only in its first step, which is too late to save or load one before it.
     """
     for parameter in parameters or [one for group in optimizer.param_groups for one in group["params"]]:
-        optimizer.state[parameter] = {slot: torch.zeros_like(parameter) for slot in slots(optimizer)}
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in state_names(optimizer)}
         if counts_steps(optimizer):
             optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
 
 
-def slots(optimizer: Optimizer) -> tuple[str, ...]:
-    """Names of the tensors that an optimizer keeps for each parameter, shaped like it."""
-    names = _SLOTS[type(optimizer)]
+def state_names(optimizer: Optimizer) -> tuple[str, ...]:
+    """Names of the tensors in the shape of a parameter that an optimizer keeps for it."""
+    names = _STATE_NAMES[type(optimizer)]
     return () if names == ("momentum_buffer",) and not optimizer.defaults["momentum"] else names
 
 
 def counts_steps(optimizer: Optimizer) -> bool:
-    """Whether an optimizer keeps a counter `step` beside the slots of each parameter."""
-    return "exp_avg" in _SLOTS[type(optimizer)]
+    """Whether an optimizer also keeps a counter `step`, float [], for each parameter."""
+    return "exp_avg" in _STATE_NAMES[type(optimizer)]
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameter groups."""
     for settings in optimizer.param_groups:
         settings["lr"] = lr
 
@@ -76,16 +77,16 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 def update_clipped(
     optimizer: Optimizer, parameters: list[nn.Parameter], lr: float, scale: torch.Tensor, clip_norm: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take a step along gradients that are `scale` times too large, at most `clip_norm` long (0: any length).
+    """Unscale gradients by `scale`, clip their total norm to `clip_norm` (0 disables clipping) and take a step.
 
-    Returns the norm of the gradient before clipping, float [], and whether a step was taken, bool []: none is
-    where the gradient is not finite. The CPU does not wait for the device to know.
+    Returns the norm of the gradient before clipping, float [], and whether the step was taken, bool []: it is
+    skipped if the gradient is not finite. The CPU does not wait for the device.
     """
     set_lr(optimizer, lr)
     norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / scale
     finite = norm.isfinite()
     excess = (norm / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(norm)
-    # What GradScaler does: the optimizer divides by the one and stands still if the other is 1, on the device.
+    # As GradScaler does: on the device, the optimizer divides by grad_scale and skips the step if found_inf is 1.
     optimizer.grad_scale = scale * excess  # type: ignore[attr-defined]
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()

@@ -6,14 +6,14 @@ from distrain.config import ScheduleConfig
 
 
 def learning_rate(peak: float, schedule: ScheduleConfig, epoch: float, epochs: float) -> float:
-    """The rate for the step that starts after `epoch` of `epochs` epochs.
+    """Return the learning rate of the step that starts at `epoch` of `epochs`.
 
     Linear warm-up from warmup_factor x peak (Goyal et al. 2017, section 2.2), then half a cosine down to
     final_factor x peak over the whole run (Loshchilov and Hutter 2017, without restarts), or constant.
     """
     if epoch < schedule.warmup_epochs:
-        share = epoch / schedule.warmup_epochs
-        warmup = schedule.warmup_factor + (1 - schedule.warmup_factor) * share
+        progress = epoch / schedule.warmup_epochs
+        warmup = schedule.warmup_factor + (1 - schedule.warmup_factor) * progress
     else:
         warmup = 1.0
     if schedule.name == "constant":

@@ -3,33 +3,33 @@ import torch
 from distrain.execution.precision import Autocast, LossScale
 
 
-def test_the_loss_scale_moves_as_torchs_own():
+def test_the_loss_scale_changes_as_in_gradscaler():
     ours = LossScale("fp16", torch.device("cpu"))
-    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    reference = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     weight = torch.nn.Parameter(torch.zeros(()))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     for step in range(4100):
         finite = step not in (0, 1, 2050)
-        theirs.scale(weight * (1.0 if finite else torch.inf)).backward()
-        theirs.step(optimizer)
-        theirs.update()
+        reference.scale(weight * (1.0 if finite else torch.inf)).backward()
+        reference.step(optimizer)
+        reference.update()
         optimizer.zero_grad()
-        ours.adapt(torch.tensor(finite))
-        assert ours.value.item() == theirs.get_scale()
-    assert ours.value.item() == 2.0**15  # halved thrice, doubled twice
+        ours.update(torch.tensor(finite))
+        assert ours.value.item() == reference.get_scale()
+    assert ours.value.item() == 2.0**15  # halved three times, doubled twice
 
 
-def test_the_loss_scale_is_one_and_stays_so_in_other_precisions():
+def test_the_loss_scale_is_always_one_in_other_precisions():
     scale = LossScale("bf16", torch.device("cpu"))
-    scale.adapt(torch.tensor(False))
+    scale.update(torch.tensor(False))
     assert scale.value.item() == 1.0
     assert scale.state() == {}
 
 
 def test_autocast_computes_in_the_precision_and_returns_fp32():
-    seen = []
+    dtypes = []
     layer = torch.nn.Conv2d(3, 2, 1)
-    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     for precision in ("fp32", "bf16", "fp16"):
         assert Autocast(layer, precision)(torch.ones(2, 3, 4, 4)).dtype == torch.float32
-    assert seen == [torch.float32, torch.bfloat16, torch.float16]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.float16]

@@ -1,16 +1,18 @@
-"""What needs a GPU: NCCL, fp16 as it is used, memory formats and compilation where they matter."""
+"""What needs a GPU: NCCL, fp16, and memory formats and compilation where they matter."""
 
 import copy
 
 import pytest
 import torch
+from support.execution import settings
 from support.processes import SMALL, Training, train
-from test_execution import settings
-from test_strategies import DENSENET, STRATEGIES, assert_equal_states, perform, task
+from support.strategies import DENSENET, STRATEGIES, assert_equal_states, run_tasks, task
 
 from distrain import models
 from distrain.decisions import RunDecisions
-from distrain.execution.prepare import fit_memory, prepare, regions
+from distrain.execution.compile import regions
+from distrain.execution.fitting import fit_memory
+from distrain.execution.prepare import prepare
 
 pytestmark = pytest.mark.gpu
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def test_a_killed_run_on_a_gpu_ends_in_the_same_bits(strategy, on_dataset, tmp_path):
     chosen = (*SMALL, *on_dataset, f"parallel.strategy={strategy}", "train.deterministic=true", "batch.lanes=2",
               "batch.per_lane=8", "train.epochs=3", "checkpoint.every_steps=5", "train.precision=bf16")  # fmt: skip
-    uninterrupted = train(tmp_path / "undisturbed", *chosen)
+    uninterrupted = train(tmp_path / "uninterrupted", *chosen)
     assert uninterrupted.code == 0, uninterrupted.output
     training = Training(tmp_path / "killed", *chosen)
     training.wait_for_step(13)
@@ -28,9 +30,9 @@ def test_a_killed_run_on_a_gpu_ends_in_the_same_bits(strategy, on_dataset, tmp_p
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_loss_scale_of_fp16_goes_on_after_a_restart_on_a_gpu(strategy, tmp_path):
+def test_the_loss_scale_of_fp16_is_restored_after_a_restart_on_a_gpu(strategy, tmp_path):
     chosen = (f"parallel.strategy={strategy}", "batch.lanes=1", "batch.per_lane=8", "train.precision=fp16", *DENSENET)
-    half, resumed, whole = perform(
+    half, resumed, whole = run_tasks(
         [
             task(tmp_path, "half", *chosen, last=4, poison=2),
             task(tmp_path, "resumed", *chosen, first=4, last=5, load=str(tmp_path / "half.pt")),
@@ -40,7 +42,7 @@ def test_the_loss_scale_of_fp16_goes_on_after_a_restart_on_a_gpu(strategy, tmp_p
         tmp_path,
     )
     assert half.applied == [True, True, False, True]
-    assert whole.state["scale/since"] == 2
+    assert whole.state["scale/growth_tracker"] == 2
     assert_equal_states(resumed.state, whole.state, rtol=1e-3, atol=1e-5)
     assert resumed.state["scale/value"] == whole.state["scale/value"]
 
@@ -48,24 +50,24 @@ def test_the_loss_scale_of_fp16_goes_on_after_a_restart_on_a_gpu(strategy, tmp_p
 def test_the_memory_format_is_measured_on_a_gpu(group, tmp_path):
     run = settings(tmp_path, "train.memory_format=auto", "train.precision=bf16")
     network = models.build("regnety_400mf", 5).to(group.device)
-    said = []
-    prepare(run, network, group, said.append)
-    assert said[0].startswith("train.memory_format=auto: ")
+    lines = []
+    prepare(run, network, group, lines.append)
+    assert lines[0].startswith("train.memory_format=auto: ")
     assert RunDecisions(run.run.folder).get("memory_format", lambda: "") in ("channels_last", "contiguous")
 
 
-def test_lanes_that_a_gpu_cannot_hold_are_cut(group):
+def test_lanes_that_do_not_fit_a_gpu_are_split(group):
     network = models.build("regnety_16gf", 5).to(group.device)
     total = torch.cuda.get_device_properties(group.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / total))
     try:
         images = torch.zeros(64, 3, 224, 224, device=group.device)
-        said = []
-        parts = fit_memory(network, images, 1, group, lambda net, part: net(part).sum().backward(), said.append)
+        lines = []
+        splits = fit_memory(network, images, 1, group, lambda net, batch: net(batch).sum().backward(), lines.append)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert parts > 1
-    assert said[0].startswith("out of memory: all blocks are computed again")
+    assert splits > 1
+    assert lines[0].startswith("out of memory: recomputing all blocks")
 
 
 def test_blocks_compiled_on_a_gpu_compute_the_same(group, tmp_path):

@@ -1,22 +1,15 @@
-"""Every strategy computes the same, and takes over what any other has left, on any number of ranks."""
+"""Every strategy computes the same, and resumes the state of any other on any number of ranks."""
 
 import importlib
 import itertools
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from support.processes import environment
+from support.strategies import DENSENET, STRATEGIES, Outcome, assert_equal_states, run_tasks, task
 
-from distrain.parallel.deepspeed_state import INSIDES
+from distrain.parallel.deepspeed_state import INTERNALS
 
-STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
-DENSENET = ("model.name=densenet_bc_10_4",)
 REGNET = (
     "model.name=regnet",
     "model.options={depth: 3, w0: 16, wa: 8, wm: 2.0, group_width: 8, se_ratio: 0.25, zero_gamma: true, "
@@ -26,47 +19,10 @@ OPTIMIZERS = {
     "sgd": ("optimizer.name=sgd", "optimizer.lr=0.005"),
     "adamw": ("optimizer.name=adamw", "optimizer.lr=0.0003", "optimizer.eps=0.01"),
 }
-# Small steps: rounding that differs in the last bit grows to something else within tens of large ones.
-COMMON = ("train.precision=fp32", "optimizer.weight_decay=0.001", "optimizer.clip_norm=0.5")
-
-
-@dataclass
-class Done:
-    """What came of a task: see strategies_main.py."""
-
-    losses: list[float]
-    norms: list[float]
-    applied: list[bool]
-    state: dict[str, torch.Tensor]
-
-
-def task(folder: Path, name: str, *settings: str, first: int = 0, last: int, **rest) -> dict:
-    save = str(folder / f"{name}.pt")
-    return {"settings": [*COMMON, *settings], "first": first, "last": last, "save": save, **rest}
-
-
-def perform(tasks: list[dict], ranks: int, folder: Path) -> list[Done]:
-    """Do them all in one process group of so many ranks."""
-    file = folder / f"tasks-on-{ranks}.json"
-    file.write_text(json.dumps(tasks))
-    program = str(Path(__file__).parents[1] / "support" / "strategies_main.py")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    ended = subprocess.run(
-        [sys.executable, *torchrun, program, str(file)], capture_output=True, text=True, env=environment(), timeout=250
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    results = json.loads(file.with_suffix(".results").read_text())
-    return [Done(**result, state=torch.load(one["save"])) for one, result in zip(tasks, results, strict=True)]
-
-
-def assert_equal_states(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 @pytest.fixture(scope="module")
-def thirty_steps(tmp_path_factory) -> dict[tuple[str, str, str], Done]:
+def thirty_steps(tmp_path_factory) -> dict[tuple[str, str, str], Outcome]:
     """Both families under both optimizers and every strategy: two ranks of two lanes each."""
     folder = tmp_path_factory.mktemp("thirty")
     cases = list(itertools.product(("densenet", "regnet"), OPTIMIZERS, STRATEGIES))
@@ -78,7 +34,7 @@ def thirty_steps(tmp_path_factory) -> dict[tuple[str, str, str], Done]:
         )
         for family, optimizer, strategy in cases
     ]  # fmt: skip
-    return dict(zip(cases, perform(tasks, 2, folder), strict=True))
+    return dict(zip(cases, run_tasks(tasks, 2, folder), strict=True))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
@@ -91,7 +47,8 @@ def test_all_strategies_compute_the_same(thirty_steps, family, optimizer, strate
     np.testing.assert_allclose(other.losses, plain.losses, rtol=1e-5)
     np.testing.assert_allclose(other.norms, plain.norms, rtol=1e-4)
     weights, plain_weights = (
-        {name: tensor for name, tensor in done.state.items() if name.startswith("model/")} for done in (other, plain)
+        {name: tensor for name, tensor in outcome.state.items() if name.startswith("model/")}
+        for outcome in (other, plain)
     )
     assert_equal_states(weights, plain_weights, rtol=1e-5, atol=1e-5)
     assert other.state.keys() == plain.state.keys()
@@ -101,13 +58,13 @@ HALF, END = 5, 9
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Done]]:
-    """Each strategy on two ranks: to the end, and halfway, where its state is saved."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory) -> tuple[Path, dict[str, Outcome]]:
+    """Each strategy on two ranks: to the end, and to half-way, where its state is saved."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     whole = [task(folder, f"{name}-end", *resumable(name), last=END) for name in STRATEGIES]
     halves = [task(folder, f"{name}-half", *resumable(name), last=HALF) for name in STRATEGIES]
-    done = perform([*whole, *halves], 2, folder)
-    return folder, dict(zip(STRATEGIES, done, strict=False))
+    outcomes = run_tasks([*whole, *halves], 2, folder)
+    return folder, dict(zip(STRATEGIES, outcomes, strict=False))
 
 
 def resumable(strategy: str) -> tuple[str, ...]:
@@ -118,8 +75,8 @@ def resumable(strategy: str) -> tuple[str, ...]:
 @pytest.fixture(
     scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-def resumed(request, uninterrupted, tmp_path_factory) -> tuple[int, dict[tuple[str, str], Done]]:
-    """Every half-way state taken over by every strategy."""
+def resumed(request, uninterrupted, tmp_path_factory) -> tuple[int, dict[tuple[str, str], Outcome]]:
+    """Every half-way state, resumed by every strategy."""
     ranks, (saved, _), folder = request.param, uninterrupted, tmp_path_factory.mktemp("resumed")
     cases = list(itertools.product(STRATEGIES, STRATEGIES))
     tasks = [
@@ -129,14 +86,14 @@ def resumed(request, uninterrupted, tmp_path_factory) -> tuple[int, dict[tuple[s
         )
         for before, after in cases
     ]  # fmt: skip
-    return ranks, dict(zip(cases, perform(tasks, ranks, folder), strict=True))
+    return ranks, dict(zip(cases, run_tasks(tasks, ranks, folder), strict=True))
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(STRATEGIES, STRATEGIES)))
-def test_a_state_goes_on_under_every_strategy_on_any_number_of_ranks(uninterrupted, resumed, before, after):
+def test_a_state_resumes_under_every_strategy_on_any_number_of_ranks(uninterrupted, resumed, before, after):
     expected = uninterrupted[1][before]
-    ranks, done = resumed
-    found = done[before, after]
+    ranks, outcomes = resumed
+    found = outcomes[before, after]
     np.testing.assert_allclose(found.losses, expected.losses[HALF:], rtol=1e-5)
     assert_equal_states(found.state, expected.state, rtol=1e-4, atol=1e-5)
     if (ranks, before) == (2, after):
@@ -145,8 +102,8 @@ def test_a_state_goes_on_under_every_strategy_on_any_number_of_ranks(uninterrupt
 
 
 @pytest.fixture(scope="module")
-def in_fp16(tmp_path_factory) -> dict[tuple[str, str], Done]:
-    """Five steps in fp16, the third with an image of NaN, at once and with a restart after the fourth."""
+def in_fp16(tmp_path_factory) -> dict[tuple[str, str], Outcome]:
+    """Five steps in fp16, the third with an image of NaN: uninterrupted, and with a restart after the fourth."""
     folder = tmp_path_factory.mktemp("fp16")
     cases, tasks = [], []
     for name in STRATEGIES:
@@ -158,16 +115,16 @@ def in_fp16(tmp_path_factory) -> dict[tuple[str, str], Done]:
             task(folder, f"{name}-resumed", *settings, first=4, last=5, load=str(folder / f"{name}-half.pt")),
             task(folder, f"{name}-whole", *settings, last=5, poison=2),
         ]
-        cases += [(name, part) for part in ("before", "poisoned", "half", "resumed", "whole")]
-    return dict(zip(cases, perform(tasks, 2, folder), strict=True))
+        cases += [(name, stage) for stage in ("before", "poisoned", "half", "resumed", "whole")]
+    return dict(zip(cases, run_tasks(tasks, 2, folder), strict=True))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_gradient_that_is_not_finite_changes_nothing_but_the_loss_scale(in_fp16, strategy):
+def test_a_gradient_that_is_not_finite_changes_only_the_loss_scale(in_fp16, strategy):
     before, after = in_fp16[strategy, "before"].state, in_fp16[strategy, "poisoned"].state
     assert in_fp16[strategy, "poisoned"].applied == [True, True, False]
     assert after["scale/value"] == before["scale/value"] / 2
-    scale = {"scale/value", "scale/since"}
+    scale = {"scale/value", "scale/growth_tracker"}
     assert_equal_states(
         {name: tensor for name, tensor in after.items() if name not in scale},
         {name: tensor for name, tensor in before.items() if name not in scale},
@@ -177,17 +134,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_loss_scale(in_fp1
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_loss_scale_of_fp16_goes_on_after_a_restart(in_fp16, strategy):
+def test_the_loss_scale_of_fp16_is_restored_after_a_restart(in_fp16, strategy):
     resumed, whole = in_fp16[strategy, "resumed"], in_fp16[strategy, "whole"]
     assert whole.state["scale/value"] == 2.0**15
-    assert whole.state["scale/since"] == 2
+    assert whole.state["scale/growth_tracker"] == 2
     assert resumed.losses == whole.losses[4:]
     assert_equal_states(resumed.state, whole.state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("place", "name"), [(place, name) for place, names in INSIDES.items() for name in names])
-def test_deepspeed_has_the_insides_that_its_state_is_read_by(place, name):
-    module, _, holder = place.rpartition(".")
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in INTERNALS.items() for name in names])
+def test_deepspeed_has_the_internals_that_its_state_is_read_by(path, name):
+    module, _, owner = path.rpartition(".")
     source = Path(importlib.import_module(module).__file__).read_text()
-    assert hasattr(importlib.import_module(module), holder), f"DeepSpeed has no {place} any more"
-    assert name in source, f"DeepSpeed's {holder} has no {name} any more: mend distrain/parallel/deepspeed_state.py"
+    assert hasattr(importlib.import_module(module), owner), f"DeepSpeed no longer has {path}"
+    assert name in source, f"DeepSpeed's {owner} no longer has {name}: fix distrain/parallel/deepspeed_state.py"

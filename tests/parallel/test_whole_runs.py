@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed, started as a user starts them."""
+"""Runs under DeepSpeed and of split lanes, started as a user starts them."""
 
 import json
 
@@ -22,7 +22,7 @@ def settings(on_dataset) -> tuple[str, ...]:
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_a_killed_run_ends_in_the_same_bits_under_zero(settings, strategy, tmp_path):
     chosen = (*settings, f"parallel.strategy={strategy}")
-    uninterrupted = train(tmp_path / "undisturbed", *chosen, ranks=3)
+    uninterrupted = train(tmp_path / "uninterrupted", *chosen, ranks=3)
     assert uninterrupted.code == 0, uninterrupted.output
     training = Training(tmp_path / "killed", *chosen, ranks=3)
     training.wait_for_step(13)
@@ -33,8 +33,8 @@ def test_a_killed_run_ends_in_the_same_bits_under_zero(settings, strategy, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_zero_to_ddp_and_to_other_ranks_and_loses_nothing(settings, tmp_path):
-    uninterrupted = train(tmp_path / "undisturbed", *settings)
+def test_a_run_resumes_under_other_strategies_and_numbers_of_ranks_without_loss(settings, tmp_path):
+    uninterrupted = train(tmp_path / "uninterrupted", *settings)
     training = Training(tmp_path / "moved", *settings, "parallel.strategy=zero3", ranks=2)
     training.wait_for_step(7)
     training.kill()
@@ -49,20 +49,20 @@ def test_a_run_moves_from_zero_to_ddp_and_to_other_ranks_and_loses_nothing(setti
     assert moved.series("val/top1") == uninterrupted.series("val/top1")
 
 
-def test_lanes_cut_into_parts_are_trained_as_so_many_lanes(settings, tmp_path):
-    for name in ("cut", "many"):
+def test_split_lanes_train_like_that_many_lanes(settings, tmp_path):
+    for name in ("split", "many"):
         (tmp_path / name).mkdir()
-    (tmp_path / "cut" / "decisions.json").write_text(json.dumps({"parts": 2}))
-    cut = train(tmp_path / "cut", *settings, "batch.lanes=3", "batch.per_lane=8")
+    (tmp_path / "split" / "decisions.json").write_text(json.dumps({"lane_splits": 2}))
+    split = train(tmp_path / "split", *settings, "batch.lanes=3", "batch.per_lane=8")
     many = train(tmp_path / "many", *settings)
-    assert cut.digest == many.digest
-    assert cut.series("train/loss") == many.series("train/loss")
+    assert split.digest == many.digest
+    assert split.series("train/loss") == many.series("train/loss")
 
 
-def test_ranks_that_zero_cannot_deal_lanes_to_are_refused_in_one_line(settings, tmp_path):
+def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused_under_zero(settings, tmp_path):
     refused = train(tmp_path / "refused", *settings, "parallel.strategy=zero1", "batch.lanes=5", ranks=2)
-    said = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
-    assert said == [
-        "distrain: parallel.strategy=zero1 needs as many lanes on every rank, and batch.lanes=5 does not divide by "
-        "2 ranks: start 1, or set parallel.strategy=ddp"
+    lines = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
+    assert lines == [
+        "distrain: parallel.strategy=zero1 needs the same number of lanes on every rank, and batch.lanes=5 is "
+        "not divisible by 2 ranks: start 1, or set parallel.strategy=ddp"
     ]

@@ -7,7 +7,7 @@ import torch
 from timm.optim import Lamb, Lars
 
 from distrain.config import OptimizerConfig
-from distrain.recipe.optimizers import build_optimizer, prime, set_lr, update_clipped
+from distrain.recipe.optimizers import build_optimizer, init_state, set_lr, update_clipped
 
 NETWORK = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.Tanh(), torch.nn.Linear(5, 3, bias=False))
 
@@ -22,7 +22,7 @@ def train(network: torch.nn.Module, step) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("ours", "timms"),
     [
         (
             {"name": "lars", "momentum": 0.9, "nesterov": True, "trust": 0.01, "weight_decay": 0.1},
@@ -38,22 +38,22 @@ def train(network: torch.nn.Module, step) -> list[torch.Tensor]:
         ),
     ],
 )
-def test_layerwise_optimizers_move_as_timms(ours, theirs):
+def test_layerwise_optimizers_match_timms(ours, timms):
     mine, other = copy.deepcopy(NETWORK), copy.deepcopy(NETWORK)
     optimizer = build_optimizer(mine, OptimizerConfig(**ours))
-    prime(optimizer)
+    init_state(optimizer)
     set_lr(optimizer, 0.5)
-    reference = theirs(other.parameters())
+    reference = timms(other.parameters())
     for found, expected in zip(train(mine, optimizer.step), train(other, reference.step), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
-def test_gradients_are_unscaled_clipped_and_dropped_where_they_are_not_finite(name):
+def test_gradients_are_unscaled_and_clipped_and_the_step_is_skipped_if_they_are_not_finite(name):
     scaled, plain = copy.deepcopy(NETWORK), copy.deepcopy(NETWORK)
     optimizers = [build_optimizer(network, OptimizerConfig(name=name)) for network in (scaled, plain)]
     for optimizer in optimizers:
-        prime(optimizer)
+        init_state(optimizer)
     images = torch.randn(8, 6)
     (scaled(images).square().sum() * 64).backward()
     plain(images).square().sum().backward()

@@ -6,7 +6,7 @@ from distrain.recipe.optimizers import build_optimizer
 
 
 def decayed(config: OptimizerConfig) -> set[str]:
-    """Names of the parameters that one step without gradients changes."""
+    """Names of the parameters that a step with zero gradients changes."""
     network = models.build("densenet_bc_10_4", 3)
     torch.nn.init.ones_(network.head.bias)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
@@ -19,7 +19,7 @@ def decayed(config: OptimizerConfig) -> set[str]:
     return {name for name, parameter in network.named_parameters() if not torch.equal(before[name], parameter)}
 
 
-def test_norms_and_biases_decay_only_if_asked_to():
+def test_norms_and_biases_decay_only_if_configured():
     names = dict(models.build("densenet_bc_10_4", 3).named_parameters())
     weights = {name for name in names if "conv" in name or name == "head.weight"}
     assert decayed(OptimizerConfig(weight_decay=0.1, decay_norms=False)) == weights

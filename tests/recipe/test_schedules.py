@@ -7,7 +7,7 @@ from distrain.recipe.schedules import learning_rate
 def test_warm_up_is_linear_and_the_cosine_spans_the_run():
     schedule = ScheduleConfig(warmup_epochs=5, warmup_factor=0.1)
     rates = [learning_rate(0.8, schedule, epoch, 100) for epoch in (0, 2.5, 5, 50, 100)]
-    # 0.08 and 0.8 (0.1 + 0.9 / 2), each times the cosine's 1 and (1 + cos(0.025 pi)) / 2, ...
+    # 0.08 x 1, then 0.8 (0.1 + 0.9 / 2) x (1 + cos(0.025 pi)) / 2, ...
     assert rates == pytest.approx([0.08, 0.439322, 0.795075, 0.4, 0.0], abs=1e-6)
 
 

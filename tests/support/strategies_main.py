@@ -1,9 +1,10 @@
 """Trains small networks under several strategies, one after the other in one process group.
 
-    torchrun --nproc-per-node N strategies_main.py FILE
+    torchrun --nproc-per-node N strategies_main.py FILE.json
 
-FILE holds a list of tasks in JSON: what is not `load`, `save`, `first` and `last` are settings of the run. Beside it
-goes FILE.results: for each task the loss of every step and the norm of every gradient, means over all lanes.
+FILE.json holds a list of tasks: `settings` of the run, its `first` and `last` step (exclusive), files to `load` its
+state from and `save` it to, and the step to `poison` with an image of NaN. Writes FILE.results: for each task the
+loss of every step, the mean over all lanes, the norm of every gradient, and whether the step was applied.
 """
 
 import json
@@ -14,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from distrain import config, models
+from distrain.parallel.factory import open_strategy
 from distrain.parallel.group import Group
 from distrain.parallel.statistics import LaneStatistics
-from distrain.parallel.strategy import open_strategy
 
 REQUIRED = [
     "run.name=task",
@@ -27,7 +28,7 @@ REQUIRED = [
 ]
 
 
-def images_of(step: int, lane: int, per_lane: int) -> tuple[torch.Tensor, torch.Tensor]:
+def synthetic_batch(step: int, lane: int, per_lane: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + lane)
     labels = torch.randint(0, 5, (per_lane,), generator=generator)
     images = torch.randn(per_lane, 3, 16, 16, generator=generator)
@@ -35,30 +36,30 @@ def images_of(step: int, lane: int, per_lane: int) -> tuple[torch.Tensor, torch.
     return images, labels
 
 
-def perform(task: dict, group: Group) -> dict:
+def run_task(task: dict, group: Group) -> dict:
     settings = config.load(None, [*REQUIRED, *task["settings"]])
     torch.manual_seed(3)
     network = models.build(settings.model.name, 5, **settings.model.options).to(group.device)
-    lanes = group.lanes(settings.batch.lanes)
-    statistics = LaneStatistics(network, group, settings.batch.lanes, reported=1)
+    lanes, per_lane = group.lanes(settings.batch.lanes), settings.batch.per_lane
+    statistics = LaneStatistics(network, group, settings.batch.lanes, metrics=("loss",))
     saved = torch.load(task["load"]) if task.get("load") else None
-    example = images_of(0, 0, settings.batch.per_lane)[0].to(group.device)
+    example = synthetic_batch(0, 0, per_lane)[0].to(group.device)
     strategy = open_strategy(settings, network, group, settings.batch.lanes, example, saved)
 
     losses, norms, applied = [], [], []
     for step in range(task["first"], task["last"]):
         statistics.begin_step()
         for number, lane in enumerate(lanes):
-            images, labels = (tensor.to(group.device) for tensor in images_of(step, lane, settings.batch.per_lane))
+            images, labels = (tensor.to(group.device) for tensor in synthetic_batch(step, lane, per_lane))
             if step == task.get("poison"):
                 images[0] = torch.nan
             torch.manual_seed(1000 * step + lane)
             with strategy.micro_batch(number):
                 loss = F.cross_entropy(strategy.forward(images), labels)
                 strategy.backward(loss)
-            statistics.end_lane(loss.detach()[None])
+            statistics.end_lane(loss=loss.detach())
         update = strategy.update(lr=settings.optimizer.lr)
-        losses.append(statistics.end_step(update.applied).item())
+        losses.append(statistics.end_step(update.applied)["loss"].item())
         norms.append(update.norm.item())
         applied.append(bool(update.applied))
 
@@ -72,7 +73,7 @@ def main() -> None:
     torch.set_num_threads(1)
     path = Path(sys.argv[1])
     with Group() as group:
-        results = [perform(task, group) for task in json.loads(path.read_text())]
+        results = [run_task(task, group) for task in json.loads(path.read_text())]
         if group.is_main:
             path.with_suffix(".results").write_text(json.dumps(results))
 

@@ -1,0 +1,17 @@
+"""Compilation by region: torch.compile on repeated blocks, so that identical ones are compiled once."""
+
+from torch import nn
+
+from distrain.execution.recomputation import blocks_of
+from distrain.models import DenseNet
+
+
+def regions(network: nn.Module) -> list[nn.Module]:
+    """The submodules to compile separately. In a DenseNet no two layers are alike, so there they are dense blocks."""
+    return list(network.blocks) if isinstance(network, DenseNet) else list(blocks_of(network))
+
+
+def compile_regions(network: nn.Module) -> None:
+    """Compile the regions of a network in place, each at its first forward pass."""
+    for region in regions(network):
+        region.compile()
