@@ -60,7 +60,7 @@ def configure(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     overrides = [*NEEDED, *args.overrides]
     settings = config.load(args.config, overrides)
-    models.configure(settings.model.name, **settings.model.options)
+    models.network_config(settings.model.name, **settings.model.options)
     for name in ("ranks", "steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
