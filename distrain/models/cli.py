@@ -1,4 +1,4 @@
-"""`python -m distrain models`: list the networks, inspect one, or plot its widths."""
+"""`python -m distrain models`: list, show and plot networks."""
 
 import argparse
 import ast

@@ -110,6 +110,7 @@ def check_resolution(network: nn.Module, resolution: int) -> None:
 
 
 def total(layers: Iterable[Layer]) -> Cost:
+    """Return the sum of the costs of `layers`."""
     return sum((layer.cost for layer in layers), Cost())
 
 

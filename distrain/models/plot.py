@@ -33,7 +33,7 @@ def draw_widths(name: str, config: RegNetConfig) -> Figure:
     ends = np.cumsum([stage.depth for stage in stages])
     widths = [stage.width for stage in stages]
     starts = [end - stage.depth for end, stage in zip(ends, stages, strict=True)]
-    label = "stages: made divisible by the group width"
+    label = "stages: divisible by the group width"
     axes.hlines(widths, np.asarray(starts) - 0.4, ends - 0.6, color="tab:red", linewidth=2, label=label)
     for stage, start, end in zip(stages, starts, ends, strict=True):
         near_right_edge = end > 0.7 * config.depth
@@ -50,6 +50,6 @@ def draw_widths(name: str, config: RegNetConfig) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(0.08)
     axes.grid(alpha=0.3)
-    axes.set(title=name, xlabel="block j", ylabel="width (maps)")
+    axes.set(title=name, xlabel="block j", ylabel="width (channels)")
     axes.legend(loc="lower right", fontsize=8)
     return figure

@@ -35,11 +35,11 @@ def read_weights(source: str | Path) -> tuple[Tensors, list[str]]:
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except Exception as error:  # torch.load raises almost anything for a corrupt file
-        cure = ""
+        hint = ""
         if is_remote:
             path.unlink(missing_ok=True)
-            cure = " (download removed: check the URL and retry)"
-        raise UserError(f"{source}: cannot read weights: {_explain(error)}{cure}") from error
+            hint = " (download removed: check the URL and retry)"
+        raise UserError(f"{source}: cannot read weights: {_explain(error)}{hint}") from error
     ema_keys = [name for name in _EMA_KEYS if isinstance(content, dict) and content.get(name)]
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

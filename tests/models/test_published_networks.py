@@ -98,7 +98,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_by_running(network: nn.Module, resolution: int) -> dict[str, tuple[Cost, int, int]]:
-    """Return the cost of each layer and the width and area of its output, by name, in execution order, from forward hooks
+    """Return the cost, output width and output area of each layer by name, in execution order, from forward hooks
     in a run on the meta device."""
     counted = {}
     names = {module: name for name, module in network.named_modules()}
