@@ -97,7 +97,7 @@ def distrain_candidate(learner: Learner, device: torch.device) -> Callable[[], i
 
 
 def baseline_candidate(settings: Config, group: Group, name: str) -> Callable[[], int]:
-    """Return a function that trains one step in bare PyTorch, for BARE without reducing gradients, and returns the global
+    """Return a function that trains one step in bare PyTorch (BARE: without reducing gradients) and returns the global
     batch size."""
     formats = {"contiguous": torch.contiguous_format}
     memory_format = formats.get(settings.train.memory_format, torch.channels_last)

@@ -140,7 +140,7 @@ def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
         try:
             content = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))
         except (YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{pair}: the value is not valid YAML") from error
+            raise UserError(f"{pair}: not a valid key=value option") from error
         assert isinstance(content, dict)
         options.update({str(key): value for key, value in content.items()})
     return options

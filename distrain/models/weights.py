@@ -19,7 +19,8 @@ from distrain.models.weight_files import Tensors, read_weights, write_weights
 
 OURS = "distrain"
 
-# Our module names to theirs. # is an index; {a} and {b} are the first and second index from 1, {b0} the second from 0.
+# Our module names to the library's. # is an index; {a} and {b} are the first and second one counted from 1, {b0} is the
+# second counted from 0.
 _DENSENET_NAMES = {
     "stem.conv": "features.conv0",
     "stem.norm": "features.norm0",
