@@ -1,4 +1,4 @@
-"""What command lines have in common: key=value anywhere, figures written to a file."""
+"""Command-line helpers: key=value arguments in any order, and a check of the --json output file."""
 
 import argparse
 from pathlib import Path
@@ -8,15 +8,15 @@ from distrain.errors import UserError
 
 
 class AnyOrder(argparse.ArgumentParser):
-    """Takes key=value before, between and after options with dashes; argparse wants positional words in one place.
+    """A parser that accepts key=value before, between and after options; argparse expects positionals to be contiguous.
 
-    For commands without subcommands; give it to `add_subparsers` as `parser_class`.
+    For commands without subcommands: pass it to `add_subparsers` as `parser_class`.
     """
 
     _is_inside = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._is_inside:  # argparse's own way to take them anywhere calls this again, and a subcommand has no other
+        if self._is_inside:  # parse_known_intermixed_args calls this method again
             return super().parse_known_args(args, namespace)
         self._is_inside = True
         try:
@@ -26,7 +26,7 @@ class AnyOrder(argparse.ArgumentParser):
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError if the file that --json names cannot be written, before there are any figures to lose."""
+    """Raise UserError if the --json file cannot be written, before any results exist that could be lost."""
     try:
         path.open("a").close()
     except OSError as error:

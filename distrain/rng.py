@@ -1,9 +1,8 @@
 """Randomness as a pure function of its keys.
 
-Everything random in a run is a hash of (seed, stream, epoch or step, lane or sample, draw), so nothing
-has to be saved to resume it and nothing depends on which rank or thread asks first. The hash is written
-out here because its values must never change between library versions, which no generator of numpy or
-torch promises.
+Everything random in a run is a hash of (seed, stream, epoch or step, lane or sample, draw), so no generator
+state has to be saved, and no draw depends on the order in which ranks or threads run. The hash is implemented
+here because its values must never change between library versions, which neither numpy nor torch guarantees.
 """
 
 from enum import IntEnum
@@ -17,7 +16,7 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 class Stream(IntEnum):
-    """What a draw is for: equal keys in different streams give unrelated values."""
+    """Purpose of a draw: the same keys in different streams give independent values."""
 
     INIT = 0
     ORDER = 1
@@ -28,12 +27,12 @@ class Stream(IntEnum):
 
 
 def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:
-    """Hash non-negative integers, or arrays of them that broadcast together, to 64 uniform bits.
+    """Hash non-negative integers, or arrays of them that broadcast, to 64 uniform bits.
 
-    Each key is absorbed by one round of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 15).
+    Each key is mixed in by one round of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014, figure 15).
     """
     state = np.zeros((), np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         for key in keys:
             state = (state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN
             state = (state ^ (state >> np.uint64(30))) * _MIX1
@@ -43,10 +42,10 @@ def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:
 
 
 def uniform(*keys: ArrayLike) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), one for each key tuple."""
+    """Return uniform numbers in [0, 1), one per key tuple."""
     return np.asarray((hash64(*keys) >> np.uint64(11)) * 2.0**-53, np.float64)
 
 
 def torch_seed(*keys: int) -> int:
-    """A seed for `torch.manual_seed`."""
+    """Return a seed for `torch.manual_seed`."""
     return int(hash64(*keys) >> np.uint64(1))

@@ -1,1 +1,1 @@
-"""Ours against peers and limits, alternating in one run: machines are noisy, ratios within a run are not."""
+"""Benchmarks against other libraries and upper bounds, interleaved in one run: rates are noisy, ratios are not."""

@@ -1,4 +1,4 @@
-"""`python -m distrain bench`: how fast we are, next to peers and limits on the same machine."""
+"""`python -m distrain bench`: benchmarks against other libraries and upper bounds on the same machine."""
 
 import argparse
 import json
@@ -19,27 +19,28 @@ from distrain.errors import EXIT_DONE, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the commands loader, step and checkpoint."""
     parser.description = (
-        "Measure ours against peers and limits, alternating in one run. Ratios carry over to other machines of "
-        "the kind; absolute rates hold for this one at this hour."
+        "Compare distrain with other libraries and upper bounds, interleaved in one run. Ratios are reproducible on "
+        "similar machines; absolute rates depend on the machine and its load."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=AnyOrder)
     loader = commands.add_parser(
         "loader",
-        help="images per second of the loaders on your shards",
-        description="Decode, crop and resize images of an index with each loader, webdataset with a DataLoader, "
-        "DALI's own reader and, as the limit, decoding alone.",
+        help="measure images per second of data loaders on your shards",
+        description="Decode, crop and resize images of an index with each loader, with webdataset and a "
+        "DataLoader, with DALI's WebDataset reader and, as an upper bound, by decoding only.",
     )
-    loader.add_argument("index", help="an index of local shards, a .parquet file")
-    loader.add_argument("--images", type=int, default=1000, help="in each round (default 1000)")
-    loader.add_argument("--rounds", type=int, default=5, help="in which all take turns (default 5)")
-    loader.add_argument("--batch", type=int, default=32, help="images in a batch (default 32)")
-    loader.add_argument("--size", type=int, default=224, help="side of the images they make, pixels (default 224)")
-    loader.add_argument("--threads", type=int, default=os.cpu_count(), help="of each (default: all cores)")
-    loader.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    loader.add_argument("index", help="index of local shards, a .parquet file")
+    loader.add_argument("--images", type=int, default=1000, help="images per round (default 1000)")
+    loader.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    loader.add_argument("--batch", type=int, default=32, help="batch size (default 32)")
+    loader.add_argument("--size", type=int, default=224, help="output image size, pixels (default 224)")
+    loader.add_argument("--threads", type=int, default=os.cpu_count(), help="threads per loader (default: all cores)")
+    loader.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     loader.set_defaults(run=_loader)
-    step_cli.configure(commands)
-    checkpoint.configure(commands)
+    step_cli.add_command(commands)
+    checkpoint.add_command(commands)
 
 
 def _loader(args: argparse.Namespace) -> int:
@@ -53,23 +54,23 @@ def _loader(args: argparse.Namespace) -> int:
     data = DataConfig(
         train=args.index, val=args.index, image_size=args.size, val_resize=args.size, threads=args.threads
     )
-    rates, parts = bench_loaders(load_index(args.index), data, args.images, args.batch, args.rounds, device)
+    rates, stages = bench_loaders(load_index(args.index), data, args.images, args.batch, args.rounds, device)
 
-    table = Table(title=f"{args.threads} threads or processes, {args.rounds} rounds of {args.images} images")
-    for heading in ("", "images/s, median (range)", f"of {DECODE}", f"of {WEBDATASET}"):
+    table = Table(title=f"{args.threads} threads or workers, {args.rounds} rounds of {args.images} images")
+    for heading in ("", "images/s, median (range)", f"vs {DECODE}", f"vs {WEBDATASET}"):
         table.add_column(heading, justify="right" if heading else "left")
     for rate in rates:
         spread = f"{rate.median:,.0f} ({min(rate.rounds):,.0f}-{max(rate.rounds):,.0f})"
-        ratios = (f"{ratio(rates, rate.name, to):.2f}" for to in (DECODE, WEBDATASET))
+        ratios = (f"{ratio(rates, rate.name, baseline):.2f}" for baseline in (DECODE, WEBDATASET))
         table.add_row(rate.name, spread, *ratios)
     console = Console()
     console.print(table)
     console.print(
-        "microseconds of one thread per image: " + ", ".join(f"{name} {time:.0f}" for name, time in parts.items())
+        "single-thread microseconds per image: " + ", ".join(f"{name} {time:.0f}" for name, time in stages.items())
     )
     if DALI not in {rate.name for rate in rates}:
-        console.print(f"without {DALI}: it cannot pass over images that cannot be read, which there are")
+        console.print(f"{DALI} is not measured: it cannot skip unreadable images, and the index has some")
     if args.json:
-        figures = {"rounds": {rate.name: rate.rounds for rate in rates}, "microseconds": parts}
-        args.json.write_text(json.dumps(figures, indent=1))
+        results = {"rounds": {rate.name: rate.rounds for rate in rates}, "microseconds": stages}
+        args.json.write_text(json.dumps(results, indent=1))
     return EXIT_DONE

@@ -1,4 +1,4 @@
-"""Loaders: ours, webdataset with a DataLoader, DALI's own reader of WebDataset, and decoding alone."""
+"""Benchmark of data loaders: ours, webdataset with a DataLoader, DALI's WebDataset reader, and decoding only."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from distrain.bench.rounds import Rate, measure_in_turns
+from distrain.bench.rounds import Rate, measure_interleaved
 from distrain.config import AugmentConfig, DataConfig, DownloadConfig
 from distrain.data.augmentation.crops import draw_crop_boxes
 from distrain.data.index import Index, is_remote
@@ -27,10 +27,10 @@ from distrain.data.shards.scan import IMAGE_SUFFIXES
 from distrain.data.storage.remote import open_store
 from distrain.errors import UserError
 
-DECODE = "decode alone"
+DECODE = "decode only"
 WEBDATASET = "webdataset + DataLoader"
 DALI = "DALI's WebDataset reader"
-PARTS = ("read and checksum", "decode the window", "resize and mirror", "put into the batch")
+STAGES = ("read and verify checksum", "decode crop box", "resize and flip", "copy to batch")
 _AUGMENT = AugmentConfig()
 _SUFFIXES = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
@@ -38,31 +38,31 @@ _SUFFIXES = ";".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
 def bench_loaders(
     index: Index, data: DataConfig, images: int, batch: int, rounds: int, device: torch.device
 ) -> tuple[list[Rate], dict[str, float]]:
-    """Images per second of all contestants on the first `images` readable ones of the shards, and where the time
-    goes: microseconds of one thread per image in each part of our torch loader.
+    """Return images per second of all candidates on the first `images` readable images, and a profile of our torch
+    loader: single-thread microseconds per image in each stage.
 
-    DALI's reader takes part only if it can read every image, as it cannot pass over one. Raises UserError if the
-    shards are not on this machine, which is where the peers can read them too, or hold no readable image.
+    DALI's reader cannot skip images, so it is measured only if all are readable. Raises UserError if shards are
+    remote, as the other libraries need local ones, or contain no readable image.
     """
     if any(is_remote(index.location(shard)) for shard in range(len(index.shards))):
-        raise UserError("bench loader compares with peers on local shards: download them and index them there")
+        raise UserError("bench loader needs local shards: download and index them first")
     readable = np.flatnonzero(index.width)
     if not len(readable):
-        raise UserError(f"{data.train}: none of its {len(index):,} images could be read when they were indexed")
+        raise UserError(f"{data.train}: none of its {len(index):,} images was readable when it was indexed")
     ids = readable[np.arange(images) % len(readable)]
-    with ours(index, data, batch, device) as loaders:
-        candidates: dict[str, Callable[[], int]] = {DECODE: decoding(index, data, ids)}
+    with open_loaders(index, data, batch, device) as loaders:
+        candidates: dict[str, Callable[[], int]] = {DECODE: decode_candidate(index, data, ids)}
         for name, loader in loaders.items():
-            candidates[f"distrain, {name}"] = loading(loader, index, data, ids, batch)
-        candidates[WEBDATASET] = peer_webdataset(index, data, images, batch)
+            candidates[f"distrain, {name}"] = loader_candidate(loader, index, data, ids, batch)
+        candidates[WEBDATASET] = webdataset_candidate(index, data, images, batch)
         if len(readable) == len(index):
-            candidates[DALI] = peer_dali(index, data, images, batch, device)
-        return measure_in_turns(candidates, rounds), profile(index, data, ids)
+            candidates[DALI] = dali_candidate(index, data, images, batch, device)
+        return measure_interleaved(candidates, rounds), profile(index, data, ids)
 
 
 @contextmanager
-def ours(index: Index, data: DataConfig, batch: int, device: torch.device) -> Iterator[dict[str, Loader]]:
-    """Each of our loaders, over the same data."""
+def open_loaders(index: Index, data: DataConfig, batch: int, device: torch.device) -> Iterator[dict[str, Loader]]:
+    """Open each of our loaders on the same data, by name."""
     with TemporaryDirectory() as folder:
         loaders = {}
         for name in LOADERS:
@@ -76,25 +76,26 @@ def ours(index: Index, data: DataConfig, batch: int, device: torch.device) -> It
                 loader.close()
 
 
-def loading(loader: Loader, index: Index, data: DataConfig, ids: np.ndarray, batch: int) -> Callable[[], int]:
-    """What training does with a loader."""
+def loader_candidate(loader: Loader, index: Index, data: DataConfig, ids: np.ndarray, batch: int) -> Callable[[], int]:
+    """Return a candidate that uses one of our loaders as training does."""
 
     def work() -> int:
-        return sum(len(done.labels) for done in loader.stream(requests(index, data, ids, batch)))
+        return sum(len(result.labels) for result in loader.stream(requests(index, data, ids, batch)))
 
     return work
 
 
 def requests(index: Index, data: DataConfig, ids: np.ndarray, batch: int) -> Iterator[Request]:
+    """Yield requests for `ids` in batches, cropped as in training."""
     for start in range(0, len(ids), batch):
-        part = ids[start : start + batch]
-        samples = LaneBatch(part, np.zeros_like(part), np.zeros_like(part))
-        crops = draw_crop_boxes(_AUGMENT, data, 0, samples, index.width[part], index.height[part])
+        selected = ids[start : start + batch]
+        samples = LaneBatch(selected, np.zeros_like(selected), np.zeros_like(selected))
+        crops = draw_crop_boxes(_AUGMENT, data, 0, samples, index.width[selected], index.height[selected])
         yield Request(samples, crops, data.image_size)
 
 
-def decoding(index: Index, data: DataConfig, ids: np.ndarray) -> Callable[[], int]:
-    """The limit: images that lie in memory are decoded and thrown away, by as many threads."""
+def decode_candidate(index: Index, data: DataConfig, ids: np.ndarray) -> Callable[[], int]:
+    """Return the upper bound: a candidate that only decodes images held in memory, with the same number of threads."""
     store = open_store(index, DownloadConfig())
     encoded = [store.read(int(sample)) for sample in ids]
     store.close()
@@ -106,20 +107,20 @@ def decoding(index: Index, data: DataConfig, ids: np.ndarray) -> Callable[[], in
     return work
 
 
-def peer_webdataset(index: Index, data: DataConfig, images: int, batch: int) -> Callable[[], int]:
-    """What webdataset's documentation builds: a pipeline of tars, decoded by torchvision in worker processes."""
+def webdataset_candidate(index: Index, data: DataConfig, images: int, batch: int) -> Callable[[], int]:
+    """Return a candidate built as webdataset documents it: a pipeline over tars, decoded by torchvision in workers."""
     import webdataset
     from torch.utils.data import DataLoader
 
     urls = [index.location(shard) for shard in range(len(index.shards))]
 
     def transform(encoded: bytes) -> torch.Tensor:
-        whole = decode(encoded)
-        top, left, height, width = RandomResizedCrop.get_params(whole, _AUGMENT.crop_scale, _AUGMENT.crop_ratio)
-        image = F.resized_crop(whole, top, left, height, width, [data.image_size] * 2, antialias=True)
+        full = decode(encoded)
+        top, left, height, width = RandomResizedCrop.get_params(full, _AUGMENT.crop_scale, _AUGMENT.crop_ratio)
+        image = F.resized_crop(full, top, left, height, width, [data.image_size] * 2, antialias=True)
         return F.horizontal_flip(image) if torch.rand(()) < _AUGMENT.flip else image
 
-    # Every worker reads all shards, again and again, until it has its part of a round: few shards need not divide.
+    # Every worker repeats all shards until it has its share of a round, so the shard count need not divide evenly.
     dataset = (
         webdataset.WebDataset(urls, resampled=True, shardshuffle=False)
         .to_tuple(_SUFFIXES, handler=webdataset.ignore_and_continue)
@@ -130,16 +131,13 @@ def peer_webdataset(index: Index, data: DataConfig, images: int, batch: int) -> 
     loader = DataLoader(dataset, batch_size=None, num_workers=data.threads, prefetch_factor=4, persistent_workers=True)
 
     def work() -> int:
-        seen = 0
-        for (decoded,) in loader:
-            seen += len(decoded)
-        return seen
+        return sum(len(decoded) for (decoded,) in loader)
 
     return work
 
 
-def peer_dali(index: Index, data: DataConfig, images: int, batch: int, device: torch.device) -> Callable[[], int]:
-    """DALI's own way with WebDataset: it reads, shuffles, crops and decodes by itself."""
+def dali_candidate(index: Index, data: DataConfig, images: int, batch: int, device: torch.device) -> Callable[[], int]:
+    """Return a candidate of DALI only: its WebDataset reader, decoder and augmentation."""
     from nvidia.dali import fn, pipeline_def, types
 
     gpu = device.type == "cuda"
@@ -166,45 +164,47 @@ def peer_dali(index: Index, data: DataConfig, images: int, batch: int, device: t
     )
     pipeline.build()
 
-    def take() -> None:
+    def consume() -> None:
         pipeline.share_outputs()
         pipeline.release_outputs()
 
-    pipeline.schedule_run()  # the first time it makes two batches, later one
-    take()
-    take()
+    pipeline.schedule_run()  # the first call produces two batches, later calls one
+    consume()
+    consume()
 
     def work() -> int:
-        """One batch is always under way, and none when the others have their turn."""
+        """Keep one batch in flight, and none while other candidates run."""
         batches = -(-images // batch)
         pipeline.schedule_run()
         for _ in range(batches - 1):
             pipeline.schedule_run()
-            take()
-        take()
+            consume()
+        consume()
         return batches * batch
 
     return work
 
 
 def profile(index: Index, data: DataConfig, ids: np.ndarray) -> dict[str, float]:
-    """Microseconds per image of one thread in the parts of our torch loader."""
+    """Return single-thread microseconds per image in each stage of our torch loader."""
     store = open_store(index, DownloadConfig())
     samples = LaneBatch(ids, np.zeros_like(ids), np.zeros_like(ids))
     *boxes, flips = draw_crop_boxes(_AUGMENT, data, 0, samples, index.width[ids], index.height[ids])
     batch = np.empty((32, data.image_size, data.image_size, 3), np.uint8)
-    times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-    for place, sample in enumerate(ids.tolist()):
-        began = [time.perf_counter()]
+    times: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    for position, sample in enumerate(ids.tolist()):
+        marks = [time.perf_counter()]
         encoded = store.read(sample)
-        began.append(time.perf_counter())
-        image = crop(encoded, int(index.height[sample]), int(index.width[sample]), *(int(w[place]) for w in boxes))
-        began.append(time.perf_counter())
-        image = resize(image, data.image_size, data.interpolation, bool(flips[place]))
-        began.append(time.perf_counter())
-        batch[place % len(batch)] = image
-        began.append(time.perf_counter())
-        for part, seconds in zip(PARTS, np.diff(began).tolist(), strict=True):
-            times[part] += 1e6 * seconds / len(ids)
+        marks.append(time.perf_counter())
+        image = crop(
+            encoded, int(index.height[sample]), int(index.width[sample]), *(int(box[position]) for box in boxes)
+        )
+        marks.append(time.perf_counter())
+        image = resize(image, data.image_size, data.interpolation, bool(flips[position]))
+        marks.append(time.perf_counter())
+        batch[position % len(batch)] = image
+        marks.append(time.perf_counter())
+        for stage, seconds in zip(STAGES, np.diff(marks).tolist(), strict=True):
+            times[stage] += 1e6 * seconds / len(ids)
     store.close()
     return times

@@ -1,7 +1,7 @@
-"""Training steps on made-up images: ours under every strategy, next to a bare PyTorch loop and to DDP alone.
+"""Benchmark of training steps on synthetic images: distrain, a bare PyTorch loop and plain DDP.
 
-Run by `python -m distrain bench step`, in processes of its own: `python -m distrain.bench.step FILE` under torchrun
-reads a Job from FILE and writes FILE.results.
+`python -m distrain bench step` runs it in separate processes: `python -m distrain.bench.step FILE` under torchrun
+reads a StepBenchmark from FILE and writes FILE with suffix .results.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 from distrain import config
-from distrain.bench.rounds import measure_in_turns
+from distrain.bench.rounds import measure_interleaved
 from distrain.config import Config
 from distrain.data.loading.loader import Batch, normalize
 from distrain.execution.trial import example_images
@@ -31,57 +32,59 @@ from distrain.parallel.zero import import_deepspeed
 from distrain.train import train_step
 
 BARE = "bare PyTorch loop"
-DDP_ALONE = "DDP alone"
+PLAIN_DDP = "plain DDP"
 
 
 @dataclass(frozen=True)
-class Job:
+class StepBenchmark:
     """What to measure in one process group."""
 
     config: str | None
     overrides: list[str]
     candidates: list[str]
-    """BARE, DDP_ALONE, or overrides with spaces between."""
+    """BARE, PLAIN_DDP, or overrides separated by spaces."""
     steps: int
+    """Per round."""
     rounds: int
     memory: bool
-    """Measure the memory of the one contestant there is, and not the speed of all of them."""
+    """Measure the peak memory of the only candidate instead of speeds."""
 
 
-def perform(job: Job, group: Group) -> dict[str, Any]:
-    """{"rates": {contestant: images/s of each round}}, or {"bytes": its peak}; both of all ranks together."""
-    before = resident_bytes(job, group.device) if job.memory else 0
+def run_benchmark(benchmark: StepBenchmark, group: Group) -> dict[str, Any]:
+    """Return {"rates": {candidate: global images/s of each round}}, or {"bytes": the largest peak of any rank}."""
+    before = resident_bytes(benchmark, group.device) if benchmark.memory else 0
     with TemporaryDirectory() as folder:
-        runs = {name: open_candidate(job, name, group, folder) for name in job.candidates}
-        if job.memory:
+        runs = {name: open_candidate(benchmark, name, group, folder) for name in benchmark.candidates}
+        if benchmark.memory:
             (run,) = runs.values()
-            return {"bytes": peak_bytes(run, job.steps, group) - before}
+            return {"bytes": peak_bytes(run, benchmark.steps, group) - before}
 
         def work(run: Callable[[], int]) -> Callable[[], int]:
-            def several() -> int:
-                images = sum(run() for _ in range(job.steps))
+            def run_steps() -> int:
+                images = sum(run() for _ in range(benchmark.steps))
                 if group.device.type == "cuda":
                     torch.cuda.synchronize()
                 group.barrier()
                 return images
 
-            return several
+            return run_steps
 
-        rates = measure_in_turns({name: work(run) for name, run in runs.items()}, job.rounds)
+        rates = measure_interleaved({name: work(run) for name, run in runs.items()}, benchmark.rounds)
     return {"rates": {rate.name: rate.rounds for rate in rates}}
 
 
-def open_candidate(job: Job, name: str, group: Group, folder: str) -> Callable[[], int]:
-    """A function that takes one step and returns how many images all ranks together took it from."""
-    extra = [] if name in (BARE, DDP_ALONE) else name.split()
-    settings = config.load(job.config, [*job.overrides, *extra, f"run.dir={folder}"])
+def open_candidate(benchmark: StepBenchmark, name: str, group: Group, folder: str) -> Callable[[], int]:
+    """Return a function that trains one step and returns the global batch size."""
+    variant = [] if name in (BARE, PLAIN_DDP) else name.split()
+    settings = config.load(benchmark.config, [*benchmark.overrides, *variant, f"run.dir={folder}"])
     config.check_ranks(settings, group.world)
-    if name in (BARE, DDP_ALONE):
-        return loop_alone(settings, group, name)
-    return loop_of_ours(Learner(settings, group, None, lambda line: None), group.device)
+    if name in (BARE, PLAIN_DDP):
+        return baseline_candidate(settings, group, name)
+    return distrain_candidate(Learner(settings, group, None, lambda line: None), group.device)
 
 
-def loop_of_ours(learner: Learner, device: torch.device) -> Callable[[], int]:
+def distrain_candidate(learner: Learner, device: torch.device) -> Callable[[], int]:
+    """Return a function that trains one step with distrain and returns the global batch size."""
     settings = learner.config
     batches = (batch for batch in repeat(synthetic_batch(settings, device)))
     steps = iter(range(1 << 60))
@@ -93,8 +96,9 @@ def loop_of_ours(learner: Learner, device: torch.device) -> Callable[[], int]:
     return run
 
 
-def loop_alone(settings: Config, group: Group, name: str) -> Callable[[], int]:
-    """What one would write oneself: forward, loss, backward, step. Without DDP the ranks do not talk."""
+def baseline_candidate(settings: Config, group: Group, name: str) -> Callable[[], int]:
+    """Return a function that trains one step in bare PyTorch (BARE: without reducing gradients) and returns the global
+    batch size."""
     formats = {"contiguous": torch.contiguous_format}
     memory_format = formats.get(settings.train.memory_format, torch.channels_last)
     network: nn.Module = build_network(settings, group.device).to(memory_format=memory_format)
@@ -104,13 +108,13 @@ def loop_alone(settings: Config, group: Group, name: str) -> Callable[[], int]:
         )
     else:
         optimizer = AdamW(network.parameters(), lr=1e-3, fused=True)
-    if name == DDP_ALONE:
+    if name == PLAIN_DDP:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
     lanes = len(group.lanes(settings.batch.lanes))
     batch = synthetic_batch(settings, group.device)
 
-    def exchange(lane: int) -> AbstractContextManager[None]:
+    def gradient_sync(lane: int) -> AbstractContextManager[None]:
         if isinstance(network, DistributedDataParallel) and lane < lanes - 1:
             return network.no_sync()
         return nullcontext()
@@ -118,7 +122,7 @@ def loop_alone(settings: Config, group: Group, name: str) -> Callable[[], int]:
     def run() -> int:
         for lane in range(lanes):
             images = normalize(batch.images, settings.data.mean, settings.data.std)
-            with exchange(lane):
+            with gradient_sync(lane):
                 with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
                     logits = network(images.contiguous(memory_format=memory_format))
                 (F.cross_entropy(logits.float(), batch.labels) / lanes).backward()
@@ -130,15 +134,15 @@ def loop_alone(settings: Config, group: Group, name: str) -> Callable[[], int]:
 
 
 def synthetic_batch(settings: Config, device: torch.device) -> Batch:
-    """A lane's batch as a loader gives it."""
+    """Return a micro-batch as a loader returns it."""
     noise = example_images(settings, device, torch.channels_last)
     labels = torch.arange(settings.batch.per_lane, device=device) % settings.model.num_classes
     return Batch((noise * 50 + 128).clamp(0, 255).to(torch.uint8), labels)
 
 
 def peak_bytes(run: Callable[[], int], steps: int, group: Group) -> int:
-    """Most memory that the rank with most of it takes in `steps` steps after the first ones: of the GPU, or else of
-    the process."""
+    """Return the largest peak memory of any rank over `steps` steps after two warm-up steps: of the GPU, or of the
+    process on a CPU."""
     for _ in range(2):
         run()
     reset_peak(group.device)
@@ -148,35 +152,36 @@ def peak_bytes(run: Callable[[], int], steps: int, group: Group) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
+    """Restart the measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the highest from here on
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
 
 
 def peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+    """Return the peak bytes of the GPU, or of the process on a CPU: VmHWM, which psutil does not report."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    words = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(int(found[1]) * 1024 for found in words if found[0] == "VmHWM:")
 
 
-def resident_bytes(job: Job, device: torch.device) -> int:
-    """What the process takes before it has a network; nothing on a GPU, where that is not counted anyway."""
+def resident_bytes(benchmark: StepBenchmark, device: torch.device) -> int:
+    """Return the memory of the process before the network is built; 0 on a GPU, whose peak excludes it."""
     if device.type == "cuda":
         return 0
-    if any("zero" in name for name in job.candidates):
+    if any("zero" in name for name in benchmark.candidates):
         import_deepspeed(device)
-    return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    words = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    return next(int(found[1]) * 1024 for found in words if found[0] == f"{name}:")
+    return int(psutil.Process().memory_info().rss)
 
 
 def main() -> None:
+    """Run the benchmark of the file named on the command line."""
     path = Path(sys.argv[1])
-    job = Job(**json.loads(path.read_text()))
+    benchmark = StepBenchmark(**json.loads(path.read_text()))
     with Group() as group:
-        results = perform(job, group)
+        results = run_benchmark(benchmark, group)
         if group.is_main:
             path.with_suffix(".results").write_text(json.dumps(results))
 

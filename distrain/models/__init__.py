@@ -12,7 +12,7 @@ from torch import nn
 
 from distrain.errors import UserError, nearest
 from distrain.models.complexity import check_resolution
-from distrain.models.densenet import DenseNet, DenseNetConfig, configure_cifar
+from distrain.models.densenet import DenseNet, DenseNetConfig, cifar_config
 from distrain.models.options import check, create
 from distrain.models.published import PUBLISHED, Published
 from distrain.models.recomputation import RECOMPUTATIONS, set_recomputation
@@ -32,8 +32,8 @@ __all__ = [
     "StageConfig",
     "build",
     "check_resolution",
-    "configure",
     "load_weights",
+    "network_config",
     "save_weights",
     "set_recomputation",
 ]
@@ -41,36 +41,36 @@ __all__ = [
 Config = DenseNetConfig | RegNetConfig | AnyNetConfig
 
 FREE: dict[str, type[Config]] = {"densenet": DenseNetConfig, "regnet": RegNetConfig, "anynet": AnyNetConfig}
-"""Names of networks that are nothing but their options."""
+"""Networks defined by options only."""
 
 _CIFAR_NAME = re.compile(r"densenet(?:_(?P<variant>b|c|bc))?_(?P<depth>\d+)_(?P<growth_rate>\d+)")
 
 
 def build(name: str, /, num_classes: int = 1000, **options: Any) -> nn.Module:
-    """The network `name` with fresh weights, mapping images [n, 3, h, w] to logits [n, num_classes].
+    """Build the network `name` with newly initialized weights, mapping images [n, 3, h, w] to logits [n, num_classes].
 
-    `options` change fields of its configuration: DenseNetConfig, RegNetConfig or AnyNetConfig.
-    Raises UserError for an unknown name or option and for values that make no network.
+    `options` override fields of its configuration: DenseNetConfig, RegNetConfig or AnyNetConfig.
+    Raises UserError for an unknown name, an unknown option or an invalid value.
     """
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise UserError(f"num_classes={num_classes!r} must be a whole number of at least 1")
-    config = configure(name, **options)
+        raise UserError(f"num_classes={num_classes!r} must be an integer of at least 1")
+    config = network_config(name, **options)
     if isinstance(config, DenseNetConfig):
         return DenseNet(config, num_classes)
     return AnyNet(config.anynet() if isinstance(config, RegNetConfig) else config, num_classes)
 
 
-def configure(name: str, /, **options: Any) -> Config:
-    """The configuration behind a name, changed by `options`.
+def network_config(name: str, /, **options: Any) -> Config:
+    """Return the configuration of a network by name, overridden by `options`.
 
     A name is a published network, `densenet[_b|_c|_bc]_DEPTH_GROWTH` for small images, or `regnet`, `anynet`
-    or `densenet`, which take everything from `options`.
+    or `densenet`, which are defined by `options` only. Raises UserError as `build` does.
     """
     where = f"model {name}"
     if name in FREE:
         return create(FREE[name], options, where)
     if match := _CIFAR_NAME.fullmatch(name):
-        config: Config = configure_cifar(match["variant"] or "", int(match["depth"]), int(match["growth_rate"]))
+        config: Config = cifar_config(match["variant"] or "", int(match["depth"]), int(match["growth_rate"]))
     elif name in PUBLISHED:
         config = create(FREE[PUBLISHED[name].family], PUBLISHED[name].config, where)
     else:

@@ -1,4 +1,4 @@
-"""`python -m distrain models`: which networks there are, what they cost and what they are made of."""
+"""`python -m distrain models`: list, show and plot networks."""
 
 import argparse
 import ast
@@ -14,8 +14,7 @@ import torch
 
 from distrain.arguments import AnyOrder
 from distrain.errors import UserError
-from distrain.models import PUBLISHED, Config, build
-from distrain.models import configure as configure_network
+from distrain.models import PUBLISHED, Config, build, network_config
 from distrain.models.complexity import Layer, count_complexity, total
 from distrain.models.densenet import DenseNetConfig
 from distrain.models.regnet import AnyNetConfig
@@ -23,8 +22,8 @@ from distrain.models.regnet import AnyNetConfig
 _WIDTH = 100
 
 _DESCRIPTION = """\
-List the networks with what they cost and the accuracy they are published with, take one apart, or
-draw the widths of its blocks. Nothing is trained or downloaded, and no GPU is needed."""
+List the networks with their complexity and published accuracy, show the modules and options of one,
+or plot its block widths. Nothing is trained or downloaded, and no GPU is needed."""
 
 _EXAMPLES = """\
 examples:
@@ -36,15 +35,15 @@ examples:
   python -m distrain models plot regnetx_3_2gf --out widths.png"""
 
 _LEGEND = """\
-flops: multiply-adds of one image of 224 x 224 pixels (of 32 x 32 where the source is the paper).
+flops: multiply-adds for one image of 224 x 224 pixels (32 x 32 if the source is the paper).
 acts: output elements of convolutions, max pooling and the classifier, for one image.
-top-1: percent, one central crop, as published by the RegNet authors (pycls), the DenseNet authors'
-  repository or their paper (CIFAR-10, crops and flips in training), or by torchvision (SWAG:
-  pretrained on weakly supervised images).
-V1, V2: torchvision's weights for the same network; * for the one with width_rule=torchvision.
+top-1: percent, single center crop, as published by the RegNet authors (pycls), the DenseNet
+  authors' repository or their paper (CIFAR-10, crop and flip augmentation), or by torchvision
+  (SWAG: pretrained on weakly supervised images).
+V1, V2: accuracy of torchvision's weights for the same network; * requires width_rule=torchvision.
 Also: densenet_DEPTH_GROWTH, densenet_b_..., densenet_c_... and densenet_bc_... of any depth and
-growth rate, for small images; densenet, regnet and anynet, made from options alone.
-`models show NAME` tells the cost of each module of a network and its options."""
+growth rate, for small images; densenet, regnet and anynet, defined by options only.
+`models show NAME` prints the complexity of each module of a network, and its options."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,28 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(run=_list)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=AnyOrder)
-    commands.add_parser("list", help="every published network (this is also what no command does)")
-    show = commands.add_parser("show", help="cost of each module of one network, and its options")
+    commands.add_parser("list", help="list every published network (the default command)")
+    show = commands.add_parser("show", help="show the complexity of each module of a network, and its options")
     _add_network(show)
     show.add_argument(
-        "--resolution", type=int, metavar="PIXELS", help="side of the image (default: 224, or 32 with stem=cifar)"
+        "--resolution", type=int, metavar="PIXELS", help="image size (default: 224, or 32 with stem=cifar)"
     )
     show.add_argument(
-        "--num-classes", type=int, metavar="N", help="width of the classifier (default: 1000, or 10 with stem=cifar)"
+        "--num-classes", type=int, metavar="N", help="classifier width (default: 1000, or 10 with stem=cifar)"
     )
-    show.add_argument("--layers", action="store_true", help="a line for each layer instead of each block")
+    show.add_argument("--layers", action="store_true", help="print one row per layer instead of per block")
     show.set_defaults(run=_show)
-    plot = commands.add_parser("plot", help="draw the width of each block of a RegNet and the rule behind it")
+    plot = commands.add_parser("plot", help="plot the block widths of a RegNet and their parametrization")
     _add_network(plot)
-    plot.add_argument(
-        "--out", type=Path, metavar="FILE", help="image to write: .png, .svg or .pdf (default: NAME.png in this folder)"
-    )
+    plot.add_argument("--out", type=Path, metavar="FILE", help="image file: .png, .svg or .pdf (default: ./NAME.png)")
     plot.set_defaults(run=_plot)
 
 
 def _add_network(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="a network, as the list shows it")
-    parser.add_argument("options", metavar="key=value", nargs="*", default=[], help="changes to it, such as stem=cifar")
+    parser.add_argument("name", metavar="NAME", help="network name, see `models list`")
+    parser.add_argument("options", metavar="key=value", nargs="*", default=[], help="options, such as stem=cifar")
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -94,10 +91,10 @@ def _list(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     options = _parse_options(args.options)
-    config = configure_network(args.name, **options)
-    usual_resolution, usual_classes = (32, 10) if config.stem == "cifar" else (224, 1000)
-    resolution = usual_resolution if args.resolution is None else args.resolution
-    num_classes = usual_classes if args.num_classes is None else args.num_classes
+    config = network_config(args.name, **options)
+    default_resolution, default_classes = (32, 10) if config.stem == "cifar" else (224, 1000)
+    resolution = default_resolution if args.resolution is None else args.resolution
+    num_classes = default_classes if args.num_classes is None else args.num_classes
     with torch.device("meta"):
         network = build(args.name, num_classes, **options)
     layers = count_complexity(network, resolution)
@@ -113,7 +110,7 @@ def _show(args: argparse.Namespace) -> int:
     for name, members in groupby(layers.items(), lambda item: item[0] if args.layers else _block(item[0])):
         _print_row(name, [layer for _, layer in members])
     _print_row("total", layers.values())
-    print("\noptions, with the values of this network (in a run's configuration: model.options)")
+    print("\noptions of this network (model.options in a run's configuration)")
     _print_options(config)
     return 0
 
@@ -121,9 +118,9 @@ def _show(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     from distrain.models.plot import plot_widths
 
-    config = configure_network(args.name, **_parse_options(args.options))
+    config = network_config(args.name, **_parse_options(args.options))
     if isinstance(config, (DenseNetConfig, AnyNetConfig)):
-        raise UserError(f"model {args.name} has no width rule to draw: plot takes a RegNet, such as regnety_4gf")
+        raise UserError(f"model {args.name} is not a RegNet: plot needs one, such as regnety_4gf")
     path = args.out or Path(f"{args.name}.png")
     plot_widths(args.name, config, path)
     print(f"wrote {path}")
@@ -131,7 +128,7 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """key=value as a run's command line reads them, so that lists and mappings are YAML."""
+    """Parse key=value as a run's command line does: values are YAML, including lists and mappings."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -139,11 +136,11 @@ def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs:
         if "=" not in pair:
-            raise UserError(f"{pair!r} is not an option: write key=value, such as stem=cifar")
+            raise UserError(f"{pair!r} is not an option: expected key=value, such as stem=cifar")
         try:
             content = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))
         except (YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{pair}: not readable as key=value") from error
+            raise UserError(f"{pair}: not a valid key=value option") from error
         assert isinstance(content, dict)
         options.update({str(key): value for key, value in content.items()})
     return options
@@ -152,7 +149,7 @@ def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
 def _print_stages(config: AnyNetConfig) -> None:
     for name in ("depth", "width", "group_width"):
         values = ", ".join(str(getattr(stage, name)) for stage in config.stages)
-        print(textwrap.fill(f"{name} of each stage: {values}", _WIDTH, subsequent_indent="  "))
+        print(textwrap.fill(f"{name} per stage: {values}", _WIDTH, subsequent_indent="  "))
 
 
 def _print_row(name: str, layers: Iterable[Layer]) -> None:
@@ -164,14 +161,14 @@ def _print_row(name: str, layers: Iterable[Layer]) -> None:
 
 
 def _print_options(config: Config) -> None:
-    for name, meaning in _read_docstrings(type(config)).items():
-        value = f"{name}={_plain(getattr(config, name))}"
+    for name, text in _read_docstrings(type(config)).items():
+        value = f"{name}={_as_yaml(getattr(config, name))}"
         print(textwrap.fill(value, _WIDTH, initial_indent="  ", subsequent_indent="    "))
-        print(textwrap.fill(meaning, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        print(textwrap.fill(text, _WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6))
 
 
 def _read_docstrings(kind: type) -> dict[str, str]:
-    """The strings below the fields of a dataclass and of those it extends: their only documentation."""
+    """Return the docstrings below the fields of a dataclass and of its bases, by field name."""
     found: dict[str, str] = {}
     for base in kind.__mro__[:-1]:
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
@@ -181,24 +178,24 @@ def _read_docstrings(kind: type) -> dict[str, str]:
     return found
 
 
-def _plain(value: Any) -> str:
-    """As the option is written: [6, 12] for (6, 12), true for True, {depth: 1, width: 8} for a stage."""
+def _as_yaml(value: Any) -> str:
+    """Format a value as YAML: [6, 12] for (6, 12), true for True, {depth: 1, width: 8} for a stage."""
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_plain, value))}]"
+        return f"[{', '.join(map(_as_yaml, value))}]"
     if is_dataclass(value):
-        return f"{{{', '.join(f'{entry.name}: {_plain(getattr(value, entry.name))}' for entry in fields(value))}}}"
+        return f"{{{', '.join(f'{entry.name}: {_as_yaml(getattr(value, entry.name))}' for entry in fields(value))}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _block(name: str) -> str:
-    """The name of a layer up to its last number: stages.0.1.se.reduce belongs to stages.0.1."""
-    parts = name.split(".")
-    numbers = [place for place, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[-1] + 1 if numbers else 1])
+    """Return the block of a layer, its name up to the last number: stages.0.1 for stages.0.1.se.reduce."""
+    names = name.split(".")
+    numbers = [index for index, entry in enumerate(names) if entry.isdigit()]
+    return ".".join(names[: numbers[-1] + 1 if numbers else 1])
 
 
 def _short(count: int) -> str:
-    """Four digits and a unit: 15911534044 becomes 15.91 G."""
+    """Format a count with four digits and a unit: 15.91 G for 15911534044."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:#.4g} {unit}"

@@ -1,6 +1,6 @@
-"""What a network costs: multiply-adds, parameters and activations, counted without running it.
+"""Complexity of a network: multiply-adds, parameters and activations, counted without running it.
 
-Every module of a network has, beside `forward`, a method `count` that walks its layers in the same order.
+Next to `forward`, every module has a method `count` that visits its layers in the same order.
 """
 
 import sys
@@ -16,16 +16,16 @@ from distrain.errors import UserError
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one layer for one image, or summed over many."""
+    """Complexity of one layer, or of several, for one image."""
 
     flops: int = 0
     """Multiply-adds of convolutions and the classifier."""
     params: int = 0
-    """Weights and biases; buffers do not count."""
+    """Weights and biases, without buffers."""
     activations: int = 0
-    """Output elements of convolutions, max pooling and the classifier, as the RegNet authors' code counts."""
+    """Output elements of convolutions, max pooling and the classifier, as pycls counts."""
     conv_activations: int = 0
-    """Output elements of convolutions alone, as their paper defines activations (section 3.1)."""
+    """Output elements of convolutions only, as the RegNet paper defines activations (section 3.1)."""
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(getattr(self, entry.name) + getattr(other, entry.name) for entry in fields(Cost)))
@@ -33,7 +33,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that costs something, and the [width, size, size] map that leaves it."""
+    """A layer with a cost, and the shape of its output: [width, size, size]."""
 
     module: nn.Module
     cost: Cost
@@ -41,8 +41,8 @@ class Layer:
     size: int
 
 
-class Tally:
-    """Collects layers. Its methods take the size of the map that enters, pixels, and return what leaves."""
+class ComplexityCounter:
+    """Collects the layers of a network. Methods take the input size in pixels and return the output size."""
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
@@ -71,8 +71,8 @@ class Tally:
         weights = linear.weight.numel() + linear.bias.numel()
         self._add(linear, Cost(weights, weights, linear.out_features), linear.out_features, 1)
 
-    def all(self, modules: Iterable[nn.Module], size: int) -> int:
-        """Count modules that run one after the other."""
+    def sequential(self, modules: Iterable[nn.Module], size: int) -> int:
+        """Count modules that run in sequence."""
         for module in modules:
             size = cast(Countable, module).count(self, size)
         return size
@@ -81,48 +81,49 @@ class Tally:
         self.layers.append(Layer(module, cost, width, size))
 
 
-class _VanishedError(Exception):
-    """Nothing is left of a map."""
+class _EmptyMapError(Exception):
+    """A feature map would have no pixels."""
 
 
 class Countable(Protocol):
-    """A module that can say what it costs."""
+    """A module that reports its layers to a ComplexityCounter."""
 
-    def count(self, tally: Tally, size: int) -> int:
-        """Enter every layer into `tally` for maps of `size` x `size` pixels; return the size that leaves."""
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        """Add every layer to `counter` for a `size` x `size` input; return the output size."""
         ...
 
 
 def count_complexity(network: nn.Module, resolution: int) -> dict[str, Layer]:
-    """The layers of a network of `distrain.models` by name, in the order they run, for one image of
-    `resolution` x `resolution` pixels. Raises UserError where nothing would be left of so small an image."""
+    """Return the layers of a network of `distrain.models` by name, in execution order, for one image of
+    `resolution` x `resolution` pixels. Raises UserError if the image is too small."""
     check_resolution(network, resolution)
     names = {module: name for name, module in network.named_modules()}
     return {names[layer.module]: layer for layer in _count(network, resolution)}
 
 
 def check_resolution(network: nn.Module, resolution: int) -> None:
-    """Refuse images of `resolution` x `resolution` pixels of which the network would leave nothing: UserError."""
-    if _leaves_something(network, resolution):
+    """Raise UserError if images of `resolution` x `resolution` pixels are too small for the network."""
+    if _has_output(network, resolution):
         return
-    least = bisect_left(range(sys.maxsize), True, key=lambda size: _leaves_something(network, size))
-    raise UserError(f"the image is too small for this network: {resolution} pixels, and it needs at least {least}")
+    smallest = bisect_left(range(sys.maxsize), True, key=lambda size: _has_output(network, size))
+    raise UserError(f"image size {resolution} is too small for this network: use at least {smallest} pixels")
 
 
 def total(layers: Iterable[Layer]) -> Cost:
+    """Return the sum of the costs of `layers`."""
     return sum((layer.cost for layer in layers), Cost())
 
 
 def _count(network: nn.Module, resolution: int) -> list[Layer]:
-    tally = Tally()
-    tally.all([network], resolution)
-    return tally.layers
+    counter = ComplexityCounter()
+    counter.sequential([network], resolution)
+    return counter.layers
 
 
-def _leaves_something(network: nn.Module, resolution: int) -> bool:
+def _has_output(network: nn.Module, resolution: int) -> bool:
     try:
         return bool(_count(network, resolution))
-    except _VanishedError:
+    except _EmptyMapError:
         return False
 
 
@@ -134,5 +135,5 @@ def _pooled_size(pool: nn.MaxPool2d | nn.AvgPool2d, size: int) -> int:
 def _output_size(size: int, kernel: int, stride: int, padding: int) -> int:
     output = (size + 2 * padding - kernel) // stride + 1
     if output < 1:
-        raise _VanishedError
+        raise _EmptyMapError
     return output

@@ -1,4 +1,4 @@
-"""DenseNet: every layer reads the maps of all layers before it (Huang et al., CVPR 2017)."""
+"""DenseNet: every layer reads the feature maps of all preceding layers (Huang et al., CVPR 2017)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from distrain.errors import UserError
-from distrain.models.complexity import Tally
+from distrain.models.complexity import ComplexityCounter
 from distrain.models.layers import conv, global_avg_pool
 from distrain.models.options import check_choice, check_probability
 from distrain.models.recomputation import Block
@@ -19,33 +19,33 @@ DropoutPlacement = Literal["paper", "torchvision"]
 
 @dataclass(frozen=True)
 class DenseNetConfig:
-    """What a DenseNet is made of, in the paper's terms."""
+    """Configuration of a DenseNet, in the paper's terms."""
 
     depths: tuple[int, ...]
     """Dense layers in each block."""
     growth_rate: int
-    """k: maps each layer adds."""
+    """k: feature maps that each layer adds."""
     stem_width: int
-    """Maps before the first block: 2k, or 16 where there is no bottleneck."""
+    """Feature maps before the first block: 2k, or 16 without bottlenecks."""
     stem: Stem = "imagenet"
-    """imagenet: 7x7 of stride 2, BN, ReLU, 3x3 max pooling of stride 2. cifar: 3x3 alone."""
+    """imagenet: 7x7 convolution, BN, ReLU, 3x3 max pooling, both of stride 2. cifar: a 3x3 convolution only."""
     bottleneck: int = 4
-    """Width of the 1x1 convolution before each 3x3, in growth rates; 0: no such convolution (not -B)."""
+    """Width of the 1x1 convolution before each 3x3, in multiples of the growth rate; 0 disables it (not -B)."""
     compression: float = 0.5
-    """theta: share of the maps that a transition keeps; 1: all (not -C)."""
+    """theta: fraction of the feature maps that a transition keeps; 1 keeps all (not -C)."""
     dropout: float = 0.0
-    """Probability of zeroing an element; the paper uses 0.2 where images are not augmented."""
+    """Probability of zeroing an element; the paper uses 0.2 without data augmentation."""
     dropout_placement: DropoutPlacement = "paper"
-    """paper: after every convolution but the first. torchvision: after the 3x3 of each dense layer only."""
+    """paper: after every convolution except the first. torchvision: only after the 3x3 of each dense layer."""
 
     def __post_init__(self) -> None:
         if min(self.depths, default=0) < 1:
-            raise UserError(f"depths={self.depths}: a DenseNet needs blocks, and every block at least one layer")
-        for name, least in (("growth_rate", 1), ("stem_width", 1), ("bottleneck", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} is too small: it must be at least {least}")
+            raise UserError(f"depths={self.depths}: expected at least one block, and at least one layer in each")
+        for name, minimum in (("growth_rate", 1), ("stem_width", 1), ("bottleneck", 0)):
+            if getattr(self, name) < minimum:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {minimum}")
         if not 0 < self.compression <= 1:
-            raise UserError(f"compression={self.compression:g} must lie in 0..1, 0 excluded")
+            raise UserError(f"compression={self.compression:g} must be in (0, 1]")
         check_probability("dropout", self.dropout)
         check_choice("stem", self.stem, Stem)
         check_choice("dropout_placement", self.dropout_placement, DropoutPlacement)
@@ -56,10 +56,10 @@ class DenseNetConfig:
         return self.dropout if self.dropout_placement == "paper" else 0.0
 
 
-def configure_cifar(variant: str, depth: int, growth_rate: int) -> DenseNetConfig:
-    """The three-block network for small images, `depth` layers deep; `variant` is "", "b", "c" or "bc".
+def cifar_config(variant: str, depth: int, growth_rate: int) -> DenseNetConfig:
+    """Return the three-block configuration for small images, `depth` layers deep; `variant` is "", "b", "c" or "bc".
 
-    16 maps enter the first block, or 2k in DenseNet-BC (section 3, "Implementation Details").
+    16 feature maps enter the first block, or 2k in DenseNet-BC (section 3, "Implementation Details").
     """
     has_bottleneck = "b" in variant
     return DenseNetConfig(
@@ -73,23 +73,23 @@ def configure_cifar(variant: str, depth: int, growth_rate: int) -> DenseNetConfi
 
 
 def divide_depth(depth: int, has_bottleneck: bool) -> tuple[int, int, int]:
-    """Dense layers in each of three equal blocks: n = (L - 4) / 3, or (L - 4) / 6 with bottlenecks.
+    """Return the dense layers per block for three equal blocks: n = (L - 4) / 3, or (L - 4) / 6 with bottlenecks.
 
-    The four are the stem, two transitions and the classifier. Raises UserError if the depth does not divide.
+    The other four layers are the stem, two transitions and the classifier. Raises UserError if L does not divide.
     """
     convolutions = 6 if has_bottleneck else 3
     layers, rest = divmod(depth - 4, convolutions)
     if rest or layers < 1:
         lower = max(4 + convolutions, depth - rest)
         raise UserError(
-            f"depth {depth} does not make three equal blocks of {convolutions // 3}-convolution layers: "
-            f"take {lower} or {lower + convolutions}"
+            f"depth {depth} does not split into three equal blocks of {convolutions // 3}-convolution layers: "
+            f"use {lower} or {lower + convolutions}"
         )
     return layers, layers, layers
 
 
 class DenseLayer(Block):
-    """BN-ReLU-1x1-BN-ReLU-3x3, or BN-ReLU-3x3: reads all maps so far, gives `growth_rate` new ones."""
+    """BN-ReLU-1x1-BN-ReLU-3x3, or BN-ReLU-3x3: reads all preceding feature maps and adds `growth_rate`."""
 
     def __init__(self, width: int, config: DenseNetConfig) -> None:
         super().__init__()
@@ -111,15 +111,15 @@ class DenseLayer(Block):
             x = self.conv2(F.relu(self.norm2(self.dropout1(x)), inplace=True))
         return self.dropout(x)
 
-    def count(self, tally: Tally, size: int) -> int:
-        size = tally.conv(self.conv1, tally.norm(self.norm1, size))
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        size = counter.conv(self.conv1, counter.norm(self.norm1, size))
         if self.has_bottleneck:
-            size = tally.conv(self.conv2, tally.norm(self.norm2, size))
+            size = counter.conv(self.conv2, counter.norm(self.norm2, size))
         return size
 
 
 class DenseBlock(nn.ModuleList):
-    """Dense layers in a row: x_l = H_l([x_0, ..., x_l-1]) (equation 2)."""
+    """Consecutive dense layers: x_l = H_l([x_0, ..., x_l-1]) (equation 2)."""
 
     def __init__(self, width: int, depth: int, config: DenseNetConfig) -> None:
         super().__init__(DenseLayer(width + number * config.growth_rate, config) for number in range(depth))
@@ -130,12 +130,12 @@ class DenseBlock(nn.ModuleList):
             maps.append(layer(*maps))
         return torch.cat(maps, dim=1)
 
-    def count(self, tally: Tally, size: int) -> int:
-        return tally.all(self, size)
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        return counter.sequential(self, size)
 
 
 class Transition(nn.Module):
-    """BN-ReLU-1x1 and 2x2 average pooling, between two blocks."""
+    """BN-ReLU-1x1 and 2x2 average pooling between two blocks."""
 
     def __init__(self, width_in: int, width_out: int, dropout: float) -> None:
         super().__init__()
@@ -147,12 +147,12 @@ class Transition(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(self.dropout(self.conv(F.relu(self.norm(x), inplace=True))))
 
-    def count(self, tally: Tally, size: int) -> int:
-        return tally.average_pool(self.pool, tally.conv(self.conv, tally.norm(self.norm, size)))
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        return counter.average_pool(self.pool, counter.conv(self.conv, counter.norm(self.norm, size)))
 
 
 class ImageNetStem(nn.Module):
-    """7x7 of stride 2, normalisation, ReLU, 3x3 max pooling of stride 2."""
+    """7x7 convolution of stride 2, BN, ReLU, 3x3 max pooling of stride 2."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -163,13 +163,13 @@ class ImageNetStem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(F.relu(self.norm(self.conv(x)), inplace=True))
 
-    def count(self, tally: Tally, size: int) -> int:
-        size = tally.norm(self.norm, tally.conv(self.conv, size))
-        return tally.max_pool(self.pool, self.conv.out_channels, size)
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        size = counter.norm(self.norm, counter.conv(self.conv, size))
+        return counter.max_pool(self.pool, self.conv.out_channels, size)
 
 
 class CifarStem(nn.Module):
-    """3x3 at full resolution; the first dense layer brings its own normalisation."""
+    """3x3 convolution at full resolution, without BN: the first dense layer starts with one."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -178,12 +178,12 @@ class CifarStem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x)
 
-    def count(self, tally: Tally, size: int) -> int:
-        return tally.conv(self.conv, size)
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        return counter.conv(self.conv, size)
 
 
 class DenseNet(nn.Module):
-    """Images [n, 3, h, w] to logits [n, num_classes]."""
+    """Maps images [n, 3, h, w] to logits [n, num_classes]."""
 
     def __init__(self, config: DenseNetConfig, num_classes: int = 1000) -> None:
         super().__init__()
@@ -205,24 +205,24 @@ class DenseNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        for part in self._trunk():
-            x = part(x)
+        for module in self._trunk():
+            x = module(x)
         return self.head(global_avg_pool(F.relu(self.norm(x), inplace=True)))
 
-    def count(self, tally: Tally, size: int) -> int:
-        tally.norm(self.norm, tally.all([self.stem, *self._trunk()], size))
-        tally.linear(self.head)
+    def count(self, counter: ComplexityCounter, size: int) -> int:
+        counter.norm(self.norm, counter.sequential([self.stem, *self._trunk()], size))
+        counter.linear(self.head)
         return 1
 
     def _trunk(self) -> list[nn.Module]:
-        """Block, transition, block, ... block."""
+        """Return block, transition, block, ..., block."""
         pairs = zip(self.transitions, self.blocks[1:], strict=True)
         return [self.blocks[0], *(module for pair in pairs for module in pair)]
 
 
 def _initialize(module: nn.Module) -> None:
-    """Convolutions after He et al. 2015, by fan-in as torchvision has it (the authors' code goes by fan-out); the
-    classifier's bias at zero."""
+    """Initialize convolutions as He et al. 2015, by fan-in as in torchvision (the authors' code uses fan-out), and the
+    classifier's bias to zero."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):

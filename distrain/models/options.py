@@ -1,4 +1,4 @@
-"""Options of networks as users write them, checked and made into the dataclasses that hold them."""
+"""Model options: checked as users write them, and converted to configuration dataclasses."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ Kind = TypeVar("Kind")
 
 
 def create(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
-    """The dataclass `kind` from plain values. Raises UserError naming `where` and the option at fault."""
+    """Build the dataclass `kind` from plain values. Raises UserError with `where` and the invalid option."""
     checked = check(kind, values, where)
     required = [
         entry.name
@@ -19,12 +19,12 @@ def create(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
         if entry.default is MISSING and entry.default_factory is MISSING
     ]
     if missing := [name for name in required if name not in checked]:
-        raise UserError(f"{where} needs options that are not given: {', '.join(missing)}")
+        raise UserError(f"{where}: missing options: {', '.join(missing)}")
     return kind(**checked)
 
 
 def check(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The same options with YAML's lists and mappings made into what the fields of `kind` hold."""
+    """Return `values` with YAML lists and mappings converted to the field types of `kind`. Raises UserError."""
     types = get_type_hints(kind)
     checked: dict[str, Any] = {}
     for name, value in values.items():
@@ -35,14 +35,15 @@ def check(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def check_choice(name: str, value: str, literal: Any) -> None:
-    """Refuse a value that the Literal type does not list."""
+    """Raise UserError for a value that the Literal type does not list."""
     if value not in get_args(literal):
         raise UserError(f"{name}={value} is not known: it must be one of {', '.join(get_args(literal))}")
 
 
 def check_probability(name: str, value: float) -> None:
+    """Raise UserError for a value outside [0, 1)."""
     if not 0 <= value < 1:
-        raise UserError(f"{name}={value:g} is a probability: it must lie in 0..1, 1 excluded")
+        raise UserError(f"{name}={value:g} is a probability: it must be in [0, 1)")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -57,15 +58,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         raise UserError(f"{where} must be finite, not {value}")
     plain = {Literal: str, tuple: tuple}.get(get_origin(kind), kind)
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
-        raise UserError(f"{where} must be {_describe(kind)}, not {value!r}")
+        raise UserError(f"{where} must be {_expected(kind)}, not {value!r}")
     return value
 
 
-def _describe(kind: Any) -> str:
+def _expected(kind: Any) -> str:
+    """Return how a type reads in an error message."""
     if get_origin(kind) is tuple:
-        return f"a list, each item {_describe(get_args(kind)[0])}"
+        return f"a list, each item {_expected(get_args(kind)[0])}"
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
     if is_dataclass(kind):
         return "a mapping of " + ", ".join(entry.name for entry in fields(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[kind]

@@ -1,4 +1,4 @@
-"""The width of each block of a RegNet and the rule behind it, as the paper draws them (figures 8 and 9)."""
+"""Plot the block widths of a RegNet and their parametrization, as in the paper (figures 8 and 9)."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ from distrain.models.regnet_widths import line_widths, quantize_widths
 
 
 def plot_widths(name: str, config: RegNetConfig, path: Path) -> None:
-    """Draw the widths to an image file. Raises UserError where it cannot be written."""
+    """Write the plot to an image file. Raises UserError if it cannot be written."""
     figure = draw_widths(name, config)
     try:
         figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # ValueError: an ending that matplotlib does not know
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not support
         raise UserError(f"{path}: cannot be written: {error}") from error
 
 
 def draw_widths(name: str, config: RegNetConfig) -> Figure:
-    """The line u_j, the quantised widths and those of the stages, by block."""
+    """Plot over the blocks: the line u_j, the quantized widths and the stage widths."""
     stages = config.stages()
     blocks = np.arange(config.depth)
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -29,11 +29,11 @@ def draw_widths(name: str, config: RegNetConfig) -> Figure:
     line = line_widths(config.depth, config.w0, config.wa)
     axes.plot(blocks, line, "--", color="tab:gray", label=f"linear: {config.w0} + {config.wa:g} j")
     quantized = quantize_widths(config.depth, config.w0, config.wa, config.wm)
-    axes.plot(blocks, quantized, "o", color="tab:blue", label=f"quantised: powers of {config.wm:g}, multiples of 8")
+    axes.plot(blocks, quantized, "o", color="tab:blue", label=f"quantized: powers of {config.wm:g}, multiples of 8")
     ends = np.cumsum([stage.depth for stage in stages])
     widths = [stage.width for stage in stages]
     starts = [end - stage.depth for end, stage in zip(ends, stages, strict=True)]
-    label = "stages: made divisible by the group width"
+    label = "stages: divisible by the group width"
     axes.hlines(widths, np.asarray(starts) - 0.4, ends - 0.6, color="tab:red", linewidth=2, label=label)
     for stage, start, end in zip(stages, starts, ends, strict=True):
         near_right_edge = end > 0.7 * config.depth
@@ -50,6 +50,6 @@ def draw_widths(name: str, config: RegNetConfig) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(0.08)
     axes.grid(alpha=0.3)
-    axes.set(title=name, xlabel="block j", ylabel="width (maps)")
+    axes.set(title=name, xlabel="block j", ylabel="width (channels)")
     axes.legend(loc="lower right", fontsize=8)
     return figure

@@ -1,4 +1,4 @@
-"""The published networks, with what they cost and reach: one table for code, listing and tests."""
+"""The published networks with their complexity and accuracy: one table for code, listing and tests."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,22 +10,22 @@ from distrain.models.complexity import Cost
 
 @dataclass(frozen=True)
 class Published:
-    """A published network. Accuracies are top-1 in percent, for one central crop."""
+    """A published network. Accuracies are top-1, percent, single center crop."""
 
     family: str
-    """densenet or regnet, made from `config`; or densenet_cifar, whose name says it all."""
+    """densenet or regnet, built from `config`; or densenet_cifar, built from its name."""
     cost: Cost
     """For one image of `resolution` x `resolution` pixels and `num_classes` classes."""
     top1: float
-    """As `source` reports it."""
+    """As reported by `source`."""
     source: str
     """pycls: the RegNet authors' model zoo. authors: the DenseNet authors' repository. paper: the DenseNet
-    paper, on CIFAR-10 with crops and flips. SWAG: torchvision's linear classifier on features
-    learnt from weakly supervised images."""
+    paper, on CIFAR-10 with crop and flip augmentation. SWAG: torchvision's linear classifier on features
+    learned from weakly supervised images."""
     torchvision: dict[str, float] = field(default_factory=dict)
-    """Weights of torchvision, V1 and V2, where it has this network."""
+    """Accuracy of torchvision's weights V1 and V2, if torchvision has this network."""
     torchvision_rule: bool = False
-    """Whether torchvision's network of this name is the one with width_rule=torchvision."""
+    """Whether torchvision's network of this name needs width_rule=torchvision."""
     config: dict[str, Any] = field(default_factory=dict)
 
     @property

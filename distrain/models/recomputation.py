@@ -1,4 +1,4 @@
-"""Activation checkpointing: compute activations again in the backward pass instead of keeping them."""
+"""Activation checkpointing: recompute activations in the backward pass instead of storing them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,11 +17,11 @@ Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
 def set_recomputation(network: nn.Module, mode: str) -> None:
-    """Choose what the backward pass of `network` computes again (Chen et al. 2016).
+    """Set what the backward pass of `network` recomputes (Chen et al. 2016).
 
-    none: nothing, all activations are kept. full: everything inside a residual block or dense layer.
-    selective: normalisation, ReLU, concatenation and dropout; outputs of convolutions are kept. Results,
-    gradients and running statistics are the same bits in all three. Raises UserError for another mode.
+    none: nothing, all activations are stored. full: everything inside each residual block or dense layer.
+    selective: BN, ReLU, concatenation and dropout; convolution outputs are stored. Outputs, gradients and
+    running statistics are bit-identical in all modes. Raises UserError for an unknown mode.
     """
     if mode not in RECOMPUTATIONS:
         raise UserError(f"activation checkpointing {mode!r} is not known: {nearest(mode, RECOMPUTATIONS)}")
@@ -31,10 +31,10 @@ def set_recomputation(network: nn.Module, mode: str) -> None:
 
 
 class Block(nn.Module):
-    """A part of a network whose activations may be computed again. Subclasses write `compute`.
+    """The unit of activation checkpointing: a module with `compute` in place of `forward`.
 
-    BatchNorm statistics are updated by the first computation alone: the second normalises by the same batch
-    but leaves no trace (pytorch/pytorch issue 96136 is what happens otherwise).
+    Only the first computation updates BatchNorm's running statistics; recomputation normalizes with the same batch
+    and leaves them unchanged (otherwise they would be updated twice: pytorch/pytorch issue 96136).
     """
 
     recomputation: Recomputation = "none"
@@ -44,51 +44,52 @@ class Block(nn.Module):
             return self.compute(*inputs)
         if not torch.compiler.is_compiling():
             return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=self._contexts)
-        # The compiler writes buffers back once, at the end of its graph, so it needs no care for statistics.
+        # Compiled graphs write buffers back once, at their end, so running statistics need no protection.
         if self.recomputation == "full":
             return checkpoint(self.compute, *inputs, use_reentrant=False)
-        return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=_keep_convolutions)
+        return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=_save_convolutions)
 
     def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Return the output of the block."""
         raise NotImplementedError
 
     def _contexts(self) -> Contexts:
-        first, second = _keep_convolutions() if self.recomputation == "selective" else (nullcontext(), nullcontext())
-        return first, _StatisticsAside(self, second)
+        first, second = _save_convolutions() if self.recomputation == "selective" else (nullcontext(), nullcontext())
+        return first, _PreserveStatistics(self, second)
 
 
-class _StatisticsAside(AbstractContextManager[None]):
-    """Lets BatchNorm write its statistics to tensors that nobody reads, inside another context.
+class _PreserveStatistics(AbstractContextManager[None]):
+    """Redirects BatchNorm's running statistics to scratch tensors, inside another context.
 
-    BatchNorm cannot be told to write none, because autograd saves these tensors too, and checks that both
-    computations save alike. A class, because a generator could be entered only once: with retain_graph=True each
-    backward pass computes the block again.
+    Turning the update off is not possible: autograd saves these tensors and checks that both computations save the
+    same ones. A class rather than a generator, which could be entered only once: with retain_graph=True each backward
+    pass recomputes the block.
     """
 
-    def __init__(self, block: Block, inside: AbstractContextManager[Any]) -> None:
+    def __init__(self, block: Block, inner: AbstractContextManager[Any]) -> None:
         self.norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
-        self.inside = inside
-        self.kept: list[tuple[nn.Module, str, torch.Tensor]] = []
+        self.inner = inner
+        self.saved: list[tuple[nn.Module, str, torch.Tensor]] = []
 
     def __enter__(self) -> None:
-        self.kept = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers(recurse=False)]
-        for norm, name, buffer in self.kept:
+        self.saved = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers(recurse=False)]
+        for norm, name, buffer in self.saved:
             setattr(norm, name, torch.empty_like(buffer))
-        self.inside.__enter__()
+        self.inner.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:
         try:
-            return self.inside.__exit__(*error)
+            return self.inner.__exit__(*error)
         finally:
-            for norm, name, buffer in self.kept:
+            for norm, name, buffer in self.saved:
                 setattr(norm, name, buffer)
-            self.kept = []
+            self.saved = []
 
 
-def _keep_convolutions() -> Contexts:
-    return create_selective_checkpoint_contexts(_choose)
+def _save_convolutions() -> Contexts:
+    return create_selective_checkpoint_contexts(_policy)
 
 
-def _choose(_: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(_: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
     is_convolution = operation == torch.ops.aten.convolution.default
     return CheckpointPolicy.MUST_SAVE if is_convolution else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""From a RegNet's few numbers to the widths of its blocks (Radosavovic et al., CVPR 2020, section 3.3).
+"""Block widths of a RegNet from its parameters (Radosavovic et al., CVPR 2020, section 3.3).
 
 Rounding is half to even throughout.
 """
@@ -13,26 +13,26 @@ WidthRule = Literal["pycls", "torchvision"]
 
 QUANTUM = 8
 
-WIDEST = 65536
-"""Maps, some ten times what is published. Far beyond, memory and whole numbers overflow before anybody is told."""
+MAX_WIDTH = 65536
+"""Channels, about ten times the widest published. Far larger values overflow integers or memory with no clear error."""
 
 
 def line_widths(depth: int, w0: int, wa: float) -> NDArray[np.float64]:
-    """u_j = w0 + wa j, the width of block j before quantisation (equation 2). [depth]"""
+    """Return u_j = w0 + wa j, the width of block j before quantization (equation 2): [depth]."""
     return np.asarray(w0 + wa * np.arange(depth), np.float64)
 
 
 def quantize_widths(depth: int, w0: int, wa: float, wm: float) -> NDArray[np.int64]:
-    """w_j = w0 wm^s_j, s_j = round(log_wm(u_j / w0)), in multiples of 8 (equations 3 and 4). [depth]"""
+    """Return w_j = w0 wm^s_j, s_j = round(log_wm(u_j / w0)), in multiples of 8 (equations 3 and 4): [depth]."""
     powers = np.rint(np.log(line_widths(depth, w0, wa) / w0) / np.log(wm))
     return (np.rint(w0 * np.power(wm, powers) / QUANTUM) * QUANTUM).astype(np.int64)
 
 
 def adjust_width(width: int, ratio: float, group: int, rule: WidthRule) -> tuple[int, int]:
-    """The width nearest to `width`, and the group width, for which groups divide the 3x3 convolution.
+    """Return the width nearest to `width` and the group width, such that groups divide the 3x3 convolution.
 
-    ratio: width / width of the 3x3 convolution. The 3x3 must be a multiple of the group width and, where the
-    bottleneck is inverted, of 1 / ratio, so that the outer width stays whole.
+    ratio: width / width of the 3x3 convolution. The 3x3's width must be a multiple of the group width and, in
+    inverted bottlenecks, of 1 / ratio, so that the outer width is an integer.
     """
     inner = int(max(1, width / ratio))
     group = min(group, inner)
@@ -45,6 +45,6 @@ def adjust_width(width: int, ratio: float, group: int, rule: WidthRule) -> tuple
 
 
 def _make_divisible(value: int, multiple: int) -> int:
-    """The nearest multiple, half up, or the next one where that would lose more than a tenth of `value`."""
+    """Return the nearest multiple, half up, or the next one if that is below 90% of `value` (as torchvision)."""
     rounded = max(multiple, int(value + multiple / 2) // multiple * multiple)
     return rounded + multiple if rounded < 0.9 * value else rounded

@@ -1,4 +1,4 @@
-"""Files of weights, at a path or behind a URL: what they hold, as tensors by name."""
+"""Read and write weights files: tensors by name, from a path or a URL."""
 
 import argparse
 import hashlib
@@ -17,45 +17,45 @@ from distrain.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 
-_WRAPPERS = ("model_state", "state_dict", "model")  # of pycls, timm, torchvision's training script
-_AVERAGES = ("ema_state", "state_dict_ema", "model_ema")  # of the same
+_WRAPPERS = ("model_state", "state_dict", "model")  # keys of pycls, timm and torchvision's training script
+_EMA_KEYS = ("ema_state", "state_dict_ema", "model_ema")  # likewise
 
 _TIMEOUT_S = 60
 
 
 def read_weights(source: str | Path) -> tuple[Tensors, list[str]]:
-    """Tensors by name, whatever they are wrapped in, and under which names the file also holds averages of them.
+    """Return the tensors by name, unwrapped from a training checkpoint, and the keys of any EMA weights in the file.
 
-    Raises UserError for a source that cannot be fetched or read, or holds no tensors.
+    Raises UserError if the source cannot be downloaded or read, or contains no tensors.
     """
     is_remote = str(source).startswith(("http://", "https://"))
     path = _fetch(str(source)) if is_remote else Path(source)
     if not path.is_file():
-        raise UserError(f"{source}: no such file of weights")
+        raise UserError(f"{source}: weights file not found")
     try:
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except Exception as error:  # a damaged file makes torch.load raise whatever its bytes lead to
-        cure = ""
+    except Exception as error:  # torch.load raises almost anything for a corrupt file
+        hint = ""
         if is_remote:
             path.unlink(missing_ok=True)
-            cure = " (the download is removed: check the URL, and try again)"
-        raise UserError(f"{source}: cannot be read as weights: {_explain(error)}{cure}") from error
-    averages = [name for name in _AVERAGES if isinstance(content, dict) and content.get(name)]
+            hint = " (download removed: check the URL and retry)"
+        raise UserError(f"{source}: cannot read weights: {_explain(error)}{hint}") from error
+    ema_keys = [name for name in _EMA_KEYS if isinstance(content, dict) and content.get(name)]
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict):
-        raise UserError(f"{source}: holds a {type(content).__name__}, not tensors by name")
-    tensors = {_modernise(str(name)): v for name, v in content.items() if isinstance(v, torch.Tensor)}
+        raise UserError(f"{source}: expected a mapping of names to tensors, found a {type(content).__name__}")
+    tensors = {_normalize_name(str(name)): v for name, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
-        raise UserError(f"{source}: holds no tensors")
-    return tensors, averages
+        raise UserError(f"{source}: contains no tensors")
+    return tensors, ema_keys
 
 
 def write_weights(content: dict[str, Any], path: Path) -> None:
-    """Write tensors by name to a .safetensors file, or anything to another of torch.save.
+    """Write tensors by name to a .safetensors file, or any content with torch.save.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
     try:
         with path.open("wb") as file:
@@ -69,15 +69,14 @@ def write_weights(content: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _modernise(name: str) -> str:
-    """Drop the prefixes of wrappers (DistributedDataParallel, torch.compile), and write norm1 where old torchvision
-    DenseNets say norm.1."""
+def _normalize_name(name: str) -> str:
+    """Strip the prefixes of DDP and torch.compile, and rename norm.1 (old torchvision DenseNets) to norm1."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _read_torch(path: Path) -> Any:
-    # The training scripts of torchvision and timm save their command line beside the weights.
+    # The training scripts of torchvision and timm save their arguments with the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -89,17 +88,17 @@ def _read_safetensors(path: Path) -> Tensors:
 
 
 def _explain(error: Exception) -> str:
-    """Why a file cannot be read. What torch says of it fills a coloured page, and advises to trust the file."""
+    """Return why a file cannot be read. torch's own message is a page long and suggests weights_only=False."""
     if isinstance(error, OSError):
         return str(error)
-    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return f"it holds a {refused[1]}, and only tensors and plain values are read: save the state_dict alone"
-    return "it is damaged or no file of weights"
+    if rejected := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it contains a {rejected[1]}, but only tensors and plain values are loaded: save the state_dict only"
+    return "it is corrupt or not a weights file"
 
 
 def _fetch(url: str) -> Path:
-    """The file in torch's cache, downloaded if it is not there. Other URLs may end in the same name, so the whole of it
-    tells files apart."""
+    """Return the file in torch's cache, downloading it if it is absent. Files are keyed by the whole URL, as names may
+    repeat."""
     try:
         name = Path(urllib.parse.urlsplit(url).path).name
         key = hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -108,27 +107,27 @@ def _fetch(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             checksum = re.search(r"-([0-9a-f]{8,})\.", name)
             _download(url, path, checksum[1] if checksum else "")
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a URL that is none
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an invalid URL
         raise UserError(
-            f"{url}: cannot be fetched: {error} (try again, or download it by hand and give its path)"
+            f"{url}: download failed: {error} (retry, or download it manually and pass the path)"
         ) from error
     return path
 
 
 def _download(url: str, path: Path, checksum: str) -> None:
-    """Write what `url` answers to `path`, all of it or nothing. `checksum`: how its SHA-256 must begin, in hex."""
+    """Download `url` to `path` atomically. `checksum`: required prefix of its SHA-256, in hex."""
     partial = path.with_name(f"{uuid.uuid4().hex}.partial")
     request = urllib.request.Request(url, headers={"User-Agent": "distrain"})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer, partial.open("xb") as file:
-            shutil.copyfileobj(answer, file)
-            length, expected = file.tell(), answer.headers.get("Content-Length")
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response, partial.open("xb") as file:
+            shutil.copyfileobj(response, file)
+            length, expected = file.tell(), response.headers.get("Content-Length")
         if expected is not None and length != int(expected):
-            raise OSError(f"only {length:,} of {int(expected):,} bytes came")
+            raise OSError(f"received only {length:,} of {int(expected):,} bytes")
         with partial.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if not digest.startswith(checksum):
-            raise OSError(f"its SHA-256 begins with {digest[: len(checksum)]}, not {checksum} as its name says")
+            raise OSError(f"its SHA-256 starts with {digest[: len(checksum)]}, not with {checksum} from its name")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

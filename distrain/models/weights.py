@@ -1,7 +1,6 @@
-"""Weights from and for other libraries: the same tensors under other names.
+"""Convert weights from and to other libraries: the same tensors under different names.
 
-pycls trains on images whose channels are blue, green, red; ours are red, green, blue like everybody else's. So the
-input channels of the stem are reversed on the way.
+pycls trains on BGR images, everyone else on RGB, so the input channels of the stem are flipped in conversion.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,14 +19,14 @@ from distrain.models.weight_files import Tensors, read_weights, write_weights
 
 OURS = "distrain"
 
-# Our module names on the left, # for a number. On the right {a} and {b} are these numbers counted from 1, {b0} is
-# the second one counted from 0.
+# Our module names to the library's. # is an index; {a} and {b} are the first and second one counted from 1, {b0} is the
+# second counted from 0.
 _DENSENET_NAMES = {
     "stem.conv": "features.conv0",
     "stem.norm": "features.norm0",
     **{
-        f"blocks.#.#.{part}": f"features.denseblock{{a}}.denselayer{{b}}.{part}"
-        for part in ("norm1", "conv1", "norm2", "conv2")
+        f"blocks.#.#.{layer}": f"features.denseblock{{a}}.denselayer{{b}}.{layer}"
+        for layer in ("norm1", "conv1", "norm2", "conv2")
     },
     "transitions.#.norm": "features.transition{a}.norm",
     "transitions.#.conv": "features.transition{a}.conv",
@@ -39,8 +38,8 @@ _REGNET_TORCHVISION = {
     "stem.conv": "stem.0",
     "stem.norm": "stem.1",
     **{
-        f"stages.#.#.{ours}": f"trunk_output.block{{a}}.block{{a}}-{{b0}}.{theirs}"
-        for ours, theirs in {
+        f"stages.#.#.{module}": f"trunk_output.block{{a}}.block{{a}}-{{b0}}.{target}"
+        for module, target in {
             "conv1": "f.a.0",
             "norm1": "f.a.1",
             "conv2": "f.b.0",
@@ -60,8 +59,8 @@ _REGNET_TIMM = {
     "stem.conv": "stem.conv",
     "stem.norm": "stem.bn",
     **{
-        f"stages.#.#.{ours}": f"s{{a}}.b{{b}}.{theirs}"
-        for ours, theirs in {
+        f"stages.#.#.{module}": f"s{{a}}.b{{b}}.{target}"
+        for module, target in {
             "conv1": "conv1.conv",
             "norm1": "conv1.bn",
             "conv2": "conv2.conv",
@@ -83,8 +82,8 @@ _REGNET_PYCLS = {
     "stem.conv": "stem.conv",
     "stem.norm": "stem.bn",
     **{
-        f"stages.#.#.{ours}": f"s{{a}}.b{{b}}.{theirs}"
-        for ours, theirs in {
+        f"stages.#.#.{module}": f"s{{a}}.b{{b}}.{target}"
+        for module, target in {
             "conv1": "f.a",
             "norm1": "f.a_bn",
             "conv2": "f.b",
@@ -109,46 +108,45 @@ _NAMINGS: dict[type[nn.Module], dict[str, dict[str, str]]] = {
 
 
 def load_weights(network: nn.Module, source: str | Path) -> str:
-    """Fill `network` from a file (.safetensors, or anything of torch.save) or a URL; whose names it holds is seen
-    from the names.
+    """Load weights into `network` from a file (.safetensors or torch.save) or a URL, in any known naming.
 
-    A classifier for another number of classes is left as it is, freshly made. Returns a line that says what was
-    loaded, what is new and which averages of the weights were left in the file. Raises UserError for a source that
-    cannot be read and for missing, unexpected or misshapen tensors, before anything is changed.
+    A classifier for another number of classes keeps its initialization. Returns a one-line summary: what was loaded,
+    what is newly initialized and which EMA weights were ignored. Raises UserError if the source cannot be read or has
+    missing keys, unexpected keys or shape mismatches, before any weight changes.
     """
-    tensors, averages = read_weights(source)
-    naming, names = _recognise(network, tensors, source)
-    own = network.state_dict()
+    tensors, ema_keys = read_weights(source)
+    naming, names = _detect_naming(network, tensors, source)
+    state = network.state_dict()
     found = {name: tensors[foreign] for name, foreign in names.items() if foreign in tensors}
     if naming == "pycls" and "stem.conv.weight" in found:
         found["stem.conv.weight"] = found["stem.conv.weight"].flip(1)
-    new = []
-    if head := _differing_head(own, found):
+    initialized = []
+    if head := _head_mismatch(state, found):
         found = {name: tensor for name, tensor in found.items() if not name.startswith("head.")}
-        new.append(head)
-    missing = {name for name in own if name not in found and not name.startswith("head.")}
+        initialized.append(head)
+    missing = {name for name in state if name not in found and not name.startswith("head.")}
     counters = {name for name in missing if name.endswith(".num_batches_tracked")}
-    if counters:  # torchvision's DenseNets are older than these; no momentum of ours depends on them
-        new.append("batch counters")
-    faults = [
-        _describe("lacks", missing - counters),
-        _describe("also holds", tensors.keys() - names.values()),
-        _describe("has another shape of", (n for n, tensor in found.items() if tensor.shape != own[n].shape)),
+    if counters:  # absent from torchvision's DenseNets; unused, as our BN has a fixed momentum
+        initialized.append("num_batches_tracked")
+    mismatches = [
+        _summarize("missing keys", missing - counters),
+        _summarize("unexpected keys", tensors.keys() - names.values()),
+        _summarize("shape mismatch", (n for n, tensor in found.items() if tensor.shape != state[n].shape)),
     ]
-    if any(faults):
+    if any(mismatches):
         raise UserError(
-            f"{source}: these are not weights of this network: the file ({naming} names) "
-            f"{', '.join(fault for fault in faults if fault)}{_suggest_width_rule(network, found)}"
+            f"{source}: weights ({naming} names) do not match this network: "
+            f"{'; '.join(text for text in mismatches if text)}{_suggest_width_rule(network, found)}"
         )
-    network.load_state_dict({**own, **found})
-    report = f"{source}: loaded {len(found)} tensors ({naming} names); new: {', '.join(new) or 'nothing'}"
-    return report + (f"; not taken: {', '.join(averages)}" if averages else "")
+    network.load_state_dict({**state, **found})
+    summary = f"{source}: loaded {len(found)} tensors ({naming} names)"
+    summary += f"; newly initialized: {', '.join(initialized) or 'none'}"
+    return summary + (f"; ignored: {', '.join(ema_keys)}" if ema_keys else "")
 
 
 def save_weights(network: nn.Module, path: str | Path, naming: str = OURS) -> None:
-    """Write the weights to a .safetensors file, or another of torch.save, under the names of distrain, torchvision,
-    timm or pycls. Raises UserError for a naming that has no place for this network, or a file that cannot be
-    written."""
+    """Save the weights as .safetensors, or with torch.save for any other suffix, in a naming: distrain, torchvision,
+    timm or pycls. Raises UserError if the naming does not support the network or the file cannot be written."""
     names = translate_names(network, naming)
     tensors = {names[name]: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     if naming == "pycls":
@@ -159,65 +157,67 @@ def save_weights(network: nn.Module, path: str | Path, naming: str = OURS) -> No
 
 
 def translate_names(network: nn.Module, naming: str) -> dict[str, str]:
-    """What `naming` (distrain, torchvision, timm or pycls) calls each tensor of the network.
+    """Map each tensor name of the network to its name in `naming` (distrain, torchvision, timm or pycls).
 
-    Raises UserError for a naming that has no place for this network.
+    Raises UserError if `naming` does not support the network.
     """
     if naming == OURS:
         return {name: name for name in network.state_dict()}
     namings = _NAMINGS[type(network)]
     if naming not in namings:
-        raise UserError(f"{naming} has no names for a {type(network).__name__}: {nearest(naming, [OURS, *namings])}")
+        raise UserError(f"{naming} has no names for {type(network).__name__}: {nearest(naming, [OURS, *namings])}")
     return {name: _translate(name, naming, namings[naming]) for name in network.state_dict()}
 
 
 def _translate(name: str, naming: str, templates: Mapping[str, str]) -> str:
     module, _, leaf = name.rpartition(".")
-    parts = module.split(".")
-    numbers = [int(part) for part in parts if part.isdigit()]
-    template = templates.get(".".join("#" if part.isdigit() else part for part in parts))
+    entries = module.split(".")
+    numbers = [int(entry) for entry in entries if entry.isdigit()]
+    template = templates.get(".".join("#" if entry.isdigit() else entry for entry in entries))
     if template is None:
-        raise UserError(f"{naming} has no place for {module}: use {OURS} names")
+        raise UserError(f"{naming} has no name for {module}: use {OURS} names")
     a, b = (*numbers, 0, 0)[:2]
     return f"{template.format(a=a + 1, b=b + 1, b0=b)}.{leaf}"
 
 
-def _recognise(network: nn.Module, tensors: Tensors, source: str | Path) -> tuple[str, dict[str, str]]:
-    """The naming that shares most names with the file, and what it calls the network's tensors."""
-    best, best_names, most = "", {}, 0
+def _detect_naming(network: nn.Module, tensors: Tensors, source: str | Path) -> tuple[str, dict[str, str]]:
+    """Return the naming that shares the most names with the file, and its names of the network's tensors."""
+    best, best_names, max_shared = "", {}, 0
     for naming in (OURS, *_NAMINGS[type(network)]):
         try:
             names = translate_names(network, naming)
-        except UserError:  # this naming has no place for some part of the network, so the file is not in it
+        except UserError:  # this naming lacks a module of the network, so the file cannot use it
             continue
         shared = len(tensors.keys() & names.values())
-        if shared > most:
-            best, best_names, most = naming, names, shared
-    if 2 * most < len(tensors):
+        if shared > max_shared:
+            best, best_names, max_shared = naming, names, shared
+    if 2 * max_shared < len(tensors):
         family, example = type(network).__name__, next(iter(tensors))
-        raise UserError(f"{source}: these are not weights of any {family}: it holds {example} and the like")
+        raise UserError(f"{source}: not the weights of any {family}: unexpected keys such as {example}")
     return best, best_names
 
 
-def _differing_head(own: Tensors, found: Tensors) -> str:
-    """Why the classifier cannot be taken from the file, or nothing."""
+def _head_mismatch(state: Tensors, found: Tensors) -> str:
+    """Return why the classifier cannot be loaded from the file, or an empty string."""
     if "head.weight" not in found or "head.bias" not in found:
-        return "head (the file has none)"
-    classes, ours = found["head.bias"].numel(), own["head.bias"].numel()
-    return "" if classes == ours else f"head (the file has {classes} classes, the network {ours})"
+        return "head (not in the file)"
+    in_file, in_network = found["head.bias"].numel(), state["head.bias"].numel()
+    return "" if in_file == in_network else f"head (the file has {in_file} classes, the network {in_network})"
 
 
 def _suggest_width_rule(network: nn.Module, found: Tensors) -> str:
-    """Where a published RegNet has the widths of the file under the other width rule: how to build that one."""
+    """Return the width rule to set if the file is a published RegNet of the other rule, or an empty string."""
     if not isinstance(network, AnyNet):
         return ""
-    ours = [stage.width for stage in network.config.stages]
-    norms = [found.get(f"stages.{number}.0.norm3.weight") for number in range(len(ours))]
-    theirs = [0 if norm is None else norm.numel() for norm in norms]
+    widths = [stage.width for stage in network.config.stages]
+    norms = [found.get(f"stages.{number}.0.norm3.weight") for number in range(len(widths))]
+    file_widths = [0 if norm is None else norm.numel() for norm in norms]
     regnets = [entry.config for entry in PUBLISHED.values() if entry.family == "regnet"]
-    for config, (own, other) in product(regnets, permutations(get_args(WidthRule))):
-        if ours != theirs and ours == _stage_widths(config, own) and theirs == _stage_widths(config, other):
-            return f"; it is made with width_rule={other}: build the network with that option"
+    if widths == file_widths:
+        return ""
+    for config, (rule, other) in product(regnets, permutations(get_args(WidthRule))):
+        if widths == _stage_widths(config, rule) and file_widths == _stage_widths(config, other):
+            return f"; the file was built with width_rule={other}: set that model option"
     return ""
 
 
@@ -225,7 +225,8 @@ def _stage_widths(config: Mapping[str, Any], rule: WidthRule) -> list[int]:
     return [stage.width for stage in RegNetConfig(**config, width_rule=rule).stages()]
 
 
-def _describe(verb: str, names: Iterable[str]) -> str:
+def _summarize(label: str, names: Iterable[str]) -> str:
+    """Return the label with the first name and the number of others, or an empty string."""
     names = sorted(names)
     rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{verb} {names[0]}{rest}" if names else ""
+    return f"{label}: {names[0]}{rest}" if names else ""

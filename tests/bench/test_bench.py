@@ -7,13 +7,13 @@ from PIL import Image
 from webdataset import TarWriter
 
 from distrain.__main__ import main
-from distrain.bench.loader import PARTS
-from distrain.bench.rounds import Rate, measure_in_turns, ratio
+from distrain.bench.loader import STAGES
+from distrain.bench.rounds import Rate, measure_interleaved, ratio
 from distrain.data.shards.scan import scan
 from distrain.data.storage.index_file import save_index
 
 
-def test_contestants_take_turns_after_a_warm_up():
+def test_candidates_are_interleaved_after_a_warm_up():
     calls = []
 
     def candidate(name):
@@ -23,77 +23,73 @@ def test_contestants_take_turns_after_a_warm_up():
 
         return work
 
-    rates = measure_in_turns({"a": candidate("a"), "b": candidate("b")}, rounds=2)
+    rates = measure_interleaved({"a": candidate("a"), "b": candidate("b")}, rounds=2)
     assert calls == ["a", "b", "a", "b", "a", "b"]
     assert [(rate.name, len(rate.rounds)) for rate in rates] == [("a", 2), ("b", 2)]
 
 
-def test_a_ratio_is_taken_within_each_round():
-    rates = [Rate("ours", (10.0, 1.0, 30.0)), Rate("peer", (5.0, 0.5, 10.0))]
-    assert ratio(rates, "ours", "peer") == 2.0
+def test_a_ratio_is_computed_within_each_round():
+    rates = [Rate("ours", (10.0, 1.0, 30.0)), Rate("reference", (5.0, 0.5, 10.0))]
+    assert ratio(rates, "ours", "reference") == 2.0
 
 
 def bench(monkeypatch, index, *words):
     """Run `bench loader` and return its exit code."""
-    few = ("--images", "24", "--batch", "6", "--rounds", "1", "--size", "8", "--threads", "1")
-    monkeypatch.setattr("sys.argv", ["distrain", "bench", "loader", str(index), *few, *words])
+    small = ("--images", "24", "--batch", "6", "--rounds", "1", "--size", "8", "--threads", "1")
+    monkeypatch.setattr("sys.argv", ["distrain", "bench", "loader", str(index), *small, *words])
     return main()
 
 
-def test_loaders_are_compared_with_their_peers(dataset, tmp_path, monkeypatch, capsys):
-    figures = tmp_path / "figures.json"
-    assert bench(monkeypatch, dataset / "train.parquet", "--json", str(figures)) == 0
-    measured = json.loads(figures.read_text())
+def test_loaders_are_compared_with_other_libraries(dataset, tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results.json"
+    assert bench(monkeypatch, dataset / "train.parquet", "--json", str(results)) == 0
+    measured = json.loads(results.read_text())
     assert list(measured["rounds"]) == [
-        "decode alone",
+        "decode only",
         "distrain, torch",
         "distrain, dali",
         "webdataset + DataLoader",
         "DALI's WebDataset reader",
     ]
     assert all(rate > 0 for (rate,) in measured["rounds"].values())
-    assert list(measured["microseconds"]) == list(PARTS)
-    assert "of decode alone" in " ".join(capsys.readouterr().out.split())
+    assert list(measured["microseconds"]) == list(STAGES)
+    assert "vs decode only" in " ".join(capsys.readouterr().out.split())
 
 
-def test_shards_with_unreadable_images_are_measured_without_the_peer_that_cannot_pass_over_them(
-    tmp_path, monkeypatch, capsys
-):
+def test_shards_with_unreadable_images_are_measured_without_dali(tmp_path, monkeypatch, capsys):
     write_shard(tmp_path, [picture(number) for number in range(12)] + [b"no image"])
-    figures = tmp_path / "figures.json"
-    assert bench(monkeypatch, tmp_path / "train.parquet", "--json", str(figures)) == 0
-    assert len(json.loads(figures.read_text())["rounds"]) == 4
+    results = tmp_path / "results.json"
+    assert bench(monkeypatch, tmp_path / "train.parquet", "--json", str(results)) == 0
+    assert len(json.loads(results.read_text())["rounds"]) == 4
     printed = " ".join(capsys.readouterr().out.split())
-    assert "without DALI's WebDataset reader: it cannot pass over images that cannot be read" in printed
+    assert "DALI's WebDataset reader is not measured: it cannot skip unreadable images" in printed
 
 
-def test_every_peer_reads_shards_of_other_formats(tmp_path, monkeypatch):
+def test_every_candidate_reads_shards_of_other_formats(tmp_path, monkeypatch):
     write_shard(tmp_path, [picture(number) for number in range(12)])
-    figures = tmp_path / "figures.json"
-    assert bench(monkeypatch, tmp_path / "train.parquet", "--json", str(figures)) == 0
-    assert len(json.loads(figures.read_text())["rounds"]) == 5
+    results = tmp_path / "results.json"
+    assert bench(monkeypatch, tmp_path / "train.parquet", "--json", str(results)) == 0
+    assert len(json.loads(results.read_text())["rounds"]) == 5
 
 
-def test_shards_without_a_readable_image_are_refused(tmp_path, monkeypatch, capsys):
+def test_shards_without_a_readable_image_are_rejected(tmp_path, monkeypatch, capsys):
     write_shard(tmp_path, [b"no image"] * 3)
     assert bench(monkeypatch, tmp_path / "train.parquet") == 78
-    assert capsys.readouterr().err.endswith(
-        "train.parquet: none of its 3 images could be read when they were indexed\n"
-    )
+    assert capsys.readouterr().err.endswith("train.parquet: none of its 3 images was readable when it was indexed\n")
 
 
 @pytest.mark.parametrize("name", ["--images", "--batch", "--rounds", "--size", "--threads"])
-def test_numbers_below_one_are_refused_in_one_line(dataset, monkeypatch, capsys, name):
+def test_numbers_below_one_are_rejected_in_one_line(dataset, monkeypatch, capsys, name):
     assert bench(monkeypatch, dataset / "train.parquet", name, "0") == 78
     assert capsys.readouterr().err == f"distrain: {name} must be at least 1\n"
 
 
-def test_figures_that_cannot_be_written_are_refused_before_anything_is_measured(dataset, monkeypatch, capsys):
+def test_an_unwritable_json_file_is_rejected_before_anything_is_measured(dataset, monkeypatch, capsys):
     monkeypatch.setattr("distrain.bench.cli.bench_loaders", None)
-    assert bench(monkeypatch, dataset / "train.parquet", "--json", f"{dataset}/no/figures.json") == 78
+    assert bench(monkeypatch, dataset / "train.parquet", "--json", f"{dataset}/no/results.json") == 78
     assert (
         capsys.readouterr().err
-        == f"distrain: --json {dataset}/no/figures.json: cannot be written: No such file or directory\n"
+        == f"distrain: --json {dataset}/no/results.json: cannot be written: No such file or directory\n"
     )
 
 
@@ -105,7 +101,7 @@ def picture(number):
 
 
 def write_shard(folder, images):
-    """Images as .webp, with labels in .json."""
+    """Write images as .webp, with labels in .json."""
     with TarWriter(str(folder / "train.tar")) as writer:
         for number, image in enumerate(images):
             writer.write({"__key__": f"{number:03d}", "webp": image, "json": {"label": 0}})

@@ -14,26 +14,26 @@ def bench(monkeypatch, *words: str) -> int:
     return main()
 
 
-def test_what_a_checkpoint_costs_is_told_next_to_a_step(monkeypatch, tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    assert bench(monkeypatch, "--rounds", "2", "--folder", str(tmp_path), "--json", str(figures)) == 0
-    measured = json.loads(figures.read_text())
+def test_checkpoint_times_are_compared_with_a_step(monkeypatch, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    assert bench(monkeypatch, "--rounds", "2", "--folder", str(tmp_path), "--json", str(results)) == 0
+    measured = json.loads(results.read_text())
     weights = sum(weight.nbytes for weight in models.build("densenet_bc_10_4", 3).parameters())
-    assert 2 * weights < measured["bytes"] < 2.5 * weights  # momenta too, and running statistics
-    assert list(measured["seconds"]) == ["step", "stall", "beside", "written"]
+    assert 2 * weights < measured["bytes"] < 2.5 * weights  # weights, momentum and running statistics
+    assert list(measured["seconds"]) == ["step", "stall", "step_during_write", "commit"]
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in measured["seconds"].values())
-    assert list(tmp_path.iterdir()) == [figures]
-    assert "the stall: copying the state" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [results]
+    assert "stall: copying the state" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--rounds", "0"), "--rounds must be at least 1"),
-        (("--folder", "/nowhere"), "--folder /nowhere: no such folder"),
-        (("--json", "/nowhere/figures.json"), "--json /nowhere/figures.json: cannot be written"),
+        (("--folder", "/nowhere"), "--folder /nowhere: directory not found"),
+        (("--json", "/nowhere/results.json"), "--json /nowhere/results.json: cannot be written"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(monkeypatch, capsys, words, message):
+def test_invalid_arguments_are_rejected_before_anything_is_measured(monkeypatch, capsys, words, message):
     assert bench(monkeypatch, *words) == 78
     assert message in capsys.readouterr().err

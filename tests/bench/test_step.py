@@ -14,12 +14,12 @@ def bench(monkeypatch, *words: str) -> int:
 
 
 @pytest.mark.slow
-def test_strategies_are_compared_with_a_bare_loop_in_speed_and_memory(monkeypatch, tmp_path, capsys):
-    figures = tmp_path / "figures.json"
-    words = ("--ranks", "2", "--rounds", "1", "--memory", "--vary", "format", "--json", str(figures))
+def test_variants_are_compared_with_a_bare_loop_in_speed_and_memory(monkeypatch, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    words = ("--ranks", "2", "--rounds", "1", "--memory", "--vary", "format", "--json", str(results))
     assert bench(monkeypatch, *words) == 0
-    measured = json.loads(figures.read_text())
-    names = ["bare PyTorch loop", "DDP alone", "train.memory_format=channels_last", "train.memory_format=contiguous"]
+    measured = json.loads(results.read_text())
+    names = ["bare PyTorch loop", "plain DDP", "train.memory_format=channels_last", "train.memory_format=contiguous"]
     assert list(measured["rates"]) == list(measured["peak_bytes"]) == names
     assert all(rate > 0 for (rate,) in measured["rates"].values())
     assert all(size > 0 for size in measured["peak_bytes"].values())
@@ -31,15 +31,15 @@ def test_strategies_are_compared_with_a_bare_loop_in_speed_and_memory(monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--vary", "colour"), "--vary colour is not known: it must be of strategy, format, recompute, compile"),
+        (("--vary", "formt"), "--vary formt is not known: did you mean format?"),
         (("--ranks", "3"), "batch.lanes=2 does not fit 3 ranks"),
         (("--steps", "0"), "--steps must be at least 1"),
         (
-            ("--json", "/nowhere/figures.json"),
-            "--json /nowhere/figures.json: cannot be written",
+            ("--json", "/nowhere/results.json"),
+            "--json /nowhere/results.json: cannot be written",
         ),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(monkeypatch, capsys, words, message):
+def test_invalid_arguments_are_rejected_before_anything_is_measured(monkeypatch, capsys, words, message):
     assert bench(monkeypatch, *words) == 78
     assert message in capsys.readouterr().err

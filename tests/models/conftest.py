@@ -15,7 +15,7 @@ TINY_REGNET: tuple[str, dict[str, Any]] = (
 
 @pytest.fixture(params=[TINY_DENSENET, TINY_REGNET], ids=["densenet", "regnet"])
 def tiny(request) -> nn.Module:
-    """A network of each family that is small enough to compile and to run on images of 16 pixels."""
+    """One network per family, small enough to compile, for images of 16 pixels."""
     name, options = request.param
     return build(name, num_classes=5, **options)
 

@@ -1,4 +1,4 @@
-"""Networks work under torch's compilers, memory formats, reduced precision and without memory at all."""
+"""Networks work with torch.compile, torch.export, memory formats, autocast and the meta device."""
 
 import copy
 
@@ -10,7 +10,7 @@ from torch import nn
 from distrain.models import RECOMPUTATIONS, build, set_recomputation
 
 TOLERANCE = 1e-5
-"""Relative to the largest value of a tensor."""
+"""Relative to the largest value of each tensor."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def backend(request) -> str:
 
 
 def train_step(network: nn.Module, forward: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits, gradients of a fixed projection of them, and running statistics."""
+    """Return logits, gradients of a fixed projection of them, and running statistics."""
     logits = forward(images)
     logits.backward(torch.linspace(-1, 1, logits.numel()).view_as(logits))
     gradients = {f"gradient of {name}": parameter.grad for name, parameter in network.named_parameters()}
@@ -65,25 +65,25 @@ def test_exported_programs_agree_with_eager_at_any_batch_size(tiny, images):
     assert difference(program.module()(others), tiny(others)) <= TOLERANCE
 
 
-def test_channels_last_gives_the_same_and_stays_channels_last(tiny, images):
+def test_channels_last_gives_the_same_results_and_stays_channels_last(tiny, images):
     changed = copy.deepcopy(tiny).to(memory_format=torch.channels_last)
     layouts: dict[str, bool] = {}
 
-    def watch(name: str, module: nn.Module) -> None:
-        def note(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+    def observe(name: str, module: nn.Module) -> None:
+        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
             layouts[name] = output.dim() < 4 or output.is_contiguous(memory_format=torch.channels_last)
 
-        module.register_forward_hook(note)
+        module.register_forward_hook(hook)
 
     for name, module in changed.named_modules():
-        watch(name, module)
+        observe(name, module)
     found = train_step(changed, changed, images.to(memory_format=torch.channels_last))
     assert differing(found, train_step(tiny, tiny, images), TOLERANCE) == {}
     assert len(layouts) > len(list(changed.parameters())) / 2
     assert [name for name, is_channels_last in layouts.items() if not is_channels_last] == []
 
 
-def test_autocast_computes_in_half_precision_close_to_full(tiny, images):
+def test_autocast_computes_in_bf16_close_to_fp32(tiny, images):
     expected = tiny(images)
     with torch.autocast("cpu", torch.bfloat16):
         logits = tiny(images)

@@ -1,11 +1,11 @@
-"""Every published network is the published one, to the last parameter."""
+"""Every published network has exactly the published complexity."""
 
 import pytest
 import torch
 from torch import nn
 from torchvision.models import get_model_weights
 
-from distrain.models import PUBLISHED, build, configure
+from distrain.models import PUBLISHED, build, network_config
 from distrain.models.complexity import Cost, count_complexity, total
 
 REGNETS = [
@@ -29,7 +29,7 @@ CIFAR100_PARAMS = {
     "densenet_bc_250_24": 15_480_556,
     "densenet_bc_190_40": 25_821_620,
 }
-# flops, params and activations in the RegNet authors' model zoo, and of DenseNets counted from their definition.
+# flops, params and activations: from the RegNet authors' model zoo; for DenseNets, derived from the paper.
 COSTS = {
     "regnetx_200mf": (199_040_872, 2_684_792, 2_164_056),
     "regnetx_400mf": (397_678_568, 5_157_512, 3_143_272),
@@ -68,7 +68,7 @@ COSTS = {
     "densenet_bc_250_24": (5_418_785_734, 15_324_406, 7_382_026),
     "densenet_bc_190_40": (9_301_945_750, 25_624_430, 9_333_770),
 }
-# Activations as the papers count them, outputs of convolutions alone, counted from the definitions.
+# Activations as the papers count them, convolution outputs only, derived from the papers.
 CONV_ACTIVATIONS = {
     "regnety_400mf": 3_891_496,
     "regnety_16gf": 23_040_228,
@@ -98,33 +98,33 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_by_running(network: nn.Module, resolution: int) -> dict[str, tuple[Cost, int, int]]:
-    """What hooks see when one image passes through a network on the meta device: by name, in the order they run, the
-    cost of each layer and the width and area of the map that leaves it."""
-    seen = {}
+    """Return the cost, output width and output area of each layer by name, in execution order, from forward hooks
+    in a run on the meta device."""
+    counted = {}
     names = {module: name for name, module in network.named_modules()}
 
-    def note(module: nn.Module, output: torch.Tensor, cost: Cost) -> None:
-        seen[names[module]] = cost + Cost(params=count_parameters(module)), output.shape[1], output[0, 0].numel()
+    def record(module: nn.Module, output: torch.Tensor, cost: Cost) -> None:
+        counted[names[module]] = cost + Cost(params=count_parameters(module)), output.shape[1], output[0, 0].numel()
 
-    def see_conv(conv: nn.Conv2d, _: object, output: torch.Tensor) -> None:
+    def count_conv(conv: nn.Conv2d, _: object, output: torch.Tensor) -> None:
         inputs = conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
         flops = output.numel() * inputs + (0 if conv.bias is None else output.numel())
-        note(conv, output, Cost(flops, 0, output.numel(), output.numel()))
+        record(conv, output, Cost(flops, 0, output.numel(), output.numel()))
 
-    def see_linear(linear: nn.Linear, _: object, output: torch.Tensor) -> None:
-        note(linear, output, Cost(output.numel() * (linear.in_features + 1), 0, output.numel()))
+    def count_linear(linear: nn.Linear, _: object, output: torch.Tensor) -> None:
+        record(linear, output, Cost(output.numel() * (linear.in_features + 1), 0, output.numel()))
 
-    def see_pool(pool: nn.Module, _: object, output: torch.Tensor) -> None:
-        note(pool, output, Cost(activations=output.numel()))
+    def count_pool(pool: nn.Module, _: object, output: torch.Tensor) -> None:
+        record(pool, output, Cost(activations=output.numel()))
 
-    def see_norm(norm: nn.Module, _: object, output: torch.Tensor) -> None:
-        note(norm, output, Cost())
+    def count_norm(norm: nn.Module, _: object, output: torch.Tensor) -> None:
+        record(norm, output, Cost())
 
-    watchers = {nn.Conv2d: see_conv, nn.Linear: see_linear, nn.MaxPool2d: see_pool, nn.BatchNorm2d: see_norm}
+    hooks = {nn.Conv2d: count_conv, nn.Linear: count_linear, nn.MaxPool2d: count_pool, nn.BatchNorm2d: count_norm}
     for module in network.modules():
-        module.register_forward_hook(watchers.get(type(module), lambda *_: None))
+        module.register_forward_hook(hooks.get(type(module), lambda *_: None))
     network.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))
-    return seen
+    return counted
 
 
 def test_all_published_networks_are_in_the_table():
@@ -139,18 +139,18 @@ def test_every_network_has_the_published_flops_params_and_activations(name):
     assert count_parameters(network) == published.cost.params
 
 
-def test_the_facts_cover_every_network_of_the_papers():
+def test_reference_costs_cover_every_network_of_the_papers():
     assert list(COSTS) == [*REGNETS, *DENSENETS]
 
 
 @pytest.mark.parametrize(("name", "cost"), COSTS.items())
-def test_the_table_holds_the_published_numbers(name, cost):
+def test_the_table_has_the_published_numbers(name, cost):
     table = PUBLISHED[name].cost
     assert (table.flops, table.params, table.activations) == cost
 
 
 @pytest.mark.parametrize(("name", "activations"), CONV_ACTIVATIONS.items())
-def test_the_table_holds_activations_of_convolutions_alone(name, activations):
+def test_the_table_has_activations_of_convolutions_only(name, activations):
     assert PUBLISHED[name].cost.conv_activations == activations
 
 
@@ -160,13 +160,13 @@ def test_densenets_for_cifar100_have_the_published_params(name, params):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_networks_of_torchvision_have_the_cost_and_accuracy_torchvision_states(name):
+def test_torchvision_networks_have_torchvisions_cost_and_accuracy(name):
     weights = get_model_weights(name.replace("regnetx", "regnet_x").replace("regnety", "regnet_y"))
     options = {"width_rule": "torchvision"} if TORCHVISION[name].torchvision_rule else {}
     cost = total(count_complexity(build_on_meta(name, 1000, **options), 224).values())
-    stated = weights["IMAGENET1K_V1"].meta
-    assert cost.params == stated["num_params"]
-    assert cost.flops / 1e9 == pytest.approx(stated["_ops"], abs=5e-4)
+    expected = weights["IMAGENET1K_V1"].meta
+    assert cost.params == expected["num_params"]
+    assert cost.flops / 1e9 == pytest.approx(expected["_ops"], abs=5e-4)
     assert TORCHVISION[name].torchvision == {
         version: weights[f"IMAGENET1K_{version}"].meta["_metrics"]["ImageNet-1K"]["acc@1"]
         for version in TORCHVISION[name].torchvision
@@ -186,11 +186,11 @@ OPTIONS = [
     ("name", "options", "resolution"),
     [*((name, {}, 97) for name in PUBLISHED), *((*network, size) for network in OPTIONS for size in (64, 97, 288))],
 )
-def test_counting_equals_what_a_run_on_the_meta_device_shows(name, options, resolution):
+def test_counting_agrees_with_a_run_on_the_meta_device(name, options, resolution):
     network = build_on_meta(name, 10, **options)
     counted = count_complexity(network, resolution).items()
-    seen = count_by_running(network, resolution)
-    assert {name: (layer.cost, layer.width, layer.size**2) for name, layer in counted} == seen
+    expected = count_by_running(network, resolution)
+    assert {name: (layer.cost, layer.width, layer.size**2) for name, layer in counted} == expected
 
 
 def test_every_parameter_belongs_to_exactly_one_counted_layer():
@@ -202,6 +202,8 @@ def test_every_parameter_belongs_to_exactly_one_counted_layer():
 
 def test_five_networks_differ_between_the_width_rules():
     differing = [
-        name for name in REGNETS if configure(name).stages() != configure(name, width_rule="torchvision").stages()
+        name
+        for name in REGNETS
+        if network_config(name).stages() != network_config(name, width_rule="torchvision").stages()
     ]
     assert differing == ["regnetx_400mf", "regnetx_4gf", "regnety_800mf", "regnety_4gf", "regnety_8gf"]

@@ -1,4 +1,4 @@
-"""Computing activations again changes memory, and nothing else to the last bit."""
+"""Recomputation changes memory only: results are bit-identical."""
 
 import copy
 from collections import Counter
@@ -36,7 +36,9 @@ class Step:
         return [self.loss, *self.gradients.values(), *self.buffers.values()]
 
 
-class WatchOperations(TorchDispatchMode):
+class OperationRecorder(TorchDispatchMode):
+    """Counts operations and tracks the memory of their results."""
+
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter = Counter()
@@ -49,8 +51,8 @@ class WatchOperations(TorchDispatchMode):
             self.results[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return results
 
-    def living_bytes(self) -> int:
-        """Memory of all results that something still refers to."""
+    def live_bytes(self) -> int:
+        """Return the memory of all results that are still referenced."""
         return sum(nbytes for storage, nbytes in self.results.values() if not storage.expired())
 
 
@@ -63,14 +65,14 @@ def take_step(network: nn.Module, images: torch.Tensor, half: bool = False) -> S
     return Step(loss, gradients, dict(network.named_buffers()))
 
 
-def count_kept_bytes(network: nn.Module, images: torch.Tensor, mode: str) -> int:
-    """Memory that is kept from the forward pass for the backward pass."""
+def saved_bytes(network: nn.Module, images: torch.Tensor, mode: str) -> int:
+    """Return the memory saved in the forward pass for the backward pass."""
     set_recomputation(network, mode)
-    with WatchOperations() as forward:
+    with OperationRecorder() as forward:
         loss = network(images).sum()
-        kept = forward.living_bytes()
+        saved = forward.live_bytes()
     assert loss.requires_grad
-    return kept
+    return saved
 
 
 @pytest.fixture(params=NETWORKS)
@@ -85,7 +87,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_and_running_statistics_are_the_same_bits(network, images, mode, half):
+def test_gradients_and_running_statistics_are_bit_identical(network, images, mode, half):
     changed = copy.deepcopy(network)
     set_recomputation(changed, mode)
     expected, step = take_step(network, images, half), take_step(changed, images, half)
@@ -101,7 +103,7 @@ def test_a_step_counts_as_one_batch(network, images, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_buffers_stay_the_same_objects(network, images, mode):
-    """Whoever holds on to them, as the averaging of statistics over lanes does, sees their updates."""
+    """Other code keeps references to them, such as the averaging of statistics over lanes."""
     set_recomputation(network, mode)
     before = [id(buffer) for buffer in network.buffers()]
     take_step(network, images)
@@ -109,27 +111,27 @@ def test_buffers_stay_the_same_objects(network, images, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_names_of_parameters_stay(network, mode):
+def test_parameter_names_stay_the_same(network, mode):
     before = list(network.state_dict())
     set_recomputation(network, mode)
     assert list(network.state_dict()) == before
 
 
 @pytest.mark.parametrize("name", ["densenet_bc_22_12", "regnety_200mf"])
-def test_each_mode_keeps_less_memory_than_the_one_before(name):
+def test_selective_saves_memory_and_full_saves_more(name):
     network, images = build(name, 10), torch.randn(2, 3, 64, 64)
-    everything, selective, full = (count_kept_bytes(network, images, mode) for mode in ("none", "selective", "full"))
-    assert selective < 0.7 * everything
+    none, selective, full = (saved_bytes(network, images, mode) for mode in ("none", "selective", "full"))
+    assert selective < 0.7 * none
     assert full < 0.7 * selective
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["densenet_bc_22_12", "regnety_200mf"])
-def test_recomputing_selectively_runs_norms_again_but_no_convolution(name, layout, half):
+def test_selective_recomputation_runs_norms_again_but_no_convolution(name, layout, half):
     network = build(name, 10).to(memory_format=layout)
     set_recomputation(network, "selective")
-    with WatchOperations() as step:
+    with OperationRecorder() as step:
         take_step(network, torch.randn(2, 3, 32, 32).to(memory_format=layout), half)
     convolutions = sum(isinstance(module, nn.Conv2d) for module in network.modules())
     norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
@@ -138,7 +140,7 @@ def test_recomputing_selectively_runs_norms_again_but_no_convolution(name, layou
     assert step.counts[torch.ops.aten.native_batch_norm.default] == len(norms) + len(norms_in_blocks)
 
 
-def go_back_twice(network: nn.Module, images: torch.Tensor) -> Step:
+def backward_twice(network: nn.Module, images: torch.Tensor) -> Step:
     torch.manual_seed(7)
     loss = network(images).square().mean()
     loss.backward(retain_graph=True)
@@ -146,32 +148,32 @@ def go_back_twice(network: nn.Module, images: torch.Tensor) -> Step:
     return Step(loss, {name: p.grad for name, p in network.named_parameters()}, dict(network.named_buffers()))
 
 
-def test_a_graph_can_be_gone_through_twice_where_blocks_are_computed_again(network, images):
+def test_full_recomputation_supports_a_second_backward_pass(network, images):
     changed = copy.deepcopy(network)
     set_recomputation(changed, "full")
     before = [id(buffer) for buffer in changed.buffers()]
-    expected, step = go_back_twice(network, images), go_back_twice(changed, images)
+    expected, step = backward_twice(network, images), backward_twice(changed, images)
     assert all(torch.equal(a, b) for a, b in zip(step.tensors(), expected.tensors(), strict=True))
     assert [id(buffer) for buffer in changed.buffers()] == before
 
 
-def test_going_back_twice_through_selective_blocks_is_refused_by_torch_and_leaves_the_network_usable(network, images):
+def test_torch_rejects_a_second_backward_pass_with_selective_and_buffers_are_restored(network, images):
     changed = copy.deepcopy(network)
     set_recomputation(changed, "selective")
     before = [id(buffer) for buffer in changed.buffers()]
     with pytest.raises(RuntimeError, match="backward an extra time"):
-        go_back_twice(changed, images)
+        backward_twice(changed, images)
     assert [id(buffer) for buffer in changed.buffers()] == before
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_it_can_be_taken_back(network, images, mode):
+def test_recomputation_can_be_turned_off_again(network, images, mode):
     expected = take_step(copy.deepcopy(network), images)
     set_recomputation(network, mode)
     set_recomputation(network, "none")
     assert all(torch.equal(a, b) for a, b in zip(take_step(network, images).tensors(), expected.tensors(), strict=True))
 
 
-def test_an_unknown_mode_is_named_with_the_nearest(network):
+def test_an_unknown_mode_is_rejected_with_a_suggestion(network):
     with pytest.raises(UserError, match="'ful' is not known: did you mean full"):
         set_recomputation(network, "ful")

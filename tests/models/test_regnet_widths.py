@@ -1,11 +1,11 @@
-"""The rules by which a RegNet's stages follow from a few numbers."""
+"""A RegNet's stages follow from its parameters."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.regnet import BlockParams
 
-from distrain.models import PUBLISHED, AnyNet, build, configure
+from distrain.models import PUBLISHED, AnyNet, build, network_config
 from distrain.models.regnet import RegNetConfig
 from distrain.models.regnet_widths import adjust_width, line_widths, quantize_widths
 
@@ -34,27 +34,27 @@ regnets = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_published_numbers_give_the_published_stages(name):
-    stages = configure(name).stages()
-    found = zip(*((stage.depth, stage.width, stage.group_width) for stage in stages), strict=True)
-    assert tuple(list(values) for values in found) == STAGES[name]
+def test_published_parameters_give_the_published_stages(name):
+    stages = network_config(name).stages()
+    columns = zip(*((stage.depth, stage.width, stage.group_width) for stage in stages), strict=True)
+    assert tuple(list(values) for values in columns) == STAGES[name]
 
 
 @pytest.mark.parametrize("name", [name for name, entry in PUBLISHED.items() if entry.family == "regnet"])
-def test_the_torchvision_rule_gives_the_stages_torchvision_makes(name):
-    """Of all networks, also of those of 4 GF that torchvision does not offer."""
+def test_the_torchvision_rule_gives_torchvisions_stages(name):
+    """For all networks, including those that torchvision does not provide."""
     numbers = PUBLISHED[name].config
-    theirs = BlockParams.from_init_params(
+    expected = BlockParams.from_init_params(
         numbers["depth"], numbers["w0"], numbers["wa"], numbers["wm"], numbers["group_width"]
     )
-    stages = configure(name, width_rule="torchvision").stages()
-    assert [stage.width for stage in stages] == theirs.widths
-    assert [stage.depth for stage in stages] == theirs.depths
-    assert [stage.group_width for stage in stages] == theirs.group_widths
+    stages = network_config(name, width_rule="torchvision").stages()
+    assert [stage.width for stage in stages] == expected.widths
+    assert [stage.depth for stage in stages] == expected.depths
+    assert [stage.group_width for stage in stages] == expected.group_widths
 
 
 @given(regnets)
-def test_widths_are_multiples_of_eight_that_never_shrink(numbers):
+def test_widths_are_multiples_of_eight_and_never_decrease(numbers):
     widths = quantize_widths(**numbers)
     assert len(widths) == numbers["depth"]
     assert widths[0] == numbers["w0"]
@@ -63,7 +63,7 @@ def test_widths_are_multiples_of_eight_that_never_shrink(numbers):
 
 
 @given(regnets)
-def test_quantised_widths_stay_within_half_a_step_of_the_line(numbers):
+def test_quantized_widths_stay_within_half_a_step_of_the_line(numbers):
     line = line_widths(numbers["depth"], numbers["w0"], numbers["wa"])
     widths = quantize_widths(**numbers)
     largest = numbers["wm"] ** 0.5 * (1 + 1e-9)
@@ -86,9 +86,9 @@ def test_groups_divide_the_adjusted_width(rule, width, ratio, group):
 @pytest.mark.parametrize(
     ("width", "group", "pycls", "torchvision"),
     [
-        pytest.param(72, 16, 64, 80, id="half-way: to even, up"),
-        pytest.param(104, 16, 96, 112, id="half-way: to even, up (2)"),
-        pytest.param(50, 40, 40, 80, id="nearest loses more than a tenth: kept, up"),
+        pytest.param(72, 16, 64, 80, id="tie: to even, up"),
+        pytest.param(104, 16, 96, 112, id="tie: to even, up (2)"),
+        pytest.param(50, 40, 40, 80, id="nearest is below 90%: kept, up"),
         pytest.param(46, 16, 48, 48, id="nearest"),
     ],
 )
@@ -98,7 +98,7 @@ def test_the_two_rules_round_as_their_libraries_do(width, group, pycls, torchvis
 
 
 @pytest.mark.parametrize(("width", "ratio", "group", "expected"), [(8, 0.25, 6, 9), (40, 0.5, 5, 40), (24, 0.5, 9, 27)])
-def test_the_authors_rule_keeps_the_outer_width_of_inverted_bottlenecks_whole(width, ratio, group, expected):
+def test_the_pycls_rule_keeps_the_outer_width_of_inverted_bottlenecks_an_integer(width, ratio, group, expected):
     assert adjust_width(width, ratio, group, "pycls") == (expected, group)
     assert expected / ratio % group == 0
 

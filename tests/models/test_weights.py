@@ -1,4 +1,4 @@
-"""Weights of other libraries come in and go out under their names."""
+"""Weights are converted from and to other libraries."""
 
 import argparse
 import hashlib
@@ -43,16 +43,16 @@ def fresh() -> nn.Module:
 
 
 class Website(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder. Of files whose name says so it sends half of what it announces."""
+    """Serves a folder. Sends only half of a file with 'truncated' in its path."""
 
     def copyfile(self, source, outputfile):
         content = source.read()
-        outputfile.write(content[: len(content) // 2] if "cut" in self.path else content)
+        outputfile.write(content[: len(content) // 2] if "truncated" in self.path else content)
 
 
 @pytest.fixture
 def website(tmp_path, monkeypatch) -> Iterator[str]:
-    """Serves tmp_path; what is downloaded from it goes to tmp_path/cache."""
+    """Serve tmp_path; downloads go to tmp_path/cache."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     handler = partial(Website, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -66,19 +66,19 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def differing(network: nn.Module, other: nn.Module) -> set[str]:
-    mine, theirs = network.state_dict(), other.state_dict()
-    return {name for name in mine if not torch.equal(mine[name], theirs[name])}
+    first, second = network.state_dict(), other.state_dict()
+    return {name for name in first if not torch.equal(first[name], second[name])}
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize(("name", "naming"), NAMINGS)
-def test_what_is_saved_under_any_names_is_loaded_back(name, naming, suffix, tmp_path):
+def test_weights_saved_in_any_naming_load_back(name, naming, suffix, tmp_path):
     saved, loaded = build(name, 10), build(name, 10)
     path = tmp_path / f"weights.{suffix}"
     save_weights(saved, path, naming)
     line = load_weights(loaded, path)
     assert line.startswith(f"{path}: loaded {len(saved.state_dict())} tensors (")
-    assert line.endswith("new: nothing")
+    assert line.endswith("newly initialized: none")
     assert differing(loaded, saved) == set()
 
 
@@ -91,85 +91,85 @@ def test_what_is_saved_under_any_names_is_loaded_back(name, naming, suffix, tmp_
         ("regnety_400mf", "timm", partial(timm.create_model, "regnety_004", num_classes=10)),
     ],
 )
-def test_the_other_library_loads_what_is_saved_for_it(name, naming, make, tmp_path):
-    ours, theirs = build(name, 10).eval(), make().eval()
+def test_other_libraries_load_what_is_saved_for_them(name, naming, make, tmp_path):
+    ours, reference = build(name, 10).eval(), make().eval()
     save_weights(ours, tmp_path / "weights.pth", naming)
-    theirs.load_state_dict(torch.load(tmp_path / "weights.pth"))
+    reference.load_state_dict(torch.load(tmp_path / "weights.pth"))
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(images), ours(images), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(reference(images), ours(images), rtol=1e-5, atol=1e-6)
 
 
-def test_pycls_files_have_its_names_and_its_order_of_colours(regnet, tmp_path):
+def test_pycls_files_have_its_names_and_its_channel_order(regnet, tmp_path):
     save_weights(regnet, tmp_path / "model.pyth", "pycls")
     tensors = torch.load(tmp_path / "model.pyth")["model_state"]
     assert {name.rpartition(".")[0] for name in tensors if name.startswith("s1.")} == PYCLS_FIRST_BLOCK
     assert {name.rpartition(".")[0] for name in tensors if name[:4] in ("stem", "head")} == {
         *("stem.conv", "stem.bn", "head.fc")
     }
-    red_green_blue = torch.randn(1, 3, 32, 32)
-    on_theirs = torch.conv2d(red_green_blue.flip(1), tensors["stem.conv.weight"], stride=2, padding=1)
-    torch.testing.assert_close(on_theirs, regnet.stem.conv(red_green_blue))
+    rgb = torch.randn(1, 3, 32, 32)
+    outputs = torch.conv2d(rgb.flip(1), tensors["stem.conv.weight"], stride=2, padding=1)
+    torch.testing.assert_close(outputs, regnet.stem.conv(rgb))
 
 
-def test_old_torchvision_densenets_are_understood(tmp_path):
-    """Their files write norm.1 for norm1 and know no batch counters."""
-    theirs, ours = torchvision.models.densenet121(num_classes=10), build("densenet121", 10)
+def test_old_torchvision_densenets_load(tmp_path):
+    """Their files name norm1 norm.1 and have no num_batches_tracked."""
+    reference, ours = torchvision.models.densenet121(num_classes=10), build("densenet121", 10)
     old = {
         name.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): tensor
-        for name, tensor in theirs.state_dict().items()
+        for name, tensor in reference.state_dict().items()
         if "num_batches_tracked" not in name
     }
     torch.save(old, tmp_path / "old.pth")
-    assert load_weights(ours, tmp_path / "old.pth").endswith("new: batch counters")
-    assert torch.equal(ours.blocks[1][2].norm1.weight, theirs.features.denseblock2.denselayer3.norm1.weight)
+    assert load_weights(ours, tmp_path / "old.pth").endswith("newly initialized: num_batches_tracked")
+    assert torch.equal(ours.blocks[1][2].norm1.weight, reference.features.denseblock2.denselayer3.norm1.weight)
 
 
 @pytest.mark.parametrize(
     ("wrapper", "prefix"),
     [("model", "module."), ("state_dict", "_orig_mod."), ("model_state", "module._orig_mod.")],
 )
-def test_training_states_of_other_libraries_are_unwrapped(wrapper, prefix, regnet, fresh, tmp_path):
+def test_training_checkpoints_of_other_libraries_are_unwrapped(wrapper, prefix, regnet, fresh, tmp_path):
     tensors = {prefix + name: tensor for name, tensor in regnet.state_dict().items()}
     torch.save({wrapper: tensors, "epoch": 90}, tmp_path / "last.pth")
-    assert load_weights(fresh, tmp_path / "last.pth").endswith("new: nothing")
+    assert load_weights(fresh, tmp_path / "last.pth").endswith("newly initialized: none")
     assert differing(fresh, regnet) == set()
 
 
 @pytest.mark.parametrize(
-    ("library", "wrapper", "average"),
+    ("library", "wrapper", "ema_key"),
     [
         ("torchvision", "model", "model_ema"),
         ("timm", "state_dict", "state_dict_ema"),
         ("pycls", "model_state", "ema_state"),
     ],
 )
-def test_a_whole_training_state_is_read_and_averages_that_are_not_taken_are_named(
-    library, wrapper, average, regnet, fresh, tmp_path
+def test_a_full_training_checkpoint_loads_and_ignored_ema_weights_are_reported(
+    library, wrapper, ema_key, regnet, fresh, tmp_path
 ):
-    """As the library's training script writes it: with optimizer, schedule and command line."""
+    """As written by the library's training script: with optimizer, schedule and arguments."""
     names = translate_names(regnet, library)
     tensors = {names[name]: tensor for name, tensor in regnet.state_dict().items()}
     optimizer = torch.optim.SGD(regnet.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60])
     state = {
-        **{wrapper: tensors, average: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}},
+        **{wrapper: tensors, ema_key: {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}},
         **{"optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict(), "epoch": 90},
         "args": argparse.Namespace(lr=0.1, mixup=None, device="cuda", workers=[1, 2]),
     }
     torch.save(state, tmp_path / "checkpoint.pth")
     line = load_weights(fresh, tmp_path / "checkpoint.pth")
-    assert line.endswith(f"({library} names); new: nothing; not taken: {average}")
+    assert line.endswith(f"({library} names); newly initialized: none; ignored: {ema_key}")
     assert torch.equal(fresh.stages[2][1].conv2.weight, regnet.stages[2][1].conv2.weight)
 
 
-def test_a_file_of_more_than_tensors_and_plain_values_is_refused_in_a_plain_line(regnet, fresh, tmp_path):
+def test_a_file_with_pickled_objects_is_rejected_in_one_line(regnet, fresh, tmp_path):
     torch.save(regnet, tmp_path / "network.pth")
     with pytest.raises(UserError) as error:
         load_weights(fresh, tmp_path / "network.pth")
     assert str(error.value) == (
-        f"{tmp_path}/network.pth: cannot be read as weights: it holds a distrain.models.regnet.AnyNet, "
-        "and only tensors and plain values are read: save the state_dict alone"
+        f"{tmp_path}/network.pth: cannot read weights: it contains a distrain.models.regnet.AnyNet, "
+        "but only tensors and plain values are loaded: save the state_dict only"
     )
 
 
@@ -181,29 +181,29 @@ def test_a_file_of_more_than_tensors_and_plain_values_is_refused_in_a_plain_line
         ("regnety_800mf", "pycls", "torchvision"),
     ],
 )
-def test_weights_of_the_other_width_rule_are_refused_with_its_name(name, saved, built, tmp_path):
+def test_weights_of_the_other_width_rule_are_rejected_with_the_rule_to_set(name, saved, built, tmp_path):
     save_weights(build(name, 10, width_rule=saved), tmp_path / "weights.pth", "torchvision")
-    with pytest.raises(UserError, match=f"it is made with width_rule={saved}: build the network with that option"):
+    with pytest.raises(UserError, match=f"the file was built with width_rule={saved}: set that model option"):
         load_weights(build(name, 10, width_rule=built), tmp_path / "weights.pth")
 
 
-def test_a_head_for_other_classes_is_new(regnet, tmp_path):
+def test_a_head_for_other_classes_is_newly_initialized(regnet, tmp_path):
     network = build("regnety_200mf", 7)
-    untouched = network.head.weight.clone()
+    initial = network.head.weight.clone()
     save_weights(regnet, tmp_path / "weights.pth")
     line = load_weights(network, tmp_path / "weights.pth")
-    assert line.endswith("new: head (the file has 10 classes, the network 7)")
-    assert torch.equal(network.head.weight, untouched)
+    assert line.endswith("newly initialized: head (the file has 10 classes, the network 7)")
+    assert torch.equal(network.head.weight, initial)
     assert torch.equal(network.stem.conv.weight, regnet.stem.conv.weight)
 
 
-def test_a_file_without_a_head_leaves_it_new(regnet, fresh, tmp_path):
+def test_a_head_absent_from_the_file_is_newly_initialized(regnet, fresh, tmp_path):
     save_file({n: t for n, t in regnet.state_dict().items() if "head" not in n}, tmp_path / "trunk.safetensors")
-    assert load_weights(fresh, tmp_path / "trunk.safetensors").endswith("new: head (the file has none)")
+    assert load_weights(fresh, tmp_path / "trunk.safetensors").endswith("newly initialized: head (not in the file)")
     assert differing(fresh, regnet) == {"head.weight"}  # biases start at zero
 
 
-def test_weights_come_from_a_url_once(regnet, fresh, website, tmp_path):
+def test_weights_are_downloaded_once(regnet, fresh, website, tmp_path):
     save_weights(regnet, tmp_path / "net.safetensors")
     load_weights(build("regnety_200mf", 10), f"{website}/net.safetensors")
     (tmp_path / "net.safetensors").unlink()
@@ -211,7 +211,7 @@ def test_weights_come_from_a_url_once(regnet, fresh, website, tmp_path):
     assert differing(fresh, regnet) == set()
 
 
-def test_urls_that_end_in_the_same_name_are_told_apart(regnet, fresh, website, tmp_path):
+def test_urls_with_the_same_file_name_are_cached_separately(regnet, fresh, website, tmp_path):
     for folder, network in {"old": fresh, "new": regnet}.items():
         (tmp_path / folder).mkdir()
         save_weights(network, tmp_path / folder / "best.pth")
@@ -227,26 +227,26 @@ def test_a_checksum_in_the_name_is_verified(regnet, fresh, website, tmp_path):
     load_weights(fresh, f"{website}/net-{checksum}.pth")
     assert differing(fresh, regnet) == set()
     (tmp_path / f"net-{checksum}.pth").rename(tmp_path / "net-0123abcd.pth")
-    answer = f"net-0123abcd.pth: cannot be fetched: its SHA-256 begins with {checksum}, not 0123abcd"
-    with pytest.raises(UserError, match=answer):
+    message = f"net-0123abcd.pth: download failed: its SHA-256 starts with {checksum}, not with 0123abcd"
+    with pytest.raises(UserError, match=message):
         load_weights(fresh, f"{website}/net-0123abcd.pth")
 
 
-def test_a_download_that_breaks_off_is_not_kept(regnet, fresh, website, tmp_path):
-    save_weights(regnet, tmp_path / "cut.pth")
-    size = (tmp_path / "cut.pth").stat().st_size
+def test_a_truncated_download_is_not_kept(regnet, fresh, website, tmp_path):
+    save_weights(regnet, tmp_path / "truncated.pth")
+    size = (tmp_path / "truncated.pth").stat().st_size
     with pytest.raises(UserError) as error:
-        load_weights(fresh, f"{website}/cut.pth")
+        load_weights(fresh, f"{website}/truncated.pth")
     assert str(error.value) == (
-        f"{website}/cut.pth: cannot be fetched: only {size // 2:,} of {size:,} bytes came "
-        "(try again, or download it by hand and give its path)"
+        f"{website}/truncated.pth: download failed: received only {size // 2:,} of {size:,} bytes "
+        "(retry, or download it manually and pass the path)"
     )
     assert list_files(tmp_path / "cache") == []
 
 
-def test_a_download_that_is_no_file_of_weights_is_not_kept(regnet, fresh, website, tmp_path):
+def test_a_download_that_is_not_a_weights_file_is_not_kept(regnet, fresh, website, tmp_path):
     (tmp_path / "net.pth").write_text("<html>log in first</html>")
-    with pytest.raises(UserError, match=r"/net.pth: cannot be read .* \(the download is removed: check the URL"):
+    with pytest.raises(UserError, match=r"/net.pth: cannot read weights: .* \(download removed: check the URL"):
         load_weights(fresh, f"{website}/net.pth")
     assert list_files(tmp_path / "cache") == []
     save_weights(regnet, tmp_path / "net.pth")
@@ -265,11 +265,11 @@ def test_a_download_that_is_no_file_of_weights_is_not_kept(regnet, fresh, websit
         ("http://", "no host given"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_answered_in_one_line(url, reason, fresh, website):
+def test_an_unreachable_or_invalid_url_is_reported_in_one_line(url, reason, fresh, website):
     url = url.format(website=website)
     with pytest.raises(UserError) as error:
         load_weights(fresh, url)
-    assert str(error.value).startswith(f"{url}: cannot be fetched: ")
+    assert str(error.value).startswith(f"{url}: download failed: ")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -287,70 +287,70 @@ def reshape_a_tensor(tensors: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "answer"),
+    ("change", "message"),
     [
-        (lose_a_tensor, "lacks stages.1.0.norm2.bias"),
-        (add_a_tensor, "also holds stages.1.0.norm2.gain"),
-        (reshape_a_tensor, "has another shape of stem.conv.weight"),
-        (lambda tensors: {**tensors, "head.weight": torch.ones(())}, "has another shape of head.weight"),
-        (lambda tensors: {}, "holds no tensors"),
-        (lambda tensors: torch.ones(3), "holds a Tensor, not tensors by name"),
-        (lambda tensors: build("regnety_400mf", 10).state_dict(), "not weights of this network"),
+        (lose_a_tensor, "missing keys: stages.1.0.norm2.bias"),
+        (add_a_tensor, "unexpected keys: stages.1.0.norm2.gain"),
+        (reshape_a_tensor, "shape mismatch: stem.conv.weight"),
+        (lambda tensors: {**tensors, "head.weight": torch.ones(())}, "shape mismatch: head.weight"),
+        (lambda tensors: {}, "contains no tensors"),
+        (lambda tensors: torch.ones(3), "expected a mapping of names to tensors, found a Tensor"),
+        (lambda tensors: build("regnety_400mf", 10).state_dict(), "do not match this network"),
         (
             lambda tensors: build("densenet_bc_22_12").state_dict(),
-            "not weights of any AnyNet: it holds stem.conv.weight",
+            "not the weights of any AnyNet: unexpected keys such as stem.conv.weight",
         ),
     ],
 )
-def test_weights_that_do_not_fit_are_refused_in_one_line_and_nothing_is_loaded(change, answer, regnet, fresh, tmp_path):
+def test_mismatched_weights_are_rejected_in_one_line_and_nothing_is_loaded(change, message, regnet, fresh, tmp_path):
     torch.save(change(regnet.state_dict()), tmp_path / "weights.pth")
     before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
     with pytest.raises(UserError) as error:
         load_weights(fresh, tmp_path / "weights.pth")
-    assert answer in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-def test_a_file_that_is_missing_or_no_weights_is_named(name, fresh, tmp_path):
-    with pytest.raises(UserError, match=f"{name}: no such file of weights"):
+def test_a_missing_or_invalid_weights_file_is_reported(name, fresh, tmp_path):
+    with pytest.raises(UserError, match=f"{name}: weights file not found"):
         load_weights(fresh, tmp_path / name)
     Path(tmp_path / name).write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=f"{name}: cannot be read as weights") as error:
+    with pytest.raises(UserError, match=f"{name}: cannot read weights") as error:
         load_weights(fresh, tmp_path / name)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 40, 500, 0.5, 0.99])
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "pickle"])
-def test_a_file_cut_short_is_refused_in_one_line(is_zip, kept, regnet, fresh, tmp_path):
+def test_a_truncated_file_is_rejected_in_one_line(is_zip, kept, regnet, fresh, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(regnet.state_dict(), path, _use_new_zipfile_serialization=is_zip)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(UserError, match="cannot be read as weights") as error:
+    with pytest.raises(UserError, match="cannot read weights") as error:
         load_weights(fresh, path)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "naming", "answer"),
+    ("name", "options", "naming", "message"),
     [
-        ("densenet121", {}, "pycls", "pycls has no names for a DenseNet"),
+        ("densenet121", {}, "pycls", "pycls has no names for DenseNet"),
         ("regnety_200mf", {}, "tim", "did you mean timm?"),
-        ("regnety_200mf", {"head_width": 64}, "torchvision", "torchvision has no place for final.conv"),
+        ("regnety_200mf", {"head_width": 64}, "torchvision", "torchvision has no name for final.conv"),
     ],
 )
-def test_names_that_cannot_be_given_are_refused(name, options, naming, answer, tmp_path):
+def test_unsupported_namings_are_rejected(name, options, naming, message, tmp_path):
     with pytest.raises(UserError) as error:
         save_weights(build(name, 10, **options), tmp_path / "weights.pth", naming)
-    assert answer in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize(("folder", "reason"), [("missing", "No such file or directory"), ("file", "Not a directory")])
-def test_a_place_that_cannot_be_written_is_named(folder, reason, suffix, regnet, tmp_path):
+def test_an_unwritable_path_is_reported(folder, reason, suffix, regnet, tmp_path):
     (tmp_path / "file").touch()
     path = tmp_path / folder / f"weights.{suffix}"
     with pytest.raises(UserError) as error:
@@ -361,7 +361,7 @@ def test_a_place_that_cannot_be_written_is_named(folder, reason, suffix, regnet,
 @pytest.mark.parametrize(
     ("naming", "convolution", "norm"), [("timm", "final_conv.conv", "final_conv.bn"), ("pycls", "head.conv", "head.bn")]
 )
-def test_a_convolution_before_the_classifier_has_its_name(naming, convolution, norm):
+def test_a_head_convolution_is_named_as_in_other_libraries(naming, convolution, norm):
     names = translate_names(build("regnety_200mf", 10, head_width=64), naming)
     assert names["final.conv.weight"] == f"{convolution}.weight"
     assert {names[f"final.norm.{leaf}"] for leaf in ("weight", "bias", "running_mean", "running_var")} == {
