@@ -226,7 +226,8 @@ def _build(args: argparse.Namespace) -> int:
     print(f"{_summary(out / f'{args.split}.parquet', built.index)}{reused}")
     if built.unreadable:
         print(
-            f"{len(built.unreadable):,} images could not be decoded and were excluded: {out}/{args.split}.unreadable.txt"
+            f"{len(built.unreadable):,} images could not be decoded and were excluded: "
+            f"{out}/{args.split}.unreadable.txt"
         )
         for name, reason in built.unreadable[:_LISTED]:
             print(f"  {name}: {reason}")

@@ -25,10 +25,9 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
     import pyarrow
     import pyarrow.parquet
 
-    content = _read_bytes(path, download or DownloadConfig())
     try:
         # Not BytesIO: reading a Python file leaves a thread behind that can abort the process at exit.
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(_read_bytes(path, download or DownloadConfig())))
         header = json.loads(table.schema.metadata[b"distrain"])
         columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
