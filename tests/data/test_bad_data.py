@@ -197,7 +197,7 @@ def test_data_that_was_mended_counts_as_good_when_the_run_goes_on(damaged, tmp_p
 
 HARMS = {
     "missing": "train.tar: shard cannot be opened: No such file or directory; restore it or index the shards again",
-    "cut short": "train.tar: shard of {short:,} bytes had {whole:,} when it was indexed; restore it or index it again",
+    "cut short": "train.tar: shard has {short:,} bytes, {whole:,} when it was indexed; restore it or index it again",
     "changed": "train.tar: content differs from the index; restore the original shard or index it again",
     "mislabelled": "train.parquet: sample 7 has label 50, outside 0..49: index the shards again",
 }

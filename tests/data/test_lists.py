@@ -9,7 +9,7 @@ from distrain.errors import UserError
 
 @pytest.fixture
 def listing(tmp_path):
-    """Writes a list beside the images a.jpg and b.jpg and returns its path."""
+    """Writes a list next to the images a.jpg and b.jpg and returns its path."""
     for number, name in enumerate("ab"):
         (tmp_path / f"{name}.jpg").write_bytes(encoded(number))
 
