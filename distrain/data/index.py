@@ -1,4 +1,4 @@
-"""The index of a data set: where each sample lies. Built once, kept as one Parquet file beside the shards."""
+"""The index of a data set: where each sample is stored. Built once, kept as one Parquet file next to the shards."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ COLUMNS = {
 
 
 class Shard(NamedTuple):
-    """A tar file: its name, relative to the folder of the index or a whole URL; its bytes; their checksum."""
+    """A tar file: its name, relative to the index's folder, an absolute path or a URL; size in bytes; CRC-32."""
 
     name: str
     size: int
@@ -31,9 +31,9 @@ class Shard(NamedTuple):
 class Index:
     """Sample i is `size[i]` bytes at `offset[i]` of the tar `shards[shard[i]]`.
 
-    `root` is the folder of the index file, a path or a URL. Samples lie in the order of `shards`. `crc32` is that
-    of the encoded image, width and height are in pixels as stored (EXIF orientation not applied); both are 0 for
-    an image that could not be read when the index was built.
+    `root` is the folder of the index file, a path or a URL. Samples are in the order of `shards`. `crc32` is that of
+    the encoded image; width and height are in pixels as stored (EXIF orientation not applied), both 0 for an image
+    that could not be decoded when the index was built.
     """
 
     root: str
@@ -51,17 +51,17 @@ class Index:
         return len(self.shard)
 
     def location(self, shard: int) -> str:
-        """Path or URL of a shard."""
+        """Return the path or URL of a shard."""
         return locate(self.root, self.shards[shard].name)
 
     @cached_property
     def remote(self) -> bool:
-        """Whether there are shards that have to be downloaded."""
+        """Whether any shard has to be downloaded."""
         return any(is_remote(self.location(shard)) for shard in range(len(self.shards)))
 
     @cached_property
     def digest(self) -> str:
-        """Identity of the data: equal for equal images, labels and order, wherever they lie."""
+        """Identity of the data: equal for equal images, labels and order, wherever they are stored."""
         hasher = sha256()
         for name in ("label", "width", "height", "crc32"):
             hasher.update(getattr(self, name).tobytes())
@@ -69,10 +69,10 @@ class Index:
 
 
 def locate(root: str, name: str) -> str:
-    """A shard's path or URL: a whole one as it is, any other below `root`."""
+    """Return a shard's path or URL: absolute names unchanged, all others below `root`."""
     return name if is_remote(name) or name.startswith("/") else f"{root}/{name}"
 
 
 def is_remote(location: str) -> bool:
-    """Whether this is a URL, as opposed to a path."""
+    """Whether a location is a URL, not a path."""
     return "://" in location

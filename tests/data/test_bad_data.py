@@ -40,7 +40,7 @@ BAD = {
     12: UNREADABLE + "not a JPEG, PNG, WEBP image",
     20: UNREADABLE + r"Image size \(3600000000 pixels\) exceeds limit.*",
     27: UNREADABLE + "not a JPEG, PNG, WEBP image",
-    33: r".*the \d+ bytes at \d+ are not those that were indexed; restore the shard or index it again",
+    33: r".*the \d+ bytes at offset \d+ do not match the index; restore the shard or index it again",
     41: "cannot be decoded: .*",
 }
 GOOD = set(range(SAMPLES)) - set(BAD)
@@ -197,8 +197,8 @@ def test_data_that_was_mended_counts_as_good_when_the_run_goes_on(damaged, tmp_p
 
 HARMS = {
     "missing": "train.tar: shard cannot be opened: No such file or directory; restore it or index the shards again",
-    "cut short": "train.tar: shard of {short:,} bytes had {whole:,} when it was indexed; restore it or index it again",
-    "changed": "train.tar: holds other bytes than were indexed; put the old shard back or index it again",
+    "cut short": "train.tar: shard has {short:,} bytes, {whole:,} when it was indexed; restore it or index it again",
+    "changed": "train.tar: content differs from the index; restore the original shard or index it again",
     "mislabelled": "train.parquet: sample 7 has label 50, outside 0..49: index the shards again",
 }
 

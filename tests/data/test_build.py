@@ -1,4 +1,4 @@
-"""Shards made from images."""
+"""Shards built from images."""
 
 import io
 import json
@@ -95,14 +95,14 @@ def hash_of(synset, image):
 
 
 def test_images_keep_their_original_bytes(folder, tmp_path):
-    built = make(folder, tmp_path).whole
+    built = make(folder, tmp_path).index
     sources = sorted((path.read_bytes(), path.parts[len(folder.parts)]) for path in folder.rglob("[0-9x]*.*"))
     assert len(sources) == 121
     assert images_of(built) == sources
 
 
 def test_the_index_that_is_written_is_that_of_the_shards(folder, tmp_path):
-    built = make(folder, tmp_path).whole
+    built = make(folder, tmp_path).index
     loaded = load_index(f"{tmp_path}/train.parquet")
     assert loaded.digest == built.digest
     assert loaded.shards == built.shards
@@ -117,29 +117,29 @@ def test_the_same_folder_gives_the_same_bytes_with_any_number_of_workers(folder,
     assert contents(tmp_path / "one") == contents(tmp_path / "five")
 
 
-def test_every_class_is_spread_over_all_shards(folder, tmp_path):
-    built = make(folder, tmp_path, shard_bytes=100_000).whole
+def test_every_class_occurs_in_all_shards(folder, tmp_path):
+    built = make(folder, tmp_path, shard_bytes=100_000).index
     assert len(built.shards) == 3
     counts = np.array([np.bincount(built.label[built.shard == shard], minlength=3) for shard in range(3)])
     assert counts.min() > len(built) / 9 / 3
 
 
 def test_another_seed_is_another_order_of_the_same_images(folder, tmp_path):
-    first, second = (make(folder, tmp_path / str(seed), seed=seed).whole for seed in (0, 1))
+    first, second = (make(folder, tmp_path / str(seed), seed=seed).index for seed in (0, 1))
     assert images_of(first) == images_of(second)
     assert first.digest != second.digest
 
 
-def test_shards_are_of_equal_size_and_near_the_one_asked_for(folder, tmp_path):
-    sizes = [shard.size for shard in make(folder, tmp_path, shard_bytes=80_000).whole.shards]
-    assert max(sizes) <= 80_000 + 3_000 + 10_240  # at most an image more; a tar is filled up to 10,240 bytes
+def test_shards_are_of_equal_size_near_the_requested_one(folder, tmp_path):
+    sizes = [shard.size for shard in make(folder, tmp_path, shard_bytes=80_000).index.shards]
+    assert max(sizes) <= 80_000 + 3_000 + 10_240  # at most one image more; a tar is padded to 10,240 bytes
     assert max(sizes) - min(sizes) <= 10_240
 
 
 def test_webdataset_reads_the_shards(folder, tmp_path):
     import webdataset
 
-    built = make(folder, tmp_path).whole
+    built = make(folder, tmp_path).index
     shards = [built.location(shard) for shard in range(len(built.shards))]
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
     assert [int(sample["cls"]) for sample in samples] == built.label.tolist()
@@ -150,10 +150,10 @@ def test_webdataset_reads_the_shards(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "call"), [("", "check", 30), (".os", "fsync", 4), ("", "save_index", 1)]
+    ("module", "function", "call"), [("", "check", 30), (".os", "fsync", 9), ("", "save_index", 1)]
 )
-def test_a_build_killed_midway_is_finished_by_the_second_run(folder, tmp_path, module, function, call):
-    make(folder, tmp_path / "undisturbed")
+def test_a_killed_build_is_completed_by_the_second_run(folder, tmp_path, module, function, call):
+    make(folder, tmp_path / "uninterrupted")
     out = tmp_path / "out"
     script = f"""
 import os, signal, sys
@@ -180,10 +180,10 @@ main()
     built = make(folder, out)
     assert built.reused == len(kept) > 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == contents(tmp_path / "uninterrupted")
 
 
-def test_a_shard_that_is_cut_lost_or_of_other_images_is_made_again(folder, tmp_path):
+def test_a_shard_that_is_truncated_missing_or_of_other_images_is_rebuilt(folder, tmp_path):
     make(folder, tmp_path)
     whole = contents(tmp_path)
     os.truncate(tmp_path / "train-000000.tar", 12_000)
@@ -193,40 +193,40 @@ def test_a_shard_that_is_cut_lost_or_of_other_images_is_made_again(folder, tmp_p
     assert contents(tmp_path) == whole
 
 
-def test_a_shard_with_an_earlier_version_of_an_image_is_made_again(tmp_path):
+def test_a_shard_with_an_earlier_version_of_an_image_is_rebuilt(tmp_path):
     photo = tmp_path / "photos" / "cat" / "a.jpg"
     photo.parent.mkdir(parents=True)
     photo.write_bytes(encoded(0))
     make(tmp_path / "photos", tmp_path / "out")
     photo.write_bytes(encoded(1, size=(20, 20)))
     (tmp_path / "out" / "train.build.json").unlink()
-    assert images_of(make(tmp_path / "photos", tmp_path / "out").whole) == [(encoded(1, size=(20, 20)), "cat")]
+    assert images_of(make(tmp_path / "photos", tmp_path / "out").index) == [(encoded(1, size=(20, 20)), "cat")]
 
 
-def test_what_cannot_be_read_is_kept_out_and_listed(folder, tmp_path, capsys):
+def test_files_that_cannot_be_read_are_excluded_and_listed(folder, tmp_path, capsys):
     source, out = tmp_path / "photos", tmp_path / "out"
     (source / "cat").mkdir(parents=True)
     (source / "cat" / "good.jpg").write_bytes(encoded(0))
-    (source / "cat" / "cut.jpg").write_bytes(encoded(1, size=(60, 60))[:-900])
-    (source / "cat" / "cut.png").write_bytes(encoded(1, "PNG", size=(60, 60))[:-900])
+    (source / "cat" / "truncated.jpg").write_bytes(encoded(1, size=(60, 60))[:-900])
+    (source / "cat" / "truncated.png").write_bytes(encoded(1, "PNG", size=(60, 60))[:-900])
     (source / "cat" / "none.jpg").write_bytes(b"")
     (source / "cat" / "notes.txt").write_bytes(b"not an image")
     (source / "cat" / "old.gif").write_bytes(encoded(2, "GIF"))
     (source / "cat" / "gone.jpg").symlink_to("nowhere.jpg")
     built = make(source, out)
-    assert images_of(built.whole) == [(encoded(0), "cat")]
+    assert images_of(built.index) == [(encoded(0), "cat")]
     listed = (out / "train.unreadable.txt").read_text()
     assert sorted(line.partition(":")[0] for line in listed.splitlines()) == [
-        "cat/cut.jpg", "cat/cut.png", "cat/gone.jpg", "cat/none.jpg", "cat/notes.txt", "cat/old.gif",
+        "cat/gone.jpg", "cat/none.jpg", "cat/notes.txt", "cat/old.gif", "cat/truncated.jpg", "cat/truncated.png",
     ]  # fmt: skip
     assert "cat/none.jpg: empty file" in listed
-    assert "cat/gone.jpg: no such file" in listed
+    assert "cat/gone.jpg: file not found" in listed
     again = make(source, out)
     assert again.reused == 1
     assert sorted(again.unreadable) == sorted(built.unreadable)
 
 
-def test_an_image_that_claims_to_be_huge_is_kept_out_before_it_is_decoded(tmp_path, monkeypatch):
+def test_an_image_that_claims_to_be_huge_is_excluded_before_it_is_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr("distrain.data.image.MAX_PIXELS", 100)
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "big.jpg").write_bytes(encoded(0, size=(11, 10)))
@@ -235,15 +235,15 @@ def test_an_image_that_claims_to_be_huge_is_kept_out_before_it_is_decoded(tmp_pa
     assert built.unreadable == [("cat/big.jpg", "11 x 10 pixels are more than 100")]
 
 
-def test_where_nothing_can_be_read_the_first_reason_is_given(tmp_path):
+def test_a_source_without_readable_images_is_an_error_with_the_first_reason(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     (tmp_path / "photos" / "cat" / "notes.txt").write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"none of the 1 images can be read; the first is cat/notes\.txt: not a JPEG"):
+    with pytest.raises(UserError, match=r"none of the 1 images can be read; the first: cat/notes\.txt: not a JPEG"):
         make(tmp_path / "photos", tmp_path / "out")
     assert not (tmp_path / "out" / "train.parquet").exists()
 
 
-def test_other_images_or_settings_are_not_mixed_with_those_of_an_earlier_build(folder, tmp_path):
+def test_a_folder_never_mixes_shards_of_different_builds(folder, tmp_path):
     make(folder, tmp_path)
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"train\.build\.json: .*\(shuffle_seed differ\)"):
@@ -259,45 +259,46 @@ def test_the_splits_of_a_folder_must_have_the_same_classes(folder, tmp_path):
     (tmp_path / "val" / "dog" / "x.jpg").write_bytes(encoded(0))
     with pytest.raises(UserError, match=r"train\.parquet: has 3 classes, val would have 1: only one has cat, owl"):
         make(tmp_path / "val", tmp_path / "out", "val")
-    built = make(tmp_path / "val", tmp_path / "out", "val", classes=["cat", "dog", "owl"]).whole
+    built = make(tmp_path / "val", tmp_path / "out", "val", classes=["cat", "dog", "owl"]).index
     assert built.label.tolist() == [1]
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_draft(folder, tmp_path, monkeypatch):
-    def full(file):
-        raise OSError(28, "No space left on device")
+def test_a_full_disk_is_one_line_and_leaves_no_temporary_file(folder, tmp_path, monkeypatch):
+    def full_for_shards(file):
+        if str(Path(f"/proc/self/fd/{file}").readlink()).endswith(".tar.tmp"):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(build_module.os, "fsync", full)
+    monkeypatch.setattr(build_module.os, "fsync", full_for_shards)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         make(folder, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.build.json"]
 
 
-def test_imagenets_tars_are_read_as_they_were_downloaded(imagenet, tmp_path):
-    built = make(imagenet, tmp_path / "out", shard_bytes=4_000).whole
+def test_the_original_tars_of_imagenet_are_read_in_place(imagenet, tmp_path):
+    built = make(imagenet, tmp_path / "out", shard_bytes=4_000).index
     assert built.classes == tuple(sorted(SYNSETS))
     expected = [(encoded(hash_of(synset, image)), synset) for synset in SYNSETS for image in range(4)]
     assert images_of(built) == sorted(expected)
 
 
 def test_validation_images_get_the_labels_of_the_devkit(imagenet, tmp_path):
-    built = make(imagenet, tmp_path / "out", "val").whole
+    built = make(imagenet, tmp_path / "out", "val").index
     assert built.classes == tuple(sorted(SYNSETS))
     truth = [SYNSETS[id - 1] for id in (1, 2, 3, 3, 1, 2)]
     assert images_of(built) == sorted((encoded(number), synset) for number, synset in enumerate(truth, 1))
 
 
 def test_training_labels_are_the_same_with_and_without_the_devkit(imagenet, tmp_path):
-    with_it = make(imagenet, tmp_path / "with").whole
+    with_it = make(imagenet, tmp_path / "with").index
     (imagenet / DEVKIT).unlink()
-    without = make(imagenet / "ILSVRC2012_img_train.tar", tmp_path / "without").whole
+    without = make(imagenet / "ILSVRC2012_img_train.tar", tmp_path / "without").index
     assert with_it.digest == without.digest
     assert with_it.classes == without.classes
 
 
 @pytest.mark.parametrize(
     ("synset", "message"),
-    [("n09999999", "n09999999 is none of the 3 classes"), ("dogs", r"dogs\.tar is not the tar of a synset")],
+    [("n09999999", "n09999999 is not one of the 3 classes"), ("dogs", r"dogs\.tar is not a synset's tar")],
 )
 def test_a_wrong_synset_is_named(imagenet, synset, message):
     (imagenet / "ILSVRC2012_img_train.tar").write_bytes(tar_of({f"{synset}.tar": tar_of({"a.JPEG": encoded(0)})}))
@@ -307,12 +308,12 @@ def test_a_wrong_synset_is_named(imagenet, synset, message):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("shift", [-300, 0, 300, 700])
-def test_a_tar_of_imagenet_that_is_cut_short_is_named(imagenet, split, shift):
+def test_a_truncated_tar_of_imagenet_is_named(imagenet, split, shift):
     archive = imagenet / f"ILSVRC2012_img_{split}.tar"
     with tarfile.open(archive) as tar:
         third = tar.getmembers()[2].offset
     os.truncate(archive, third + shift)
-    with pytest.raises(UserError, match=rf"ILSVRC2012_img_{split}\.tar.*: c(ut short or damaged|annot be read)"):
+    with pytest.raises(UserError, match=rf"ILSVRC2012_img_{split}\.tar.*: (truncated or damaged|cannot be read)"):
         find(imagenet, split)
 
 
@@ -321,15 +322,28 @@ def test_a_devkit_that_is_missing_wrong_or_of_other_images_is_named(imagenet):
     with pytest.raises(UserError, match=r"1 images, but ILSVRC2012_devkit_t12\.tar\.gz has labels for 6"):
         find(imagenet, "val")
     (imagenet / DEVKIT).write_bytes(b"junk")
-    with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz: not the devkit"):
+    with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz: not the ILSVRC2012 devkit"):
         find(imagenet, "val")
     (imagenet / DEVKIT).unlink()
-    with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz: no such file; .* give --devkit"):
+    with pytest.raises(UserError, match=r"devkit_t12\.tar\.gz: file not found; .* pass --devkit"):
         find(imagenet, "val")
 
 
-def test_what_a_build_was_made_of_is_kept_beside_it(folder, tmp_path):
+def test_the_record_of_a_build_is_kept_next_to_it(folder, tmp_path):
     make(folder, tmp_path, seed=3)
-    described = json.loads(Path(tmp_path, "train.build.json").read_text())
-    assert described["images"] == 121
-    assert described["shuffle_seed"] == 3
+    record = json.loads(Path(tmp_path, "train.build.json").read_text())
+    assert record["images"] == 121
+    assert record["shuffle_seed"] == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_record_of_a_build_is_one_line_with_the_cure(folder, tmp_path, content):
+    make(folder, tmp_path)
+    complete = contents(tmp_path)
+    record = tmp_path / "train.build.json"
+    record.write_text(content)
+    with pytest.raises(UserError, match=rf"^{record}: .*: delete it and run the build again$"):
+        make(folder, tmp_path)
+    record.unlink()
+    make(folder, tmp_path)
+    assert contents(tmp_path) == complete

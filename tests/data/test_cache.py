@@ -1,4 +1,4 @@
-"""A cache whose disk fails says so in one line that names its folder."""
+"""Disk errors of the shard cache are one line that names its folder."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def cache(folder):
-    """Holds the shard `old`."""
+    """A cache that contains the shard `old`."""
     cache = ShardCache(folder, 10**6, threading.Event())
     read(cache, "old")
     return cache
@@ -31,7 +31,7 @@ def read(cache, name):
 
 
 def fail_at(monkeypatch, owner, function, ending, number):
-    """Let a function of the system fail for paths that end so; what gets a descriptor fails for all."""
+    """Make a system function fail for paths with this ending, and for all descriptors."""
     real = getattr(owner, function)
 
     def failing(path, *rest, **options):
@@ -42,29 +42,27 @@ def fail_at(monkeypatch, owner, function, ending, number):
     monkeypatch.setattr(owner, function, failing)
 
 
-WAYS = {
+FAILURES = {
     "lock on a full disk": (os, "open", "/lock", errno.ENOSPC),
     "lock of another user": (os, "open", "/lock", errno.EACCES),
-    "part on a full disk": (os, "open", ".part", errno.ENOSPC),
+    "partial file on a full disk": (os, "open", ".part", errno.ENOSPC),
     "shard of another user": (os, "open", ".shard", errno.EACCES),
-    "quota at the renaming": (Path, "rename", ".part", errno.EDQUOT),
+    "quota exceeded by the rename": (Path, "rename", ".part", errno.EDQUOT),
     "time stamp of another user's shard": (os, "utime", "", errno.EPERM),
     "disk that cannot be read": (os, "pread", "", errno.EIO),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_what_a_disk_refuses_is_one_line_that_names_the_folder_and_the_cure(way, cache, folder, monkeypatch):
-    fail_at(monkeypatch, *WAYS[way])
-    with pytest.raises(
-        UserError, match=rf"^{folder}: (the disk is full|cannot hold downloaded shards): .* set download\.cache "
-    ):
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_disk_error_is_one_line_that_names_the_folder_and_the_cure(failure, cache, folder, monkeypatch):
+    fail_at(monkeypatch, *FAILURES[failure])
+    with pytest.raises(UserError, match=rf"^{folder}: (disk full|cannot cache shards): .* set download\.cache "):
         read(cache, "new")
     monkeypatch.undo()
     assert read(cache, "new") == b"234"
 
 
-def test_a_cached_shard_of_another_user_is_one_line_wherever_it_is_touched(cache, folder, monkeypatch):
+def test_a_cached_shard_of_another_user_is_one_line_in_every_method(cache, folder, monkeypatch):
     fail_at(monkeypatch, os, "open", ".shard", errno.EACCES)
     fail_at(monkeypatch, os, "utime", "", errno.EPERM)
     for use in (
@@ -73,6 +71,6 @@ def test_a_cached_shard_of_another_user_is_one_line_wherever_it_is_touched(cache
         lambda: cache.remove_damaged("old", 10, 0),
     ):
         with pytest.raises(
-            UserError, match=rf"^{folder}: cannot hold downloaded shards: .*; set download\.cache to another folder"
+            UserError, match=rf"^{folder}: cannot cache shards: .*; set download\.cache to another folder"
         ):
             use()

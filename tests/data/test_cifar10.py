@@ -14,31 +14,31 @@ FOLDER = Path(__file__).parents[2] / "data" / "cifar10"
 
 @pytest.fixture(scope="module")
 def fetched():
-    """The real images, where the quick start keeps them."""
+    """The real images, in the folder of the quick start."""
     fetch_cifar10(FOLDER)
     return FOLDER
 
 
-def test_all_real_images_are_there_and_are_the_published_ones(fetched):
+def test_the_fetched_images_are_the_published_ones(fetched):
     from io import BytesIO
 
     from PIL import Image
 
-    parts = []
+    splits = []
     for split in ("train", "val"):
         loaded = load_index(f"{fetched}/{split}.parquet")
         store = LocalStore(loaded)
         pixels = np.stack([np.asarray(Image.open(BytesIO(store.read(sample)))) for sample in range(len(loaded))])
-        parts.append(cifar10.Images(pixels, loaded.label.astype(np.uint8)))
-    pixels, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        splits.append(cifar10.Images(pixels, loaded.label.astype(np.uint8)))
+    pixels, labels = (np.concatenate(column) for column in zip(*splits, strict=True))
     assert np.bincount(labels).tolist() == [6000] * 10
     cifar10.check(cifar10.Images(pixels, labels))
     labels[[0, 1]] = labels[[1, 0]]
-    with pytest.raises(ValueError, match="batch 1 of 6 is not the published one"):
+    with pytest.raises(ValueError, match="batch 1 of 6 does not match the published one"):
         cifar10.check(cifar10.Images(pixels, labels))
 
 
-def test_where_no_source_answers_all_are_named(monkeypatch, tmp_path):
+def test_an_error_of_all_sources_names_each(monkeypatch, tmp_path):
     def unreachable(folder):
         raise OSError("no route to host")
 

@@ -1,4 +1,4 @@
-"""Lists of images and folders of them, as sources of shards."""
+"""Lists and folders of images as sources of shards."""
 
 import pytest
 from support.images import encoded
@@ -9,7 +9,7 @@ from distrain.errors import UserError
 
 @pytest.fixture
 def listing(tmp_path):
-    """Writes a list beside the images a.jpg and b.jpg and returns its path."""
+    """Writes a list next to the images a.jpg and b.jpg and returns its path."""
     for number, name in enumerate("ab"):
         (tmp_path / f"{name}.jpg").write_bytes(encoded(number))
 
@@ -20,20 +20,20 @@ def listing(tmp_path):
     return write
 
 
-def test_a_list_may_name_its_classes(listing):
+def test_labels_of_a_list_can_be_names(listing):
     found = find(listing("label,path,note\ntiger,a.jpg,x\n\nbear,b.jpg,y\n"), "train")
     assert found.classes == ("bear", "tiger")
     assert found.label.tolist() == [1, 0]
     assert [found.read(image) for image in (0, 1)] == [encoded(0), encoded(1)]
 
 
-def test_a_list_may_number_its_classes(listing):
+def test_labels_of_a_list_can_be_numbers(listing):
     found = find(listing("path,label\na.jpg,2\nb.jpg,0\n"), "train")
     assert found.classes == ("0", "1", "2")
     assert found.label.tolist() == [2, 0]
 
 
-def test_a_list_takes_the_order_of_classes_that_is_given(listing):
+def test_a_given_order_of_classes_defines_the_labels_of_a_list(listing):
     found = find(listing("path,label\na.jpg,tiger\nb.jpg,bear\n"), "train", ["tiger", "lion", "bear"])
     assert found.label.tolist() == [0, 2]
 
@@ -41,33 +41,33 @@ def test_a_list_takes_the_order_of_classes_that_is_given(listing):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1 must name the columns: path,label"),
-        ("path,class\na.jpg,1\n", r"line 1 must name the columns: path,label \(label is missing\)"),
+        ("", "line 1 must be a header with the columns path,label"),
+        ("path,class\na.jpg,1\n", r"line 1 must be a header with the columns path,label \(label is missing\)"),
         ("path,label\n", "lists no images"),
         ("path,label\na.jpg,1\nb.jpg\n", "line 3 needs a path and a label"),
         ("path,label\na.jpg,1\n,1\n", "line 3 needs a path and a label"),
-        ("path,label\na.jpg,tiger\nc.jpg,tiger\n", r"line 3: c\.jpg: no such file"),
+        ("path,label\na.jpg,tiger\nc.jpg,tiger\n", r"line 3: c\.jpg: file not found"),
         ("path,label\na.jpg,tiger\nb.jpg,tigr\n", "line 3 has label 'tigr', .* did you mean tiger"),
         ("path,label\na.jpg,tiger\nb.jpg,7\n", r"line 3 has label 7, outside 0\.\.1"),
     ],
 )
-def test_a_mistake_in_a_list_is_named_with_its_line(listing, text, message):
+def test_an_error_in_a_list_names_its_line(listing, text, message):
     with pytest.raises(UserError, match=rf"list\.csv: {message}"):
         find(listing(text), "train", ["tiger", "bear"])
 
 
-def test_a_source_that_holds_no_images_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+def test_a_source_without_images_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: file or folder not found"):
         find(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="has no sub-folders"):
         find(tmp_path, "train")
     (tmp_path / "train").mkdir()
-    with pytest.raises(UserError, match=r"holds the splits train, not classes; give one, as .*/train"):
+    with pytest.raises(UserError, match=r"contains the splits train, not classes; pass one, such as .*/train"):
         find(tmp_path, "train")
     (tmp_path / "cat").mkdir()
-    with pytest.raises(UserError, match="its 2 class folders hold no files"):
+    with pytest.raises(UserError, match="its 2 class folders contain no files"):
         find(tmp_path, "train")
-    with pytest.raises(UserError, match="cat: no class of that name: did you mean cats"):
+    with pytest.raises(UserError, match="cat: not a known class: did you mean cats"):
         find(tmp_path, "train", ["cats", "train"])
     (tmp_path / "a.zip").touch()
     with pytest.raises(UserError, match=r"neither a folder nor a \.csv or \.tar"):

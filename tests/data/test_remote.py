@@ -18,10 +18,11 @@ from support.servers import use_s3, without_credentials
 
 from distrain.config import DownloadConfig
 from distrain.data.index import Index
-from distrain.data.storage import download
-from distrain.data.storage.download import Closed, Downloader, DownloadError
+from distrain.data.storage import client
+from distrain.data.storage.download import Downloader, DownloadError, StoreClosed
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.remote import RemoteStore
+from distrain.data.storage.retry import RetryPolicy
 from distrain.data.storage.store import DataError, LocalStore
 from distrain.errors import UserError
 
@@ -37,7 +38,7 @@ def cache(tmp_path) -> Path:
 
 @pytest.fixture
 def open_remote(cache):
-    """Opens a store on the training shards behind a URL; closes it in the end."""
+    """Opens stores on the training shards at a URL; closes them at the end."""
     stores = []
 
     def open_one(url: str, **settings) -> RemoteStore:
@@ -58,12 +59,12 @@ def read_all(store):
 
 
 @pytest.mark.parametrize("protocol", ["http", "s3"])
-def test_samples_behind_a_url_are_those_of_the_local_shards(protocol, dataset, server, s3, open_remote):
+def test_remote_samples_equal_local_ones(protocol, dataset, server, s3, open_remote):
     url = {"http": server.url, "s3": s3}[protocol]
     assert read_all(open_remote(url)) == read_all(LocalStore(load_index(f"{dataset}/train.parquet")))
 
 
-def test_a_shard_is_downloaded_once_however_many_processes_read_it(server, cache):
+def test_a_shard_read_by_many_processes_is_downloaded_once(server, cache):
     server.delay = 0.3
     assert exit_codes(start_readers(3, server.url, cache, SAMPLES)) == [0, 0, 0]
     assert {name: count for name, count in server.requests.items() if name.endswith(".tar")} == {
@@ -84,7 +85,7 @@ def test_the_cache_never_exceeds_its_bound(server, folder, cache):
 
 
 def cache_bytes(cache):
-    """What the files take at one moment: without the lock some would be counted that make room for others."""
+    """The size of all files at one moment: the lock excludes files about to be evicted."""
     if not (cache / "lock").exists():
         return 0
     with (cache / "lock").open() as lock:
@@ -92,7 +93,7 @@ def cache_bytes(cache):
         return sum(path.stat().st_size for path in cache.iterdir())
 
 
-def test_what_was_not_used_for_longest_is_removed_first(server, folder, open_remote):
+def test_the_least_recently_used_shard_is_evicted_first(server, folder, open_remote):
     sizes = shard_sizes(folder)
     store = open_remote(server.url, cache_gb=(sum(sizes[:3]) + 1000) / 1e9)
     first_samples = [0, 41, 82, 123]
@@ -101,7 +102,7 @@ def test_what_was_not_used_for_longest_is_removed_first(server, folder, open_rem
     assert [server.requests[f"train-00000{number}.tar"] for number in range(4)] == [1, 2, 1, 1]
 
 
-def test_a_shard_that_is_being_read_is_not_removed(server, folder, open_remote, cache):
+def test_a_shard_that_is_being_read_is_not_evicted(server, folder, open_remote, cache):
     sizes = shard_sizes(folder)
     store = open_remote(server.url, cache_gb=(max(sizes) + 1000) / 1e9)
     store.read(0)
@@ -116,7 +117,7 @@ def test_a_shard_that_is_being_read_is_not_removed(server, folder, open_remote, 
     assert not held.exists()
 
 
-def test_a_shard_that_is_removed_before_a_reader_has_it_is_downloaded_again(server, open_remote, cache):
+def test_a_shard_evicted_before_its_reader_locks_it_is_downloaded_again(server, open_remote, cache):
     store = open_remote(server.url)
     store.read(0)
     (held,) = cache.glob("*.shard")
@@ -136,7 +137,7 @@ def lock_as_reader(path):
     return file
 
 
-def test_announced_shards_are_downloaded_before_they_are_read(server, open_remote, cache):
+def test_prefetched_shards_are_downloaded_before_they_are_read(server, open_remote, cache):
     store = open_remote(server.url)
     store.prefetch(np.array([100, 50, 51, 101]))
     wait_for(lambda: len(list(cache.glob("*.shard"))) == 2)
@@ -153,7 +154,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("fault", [500, 503, 429, "stall", "cut", "corrupt"])
+@pytest.mark.parametrize("fault", [500, 503, 429, "timeout", "truncate", "corrupt"])
 def test_every_transient_fault_is_survived(fault, server, open_remote, folder, caplog):
     server.faults[SHARD] = [fault, fault]
     store = open_remote(server.url, timeout=0.2)
@@ -162,7 +163,7 @@ def test_every_transient_fault_is_survived(fault, server, open_remote, folder, c
     assert len([message for message in caplog.messages if SHARD in message]) == 2
 
 
-@pytest.mark.parametrize("fault", [500, 503, "stall", "cut", "corrupt"])
+@pytest.mark.parametrize("fault", [500, 503, "timeout", "truncate", "corrupt"])
 def test_every_transient_fault_of_s3_is_survived(fault, server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     server.faults["train-000000.tar"] = [fault, fault]
@@ -171,9 +172,11 @@ def test_every_transient_fault_of_s3_is_survived(fault, server, folder, cache, m
     assert server.requests["train-000000.tar"] == 3
 
 
-def test_a_fault_that_stays_is_one_line_that_names_the_shard(server, open_remote):
+def test_a_permanent_fault_is_one_line_that_names_the_shard(server, open_remote):
     server.faults[SHARD] = [503] * 9
-    with pytest.raises(DownloadError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; see that .*$"):
+    with pytest.raises(
+        DownloadError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; check the server and run again$"
+    ):
         open_remote(server.url).read(IN_SHARD)
     assert server.requests[SHARD] == 4
 
@@ -181,13 +184,13 @@ def test_a_fault_that_stays_is_one_line_that_names_the_shard(server, open_remote
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (404, "there is no such file; put the shard back or index the shards again"),
-        (403, r"access refused \(403, .*\); set or renew the credentials"),
-        (401, r"access refused \(401, .*\); set or renew the credentials"),
-        (400, r"cannot be asked for \(400, .*\); correct the URL or the server's settings"),
+        (404, "file not found; restore the shard or index the shards again"),
+        (403, r"access denied \(403, .*\); set or renew the credentials"),
+        (401, r"access denied \(401, .*\); set or renew the credentials"),
+        (400, r"request rejected \(400, .*\); correct the URL or the server's settings"),
     ],
 )
-def test_a_refusal_is_one_line_that_names_the_shard_and_the_cure(status, message, server, open_remote):
+def test_a_rejected_request_is_one_line_that_names_the_shard_and_the_cure(status, message, server, open_remote):
     server.faults[SHARD] = [status] * 9
     with pytest.raises(UserError, match=rf"^{server.url}/{SHARD}: {message}$"):
         open_remote(server.url).read(IN_SHARD)
@@ -200,7 +203,7 @@ def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, fold
     content = (folder / SHARD).read_bytes()
     changed = {"corrupt": content[:-1] + b"x", "longer": content + b"x", "shorter": content[:-512]}
     (folder / SHARD).write_bytes(changed[change])
-    with pytest.raises(UserError, match=rf"/{SHARD}: holds other bytes than were indexed; put the old shard back"):
+    with pytest.raises(UserError, match=rf"/{SHARD}: content differs from the index; restore the original shard"):
         store.read(IN_SHARD)
     assert server.requests[SHARD] == 2
 
@@ -208,38 +211,38 @@ def test_a_shard_that_changed_since_it_was_indexed_is_named(change, server, fold
 @pytest.mark.parametrize("chunk", [16 * 2**20, 4096])
 @pytest.mark.parametrize("length", ["longer", "shorter", "a chunk shorter", "whole chunks", "empty"])
 def test_a_shard_of_another_length_in_its_bucket_is_named(length, chunk, s3, folder, cache, monkeypatch):
-    monkeypatch.setattr(download, "_CHUNK", chunk)
+    monkeypatch.setattr(client, "_CHUNK", chunk)
     content = (folder / "train-000000.tar").read_bytes()
     other = {"longer": content + b"x", "shorter": content[:-1], "a chunk shorter": content[:-4096]}
     other |= {"whole chunks": content[: 2 * 4096], "empty": b""}
     S3FileSystem().pipe_file("shards/other/train-000000.tar", other[length])
-    with pytest.raises(UserError, match=r"^s3://shards/other/train-000000\.tar: holds other bytes than were indexed"):
+    with pytest.raises(UserError, match=r"^s3://shards/other/train-000000\.tar: content differs from the index"):
         open_copy(folder, f"{s3}/other", cache).read(0)
 
 
-def test_a_shard_comes_from_its_bucket_in_many_chunks(s3, folder, cache, monkeypatch):
-    monkeypatch.setattr(download, "_CHUNK", 4096)
+def test_a_shard_is_downloaded_from_its_bucket_in_many_chunks(s3, folder, cache, monkeypatch):
+    monkeypatch.setattr(client, "_CHUNK", 4096)
     assert (folder / "train-000000.tar").stat().st_size > 3 * 4096
     assert open_copy(folder, s3, cache).read(0) == LocalStore(load_index(f"{folder}/train.parquet")).read(0)
 
 
 def test_no_more_bytes_are_written_than_were_indexed(server, folder):
     ends = []
-    transfer = Downloader(1, 0.01, 5.0, threading.Event())
+    downloader = Downloader(RetryPolicy(1, 0.01), 5.0, threading.Event())
     with pytest.raises(UserError):
-        transfer.fetch(f"{server.url}/{SHARD}", 5000, 0, lambda data, offset: ends.append(offset + len(data)))
+        downloader.fetch(f"{server.url}/{SHARD}", 5000, 0, lambda data, offset: ends.append(offset + len(data)))
     assert max(ends, default=0) <= 5000 < (folder / SHARD).stat().st_size
 
 
 def test_a_shard_missing_from_a_bucket_is_named(s3, folder, cache):
-    with pytest.raises(UserError, match=r"^s3://shards/elsewhere/train-000000\.tar: there is no such file; put"):
+    with pytest.raises(UserError, match=r"^s3://shards/elsewhere/train-000000\.tar: file not found; restore"):
         open_copy(folder, f"{s3}/elsewhere", cache).read(0)
 
 
 def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     server.faults["train-000000.tar"] = [400] * 9
-    with pytest.raises(UserError, match=r"^s3://b/train-000000\.tar: access refused \(The provided token has expired"):
+    with pytest.raises(UserError, match=r"^s3://b/train-000000\.tar: access denied \(The provided token has expired"):
         open_copy(folder, "s3://b", cache).read(0)
     assert server.requests["train-000000.tar"] == 1
 
@@ -247,18 +250,18 @@ def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, c
 def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     without_credentials(monkeypatch)
-    with pytest.raises(UserError, match=r"^s3://c/train-000000\.tar: access refused \(Unable to locate credentials\)"):
+    with pytest.raises(UserError, match=r"^s3://c/train-000000\.tar: access denied \(Unable to locate credentials\)"):
         open_copy(folder, "s3://c", cache).read(0)
 
 
 def open_copy(folder, root, cache, timeout=5.0):
-    """A store on the shards of `folder` that takes them to lie at `root`."""
+    """A store on the shards of `folder` that reads them from `root`."""
     built = load_index(f"{folder}/train.parquet")
     download = DownloadConfig(cache=str(cache), retries=2, retry_wait=0.01, timeout=timeout)
     return RemoteStore(Index(**{**vars(built), "root": root}), download)
 
 
-def test_a_bound_that_holds_no_shard_is_refused_by_name(server, open_remote):
+def test_a_cache_size_smaller_than_a_shard_is_an_error_that_names_the_setting(server, open_remote):
     with pytest.raises(UserError, match=r"^download\.cache_gb=1e-05 cannot hold train-000000\.tar of .* GB: raise it"):
         open_remote(server.url, cache_gb=1e-5)
 
@@ -266,7 +269,7 @@ def test_a_bound_that_holds_no_shard_is_refused_by_name(server, open_remote):
 def test_a_full_disk_is_one_line_that_names_the_folder(server, open_remote, cache, monkeypatch):
     store = open_remote(server.url)
     monkeypatch.setattr(os, "posix_fallocate", raise_disk_full)
-    with pytest.raises(UserError, match=rf"^{cache}: the disk is full: .* MB; free some space or set download\.cache"):
+    with pytest.raises(UserError, match=rf"^{cache}: disk full: .* MB; free some space or set download\.cache"):
         store.read(0)
     assert not list(cache.glob("*.part"))
 
@@ -275,11 +278,11 @@ def raise_disk_full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_disk_that_others_fill_makes_the_cache_smaller(server, folder, open_remote, cache, monkeypatch):
+def test_the_cache_shrinks_when_others_fill_the_disk(server, folder, open_remote, cache, monkeypatch):
     store = open_remote(server.url)
     store.read(0)
     store.read(IN_SHARD)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**12, free_beside_an_empty_cache(cache)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**12, free_unless_cached(cache)))
     store.read(100)
     assert len(list(cache.glob("*.shard"))) == 1
 
@@ -289,19 +292,19 @@ class Disk(NamedTuple):
     free: int
 
 
-def free_beside_an_empty_cache(cache):
+def free_unless_cached(cache):
     return 0 if list(cache.glob("*.shard")) else 10**12
 
 
 def test_a_folder_that_cannot_be_written_is_named(server, open_remote, cache):
     cache.write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=rf"^{cache}: cannot hold downloaded shards: File exists; set download\.cache"):
+    with pytest.raises(UserError, match=rf"^{cache}: cannot cache shards: File exists; set download\.cache"):
         open_remote(server.url)
 
 
-def test_what_a_killed_download_left_is_removed_and_living_ones_go_on(server, cache, open_remote):
-    server.faults = {"train-000000.tar": ["stall"], "train-000001.tar": ["stall"]}
-    killed, living = (start_reader_of(sample, server.url, cache) for sample in (0, IN_SHARD))
+def test_partial_files_of_killed_downloads_are_removed_and_active_downloads_continue(server, cache, open_remote):
+    server.faults = {"train-000000.tar": ["timeout"], "train-000001.tar": ["timeout"]}
+    killed, active = (start_reader_of(sample, server.url, cache) for sample in (0, IN_SHARD))
     wait_for(lambda: server.requests["train-000000.tar"] == server.requests[SHARD] == 1)
     assert len(list(cache.glob("*.part"))) == 2
     os.kill(killed.pid, signal.SIGKILL)
@@ -309,7 +312,7 @@ def test_what_a_killed_download_left_is_removed_and_living_ones_go_on(server, ca
     store = open_remote(server.url)
     assert len(list(cache.glob("*.part"))) == 1
     server.release.set()
-    assert exit_codes([living]) == [0]
+    assert exit_codes([active]) == [0]
     store.read(IN_SHARD)
     store.read(0)
     assert server.requests == Counter(
@@ -326,11 +329,11 @@ def test_a_shard_damaged_in_the_cache_is_downloaded_again(server, open_remote, c
     assert server.requests[SHARD] == 2
 
 
-def test_a_bad_sample_of_a_good_shard_is_an_error_of_that_sample_alone(server, folder, cache):
+def test_a_bad_sample_of_a_good_shard_is_an_error_of_that_sample_only(server, folder, cache):
     built = load_index(f"{server.url}/train.parquet")
     built.crc32[IN_SHARD] ^= 1
     store = RemoteStore(built, DownloadConfig(cache=str(cache)))
-    with pytest.raises(DataError, match=rf"{SHARD}: the \d+ bytes at \d+ are not those that were indexed"):
+    with pytest.raises(DataError, match=rf"{SHARD}: the \d+ bytes at offset \d+ do not match the index"):
         store.read(IN_SHARD)
     store.read(IN_SHARD + 1)
     assert server.requests[SHARD] == 1
@@ -344,12 +347,12 @@ def test_closing_ends_a_wait_for_the_next_attempt(server, open_remote):
         reading = pool.submit(store.read, IN_SHARD)
         wait_for(lambda: server.requests[SHARD] == 1)
         store.close()
-        with pytest.raises(Closed):
+        with pytest.raises(StoreClosed):
             reading.result(5)
 
 
 def test_closing_ends_a_wait_for_the_download_of_another(server, open_remote):
-    server.faults[SHARD] = ["stall"]
+    server.faults[SHARD] = ["timeout"]
     downloading, waiting = open_remote(server.url), open_remote(server.url)
     with ThreadPoolExecutor() as pool:
         slow = pool.submit(downloading.read, IN_SHARD)
@@ -358,7 +361,7 @@ def test_closing_ends_a_wait_for_the_download_of_another(server, open_remote):
         time.sleep(0.2)
         waiting.close()
         try:
-            with pytest.raises(Closed):
+            with pytest.raises(StoreClosed):
                 reading.result(2)
         finally:
             server.release.set()

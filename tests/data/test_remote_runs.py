@@ -12,16 +12,16 @@ from distrain.errors import UserError
 
 SHARD = "train-000001.tar"
 
-PATIENCE = DownloadConfig(retries=2, retry_wait=0.01, timeout=0.3)
+QUICK_RETRIES = DownloadConfig(retries=2, retry_wait=0.01, timeout=0.3)
 
 
 @pytest.mark.parametrize("protocol", ["http", "s3"])
-@pytest.mark.parametrize("fault", [503, "stall", "cut"])
-def test_an_index_is_read_in_spite_of_transient_faults(fault, protocol, server, folder, monkeypatch):
+@pytest.mark.parametrize("fault", [503, "timeout", "truncate"])
+def test_an_index_is_read_despite_transient_faults(fault, protocol, server, folder, monkeypatch):
     use_s3(monkeypatch, server.url)
     server.faults["train.parquet"] = [fault, fault]
     root = {"http": server.url, "s3": "s3://d"}[protocol]
-    assert load_index(f"{root}/train.parquet", PATIENCE).digest == load_index(f"{folder}/train.parquet").digest
+    assert load_index(f"{root}/train.parquet", QUICK_RETRIES).digest == load_index(f"{folder}/train.parquet").digest
     assert server.requests["train.parquet"] == 3
 
 
@@ -29,30 +29,30 @@ def test_an_index_is_read_in_spite_of_transient_faults(fault, protocol, server, 
 @pytest.mark.parametrize(
     ("status", "message", "attempts"),
     [
-        (404, "no such index; make it with `python -m distrain shards` or set data.train and data.val", 1),
-        (403, r"access refused \(.*\); set or renew the credentials", 1),
-        (503, "(503|Service Unavailable).*, at the last of 3 attempts; see that the server answers and run again", 3),
+        (404, "index not found; create it with `python -m distrain shards` or correct data.train and data.val", 1),
+        (403, r"access denied \(.*\); set or renew the credentials", 1),
+        (503, "(503|Service Unavailable).*, at the last of 3 attempts; check the server and run again", 3),
     ],
 )
-def test_an_index_that_cannot_be_had_is_one_line(status, message, attempts, protocol, server, monkeypatch):
+def test_an_index_that_cannot_be_read_is_one_line(status, message, attempts, protocol, server, monkeypatch):
     use_s3(monkeypatch, server.url)
     server.faults["train.parquet"] = [status] * 9
     root = {"http": server.url, "s3": "s3://d"}[protocol]
     with pytest.raises((UserError, DownloadError), match=rf"^{root}/train\.parquet: {message}$"):
-        load_index(f"{root}/train.parquet", PATIENCE)
+        load_index(f"{root}/train.parquet", QUICK_RETRIES)
     assert server.requests["train.parquet"] == attempts
 
 
 def test_an_index_without_credentials_is_one_line(server, monkeypatch):
     use_s3(monkeypatch, server.url)
     without_credentials(monkeypatch)
-    with pytest.raises(UserError, match=r"^s3://e/train\.parquet: access refused \(Unable to locate credentials\)"):
-        load_index("s3://e/train.parquet", PATIENCE)
+    with pytest.raises(UserError, match=r"^s3://e/train\.parquet: access denied \(Unable to locate credentials\)"):
+        load_index("s3://e/train.parquet", QUICK_RETRIES)
 
 
 @pytest.fixture(scope="session")
 def run_on(tmp_path_factory, on_dataset):
-    """Trains on the shards behind a URL, their order the same wherever they lie."""
+    """Trains on the shards at a path or URL, in the same order for all."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name, root):
@@ -66,7 +66,7 @@ def run_on(tmp_path_factory, on_dataset):
 
 @pytest.fixture(scope="session")
 def local_digest(run_on, dataset):
-    """Of the weights of a run from local disk."""
+    """The digest of the weights of a run from local disk."""
     result = run_on("local", dataset)
     assert result.code == 0, result.output
     return result.digest
@@ -81,13 +81,13 @@ def test_training_from_s3_ends_in_the_same_weights_as_from_disk(run_on, local_di
 
 
 FAULTS = {
-    "train.parquet": [503, "cut"],
-    "val.parquet": ["stall"],
+    "train.parquet": [503, "truncate"],
+    "val.parquet": ["timeout"],
     "train-000000.tar": ["corrupt", 503],
-    "train-000001.tar": ["stall", "cut"],
+    "train-000001.tar": ["timeout", "truncate"],
     "train-000002.tar": [500, 503, 500],
-    "train-000003.tar": ["cut", "corrupt", "stall"],
-    "val-000000.tar": ["stall", 503],
+    "train-000003.tar": ["truncate", "corrupt", "timeout"],
+    "val-000000.tar": ["timeout", 503],
 }
 
 
@@ -106,7 +106,5 @@ def test_training_without_a_shard_ends_with_one_line(run_on, server, folder):
     (folder / SHARD).unlink()
     result = run_on("missing", server.url)
     assert result.code == 78
-    assert result.lines == [
-        f"{server.url}/{SHARD}: there is no such file; put the shard back or index the shards again"
-    ]
+    assert result.lines == [f"{server.url}/{SHARD}: file not found; restore the shard or index the shards again"]
     assert "Traceback" not in result.output

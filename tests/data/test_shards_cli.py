@@ -1,6 +1,7 @@
-"""`python -m distrain shards`, as it is typed."""
+"""The command line of `python -m distrain shards`."""
 
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -18,13 +19,13 @@ from distrain.data.storage.index_file import load_index, save_index
 
 @pytest.fixture
 def shards(monkeypatch, capsys):
-    """Runs the tool and returns its exit code, what it printed, and what it complained of."""
+    """Runs the tool and returns its exit code, standard output and standard error."""
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["distrain", "shards", *map(str, arguments)])
         code = main()
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
 
     return run
 
@@ -52,28 +53,31 @@ def test_a_folder_becomes_shards_and_an_index(shards, photos, tmp_path):
     code, out, _ = shards("build", photos, "--out", tmp_path / "out", "--split", "val", "--workers", 2)
     assert code == 0
     assert f"{tmp_path}/out/val.parquet: 2 images, 2 classes, 1 shards, 10.2 kB" in out
-    assert f"1 images could not be read and are kept out: {tmp_path}/out/val.unreadable.txt" in out
+    assert f"1 images could not be decoded and were excluded: {tmp_path}/out/val.unreadable.txt" in out
     assert "dog/b.jpg: not a JPEG" in out
     _, out, _ = shards("build", photos, "--out", tmp_path / "out", "--split", "val")
-    assert "(1 were there)" in out
+    assert "(1 reused)" in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["build", "nowhere", "--out", "out"], "nowhere: no such file or folder"),
+        (["build", "nowhere", "--out", "out"], "nowhere: file or folder not found"),
         (["build", "photos", "--out", "photos/cat/a.jpg"], "photos/cat/a.jpg: cannot be written: File exists"),
-        (["build", "photos", "--out", "out", "--classes", "none.txt"], "none.txt: cannot be read: no such file"),
-        (["build", "photos", "--out", "out", "--classes", "twice.txt"], "twice.txt: class cat is there more than once"),
-        (["build", "photos", "--out", "out", "--classes", "empty.txt"], "empty.txt: names no classes"),
-        (["index", "no-*.tar", "--out", "i.parquet"], "no-*.tar: matches no file"),
-        (["index", "no-{0..1.tar", "--out", "i.parquet"], "no-{0..1.tar: its braces do not match"),
+        (["build", "photos", "--out", "out", "--classes", "none.txt"], "none.txt: cannot be read: file not found"),
+        (
+            ["build", "photos", "--out", "out", "--classes", "twice.txt"],
+            "twice.txt: class cat is listed more than once",
+        ),
+        (["build", "photos", "--out", "out", "--classes", "empty.txt"], "empty.txt: no class names found"),
+        (["index", "no-*.tar", "--out", "i.parquet"], "no-*.tar: no file matches"),
+        (["index", "no-{0..1.tar", "--out", "i.parquet"], "no-{0..1.tar: unbalanced braces"),
         (["index", "a.tar", "./a.tar", "--out", "i.parquet"], "a.tar: given more than once"),
-        (["index", "a.tar", "--out", "no/i.parquet"], "no: no such folder"),
-        (["index", "a.tar", "--out", "i.parquet"], "a.tar: shard cannot be read: no such file"),
+        (["index", "a.tar", "--out", "no/i.parquet"], "no: folder not found"),
+        (["index", "a.tar", "--out", "i.parquet"], "a.tar: shard cannot be read: file not found"),
         (["index", "b.tar", "--out", "photos"], "photos: cannot be written: Is a directory"),
-        (["verify", "i.parquet"], "i.parquet: no such index"),
-        (["show", "i.parquet"], "i.parquet: no such index"),
+        (["verify", "i.parquet"], "i.parquet: index not found"),
+        (["show", "i.parquet"], "i.parquet: index not found"),
     ],
 )
 def test_a_mistake_is_one_line(shards, dataset, photos, monkeypatch, tmp_path, arguments, message):
@@ -87,14 +91,14 @@ def test_a_mistake_is_one_line(shards, dataset, photos, monkeypatch, tmp_path, a
     assert err.count("\n") == 1
 
 
-def test_patterns_stand_for_shards_in_order(tmp_path):
+def test_patterns_expand_to_shards_in_order(tmp_path):
     for name in ("b-0.tar", "a-1.tar", "a-0.tar"):
         (tmp_path / name).touch()
     assert expand([f"{tmp_path}/{{b,a}}-*.tar"]) == [f"{tmp_path}/{name}.tar" for name in ("b-0", "a-0", "a-1")]
     assert expand(["s3://b/t-{000008..000010}.tar"]) == [f"s3://b/t-{number:06d}.tar" for number in (8, 9, 10)]
 
 
-def test_shards_are_named_so_that_they_are_found_again(shards, copy, tmp_path):
+def test_an_index_in_any_folder_finds_its_shards(shards, copy, tmp_path):
     (tmp_path / "apart").mkdir()
     for out in (copy / "i.parquet", tmp_path / "i.parquet", tmp_path / "apart" / "i.parquet"):
         assert shards("index", copy / "train-*.tar", "--out", out)[0] == 0
@@ -119,17 +123,17 @@ def test_shards_on_a_web_server_are_read_once_each(shards, copy, original, tmp_p
         assert shards("verify", tmp_path / "i.parquet")[0] == 0
 
 
-def test_a_download_that_breaks_off_is_begun_again(shards, copy, original, tmp_path, monkeypatch):
+def test_an_interrupted_download_is_retried(shards, copy, original, tmp_path, monkeypatch):
     monkeypatch.setattr(sequential.time, "sleep", lambda seconds: None)
     with serve(copy) as server:
-        server.faults["train-000001.tar"] = ["cut", 503]
+        server.faults["train-000001.tar"] = ["truncate", 503]
         code, _, _ = shards("index", f"{server.url}/train-00000{{0,1}}.tar", "--out", tmp_path / "i.parquet")
         assert code == 0
         assert server.requests["train-000001.tar"] == 3
 
 
-@pytest.mark.parametrize(("status", "reason"), [(404, "no such file"), (403, ".*403"), (500, ".*500")])
-def test_a_server_that_refuses_is_one_line(shards, copy, tmp_path, monkeypatch, status, reason):
+@pytest.mark.parametrize(("status", "reason"), [(404, "file not found"), (403, ".*403"), (500, ".*500")])
+def test_a_server_error_is_one_line(shards, copy, tmp_path, monkeypatch, status, reason):
     monkeypatch.setattr(sequential.time, "sleep", lambda seconds: None)
     with serve(copy) as server:
         server.faults["train-000000.tar"] = [status] * 9
@@ -141,7 +145,7 @@ def test_a_server_that_refuses_is_one_line(shards, copy, tmp_path, monkeypatch, 
 
 
 def test_shards_in_a_bucket_are_found_by_pattern(shards, dataset, original, tmp_path, monkeypatch):
-    S3FileSystem.clear_instance_cache()  # of other servers
+    S3FileSystem.clear_instance_cache()  # connected to other servers
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     with serve_s3(dataset) as url:
@@ -154,10 +158,10 @@ def test_shards_in_a_bucket_are_found_by_pattern(shards, dataset, original, tmp_
         assert shards("verify", tmp_path / "i.parquet")[0] == 0
 
 
-def test_verify_is_content_with_whole_shards(shards, copy):
+def test_verify_accepts_intact_shards(shards, copy):
     code, out, _ = shards("verify", copy / "train.parquet", "--decode")
     assert code == 0
-    assert "all 203 images in 5 shards are as they were indexed" in out
+    assert "all 203 images in 5 shards match the index" in out
 
 
 def test_verify_names_every_problem(shards, copy, original):
@@ -170,14 +174,14 @@ def test_verify_names_every_problem(shards, copy, original):
     lines = out.splitlines()
     assert code == 78
     assert lines[0].startswith("train-000001.tar: has checksum ")
-    assert lines[1].startswith(f"train-000001.tar: sample 50: its {original.size[50]} bytes at ")
+    assert lines[1].startswith(f"train-000001.tar: sample 50: the {original.size[50]} bytes at offset ")
     assert lines[2].startswith("train-000002.tar: has ")
-    assert lines[3] == "train-000002.tar: sample 83: lies beyond the end of the shard"
-    assert "train-000003.tar: cannot be read: no such file" in lines
+    assert lines[3] == "train-000002.tar: sample 83: extends past the end of the shard"
+    assert "train-000003.tar: cannot be read: file not found" in lines
     assert lines[-1].endswith(f"{len(lines) - 1} problems")
 
 
-def test_verify_finds_what_does_not_decode_when_asked_to(shards, photos, tmp_path):
+def test_verify_with_decode_finds_images_that_do_not_decode(shards, photos, tmp_path):
     shards("build", photos, "--out", tmp_path / "out")
     path = f"{tmp_path}/out/train.parquet"
     built = load_index(path)
@@ -186,8 +190,7 @@ def test_verify_finds_what_does_not_decode_when_asked_to(shards, photos, tmp_pat
     with open(built.location(0), "rb") as file:  # noqa: PTH123
         stored = file.read()
     checksums = [
-        np.uint32(sequential.zlib.crc32(stored[start : start + size]))
-        for start, size in zip(columns["offset"], cut, strict=True)
+        np.uint32(zlib.crc32(stored[start : start + size])) for start, size in zip(columns["offset"], cut, strict=True)
     ]
     columns |= {"size": cut, "crc32": np.array(checksums)}
     save_index(Index(built.root, built.shards, built.classes, **columns), path)
@@ -197,7 +200,7 @@ def test_verify_finds_what_does_not_decode_when_asked_to(shards, photos, tmp_pat
     assert "train-000000.tar: sample 0: cannot be decoded: " in out
 
 
-def test_show_tells_what_the_index_holds(shards, dataset, original):
+def test_show_prints_the_contents_of_the_index(shards, dataset, original):
     code, out, _ = shards("show", dataset / "train.parquet")
     assert code == 0
     assert "203 images, 3 classes, 5 shards" in out
@@ -207,7 +210,7 @@ def test_show_tells_what_the_index_holds(shards, dataset, original):
     assert "40 to 41 images" in out
 
 
-def test_show_sums_up_many_classes_and_unreadable_images(shards, original, tmp_path):
+def test_show_summarizes_many_classes_and_unreadable_images(shards, original, tmp_path):
     columns = {name: getattr(original, name) for name in COLUMNS}
     columns |= {"label": np.arange(203, dtype=np.int32) // 2, "width": original.width * (np.arange(203) > 6)}
     classes = tuple(f"class{number}" for number in range(110))
@@ -219,7 +222,7 @@ def test_show_sums_up_many_classes_and_unreadable_images(shards, original, tmp_p
     assert "most: class100 2" in out
 
 
-def test_the_sheet_passes_over_bad_samples_as_training_does(shards, original, copy):
+def test_the_sheet_skips_bad_samples_as_training_does(shards, original, copy):
     few = Index(**{**vars(original), "root": str(copy), "width": original.width * (np.arange(203) % 4 == 0)})
     save_index(few, copy / "few.parquet")
     code, _, err = shards("show", copy / "few.parquet", "--sheet", copy / "s.png", "--samples", 6)
@@ -252,6 +255,6 @@ def test_the_sheet_shows_what_training_will_see(shards, dataset, tmp_path):
         images = next(loader.stream(requests)).images.permute(0, 2, 3, 1).numpy()
     side, caption = 96, 16
     assert drawn.shape == (2 * (side + 4 + caption) + 4, 3 * (side + 4) + 4, 3)
-    for place in range(6):
-        left, top = 4 + place % 3 * (side + 4), 4 + place // 3 * (side + 4 + caption)
-        np.testing.assert_array_equal(drawn[top : top + side : 12, left : left + side : 12], images[place])
+    for number in range(6):
+        left, top = 4 + number % 3 * (side + 4), 4 + number // 3 * (side + 4 + caption)
+        np.testing.assert_array_equal(drawn[top : top + side : 12, left : left + side : 12], images[number])

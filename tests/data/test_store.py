@@ -21,7 +21,7 @@ def copy(dataset, tmp_path) -> Path:
 
 @pytest.fixture
 def few_files():
-    """A process that may open hardly any files."""
+    """Limits the number of open files of this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
     yield
@@ -33,7 +33,7 @@ def read_directly(built, sample):
     return content[built.offset[sample] : built.offset[sample] + built.size[sample]]
 
 
-def test_every_sample_is_the_bytes_that_were_indexed(dataset):
+def test_every_sample_has_the_indexed_bytes(dataset):
     built = load_index(f"{dataset}/train.parquet")
     store = LocalStore(built)
     assert [store.read(sample) for sample in range(203)] == [read_directly(built, sample) for sample in range(203)]
@@ -48,20 +48,20 @@ def test_threads_read_more_shards_than_files_may_be_open(few_files, tmp_path):
         assert len(list(pool.map(store.read, samples))) == 2000
 
 
-def test_a_shard_that_is_missing_fails_the_start_by_name(copy):
+def test_a_missing_shard_is_named_at_the_start(copy):
     (copy / "train-000003.tar").unlink()
     with pytest.raises(UserError, match=r"train-000003\.tar: shard cannot be opened: No such file .*; restore it"):
         LocalStore(load_index(f"{copy}/train.parquet"))
 
 
-def test_a_shard_of_another_length_fails_the_start_by_name(copy):
+def test_a_shard_of_another_size_is_named_at_the_start(copy):
     with (copy / "train-000002.tar").open("r+b") as file:
         file.truncate(700)
-    with pytest.raises(UserError, match=r"train-000002\.tar: shard of 700 bytes had [\d,]+ when it was indexed"):
+    with pytest.raises(UserError, match=r"train-000002\.tar: shard has 700 bytes, [\d,]+ when it was indexed"):
         LocalStore(load_index(f"{copy}/train.parquet"))
 
 
-def test_a_shard_that_goes_away_during_the_run_is_named(copy):
+def test_a_shard_that_disappears_during_the_run_is_named(copy):
     store = LocalStore(load_index(f"{copy}/train.parquet"))
     (copy / "train-000000.tar").unlink()
     with pytest.raises(UserError, match=r"train-000000\.tar: shard cannot be opened"):
@@ -74,23 +74,23 @@ def test_a_damaged_sample_is_an_error_that_leaves_the_others_readable(copy):
         file.seek(built.offset[3] + 20)
         file.write(b"\0\1\2\3")
     store = LocalStore(built)
-    with pytest.raises(DataError, match=r"train-000000\.tar: the \d+ bytes at \d+ are not those that were indexed"):
+    with pytest.raises(DataError, match=r"train-000000\.tar: the \d+ bytes at offset \d+ do not match the index"):
         store.read(3)
     assert store.read(4) == read_directly(built, 4)
 
 
-def test_a_shard_replaced_by_another_of_its_length_is_named(copy):
+def test_a_shard_replaced_by_another_of_its_size_is_named(copy):
     built = load_index(f"{copy}/train.parquet")
     store = LocalStore(built)
     shard = copy / "train-000001.tar"
     shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
-    with pytest.raises(UserError, match=rf"^{shard}: holds other bytes than were indexed; put the old shard back or"):
+    with pytest.raises(UserError, match=rf"^{shard}: content differs from the index; restore the original shard or"):
         store.read(50)
     assert store.read(3) == read_directly(built, 3)
 
 
-def test_a_shard_with_damage_in_many_places_is_still_read(copy):
-    """Of its 41 samples 20 are bad: not most of them."""
+def test_a_shard_with_many_damaged_samples_is_still_read(copy):
+    """Only 20 of its 41 samples are damaged, not the majority."""
     built = load_index(f"{copy}/train.parquet")
     with (copy / "train-000000.tar").open("r+b") as file:
         for sample in range(20):
@@ -109,7 +109,5 @@ def test_a_disk_that_fails_is_one_line_that_names_the_shard(copy, monkeypatch, n
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(
-        TemporaryError, match=rf"^{copy}/train-000000\.tar: shard cannot be read: .*; see that its disk"
-    ):
+    with pytest.raises(TemporaryError, match=rf"^{copy}/train-000000\.tar: shard cannot be read: .*; check its disk"):
         LocalStore(load_index(f"{copy}/train.parquet")).read(3)

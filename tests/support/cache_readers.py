@@ -1,4 +1,4 @@
-"""Processes that read from one cache, as the ranks of a node do."""
+"""Processes that share one cache, as the ranks of a node do."""
 
 import multiprocessing
 from pathlib import Path
@@ -14,14 +14,14 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def open_at(url: str, cache: Path, **settings) -> Store:
-    """A store on the training shards behind a URL."""
+    """Open a store on the training shards at a URL."""
     defaults = {"cache_gb": 1.0, "retries": 3, "retry_wait": 0.01, "timeout": 5.0}
     download = DownloadConfig(cache=str(cache), **(defaults | settings))
     return open_store(load_index(f"{url}/train.parquet"), download)
 
 
 def start_readers(count: int, url: str, cache: Path, samples: int, **settings) -> list:
-    """Processes that each read every sample once, in orders of their own."""
+    """Start processes that each read every sample once, each in a different order."""
     readers = [SPAWN.Process(target=_read, args=(url, cache, seed, samples, settings)) for seed in range(count)]
     for reader in readers:
         reader.start()
@@ -29,7 +29,7 @@ def start_readers(count: int, url: str, cache: Path, samples: int, **settings) -
 
 
 def start_reader_of(sample: int, url: str, cache: Path):
-    """A process that reads one sample and waits long for it."""
+    """Start a process that reads one sample, with a long timeout."""
     reader = SPAWN.Process(target=_read_one, args=(url, cache, sample))
     reader.start()
     return reader

@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 that shards are downloaded from in tests."""
+"""Servers on 127.0.0.1 from which tests download shards."""
 
 import threading
 import time
@@ -16,9 +16,9 @@ EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expi
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves a folder over http. `faults[name]` are what goes wrong at the next requests for a file:
-    a status, or stall, cut, corrupt. `requests` counts by name. `release` ends all stalls. Every answer to a
-    request takes `delay` seconds."""
+    """Serves a folder over http. `faults[name]` are the faults of the next requests for a file: a status, or timeout,
+    truncate, corrupt. `requests` counts requests by name. `release` ends all timeouts. Every response is delayed by
+    `delay` seconds."""
 
     daemon_threads = True
 
@@ -32,7 +32,7 @@ class FileServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request, client_address):
-        """Say nothing of clients that hang up."""
+        """Do not print errors of clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -61,9 +61,9 @@ class _Handler(BaseHTTPRequestHandler):
             content[half + server.requests[self._name]] ^= 255
         self._start(200, len(content))
         self.wfile.write(content[:half])
-        if fault == "stall":
+        if fault == "timeout":
             server.release.wait(20)
-        if fault != "cut":
+        if fault != "truncate":
             self.wfile.write(content[half:])
 
     def _start(self, status: int, length: int):
@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.path.rpartition("/")[2]
 
     def log_message(self, *args):
-        """Keep the tests' output free of requests."""
+        """Do not print requests."""
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def serve(folder: Path) -> Iterator[FileServer]:
 
 @contextmanager
 def serve_s3(folder: Path) -> Iterator[str]:
-    """Put a folder's files into the bucket `shards` of an S3 server. Yields the server's URL."""
+    """Serve a folder's files as the bucket `shards` of an S3 server. Yields the server's URL."""
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     try:
@@ -113,7 +113,7 @@ def serve_s3(folder: Path) -> Iterator[str]:
 
 
 def use_s3(monkeypatch, endpoint):
-    S3FileSystem.clear_instance_cache()  # of other servers
+    S3FileSystem.clear_instance_cache()  # connected to other servers
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")

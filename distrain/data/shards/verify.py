@@ -1,4 +1,4 @@
-"""Reading everything again: whether the shards are still those that were indexed."""
+"""Verify shards: read everything again and compare it with the index."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,7 +8,8 @@ import numpy as np
 
 from distrain.data.image import ImageError, check
 from distrain.data.index import Index
-from distrain.data.storage.sequential import SequentialReader, error_reason, read_once
+from distrain.data.storage.client import error_reason
+from distrain.data.storage.sequential import SequentialReader, read_once
 
 
 def verify(
@@ -16,7 +17,7 @@ def verify(
 ) -> Iterator[str]:
     """Compare every shard and sample with the index, and yield a line per problem, in the order of the index.
 
-    With `decode` every image is decoded too. `done` hears how many samples each finished shard holds.
+    With `decode` every image is decoded too. `done` gets the number of samples of each finished shard.
     """
 
     def read(shard: int) -> list[str]:
@@ -34,11 +35,11 @@ def _verify_shard(index: Index, shard: int, decode: bool) -> list[str]:
     samples = np.flatnonzero(index.shard == shard)
     samples = samples[np.argsort(index.offset[samples], kind="stable")]
 
-    def read(tape: SequentialReader) -> list[str]:
+    def read(reader: SequentialReader) -> list[str]:
         return [
             f"{name}: sample {sample}: {problem}"
             for sample in samples.tolist()
-            if (problem := _find_problem(index, sample, tape, decode))
+            if (problem := _find_problem(index, sample, reader, decode))
         ]
 
     try:
@@ -52,13 +53,13 @@ def _verify_shard(index: Index, shard: int, decode: bool) -> list[str]:
     return problems
 
 
-def _find_problem(index: Index, sample: int, tape: SequentialReader, decode: bool) -> str | None:
-    tape.seek(int(index.offset[sample]))
-    data = tape.read(int(index.size[sample]))
+def _find_problem(index: Index, sample: int, reader: SequentialReader, decode: bool) -> str | None:
+    reader.seek(int(index.offset[sample]))
+    data = reader.read(int(index.size[sample]))
     if len(data) < index.size[sample]:
-        return "lies beyond the end of the shard"
+        return "extends past the end of the shard"
     if zlib.crc32(data) != index.crc32[sample]:
-        return f"its {len(data):,} bytes at {index.offset[sample]:,} are not those that were indexed"
+        return f"the {len(data):,} bytes at offset {index.offset[sample]:,} do not match the index"
     if decode:
         try:
             check(data)

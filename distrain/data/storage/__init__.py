@@ -1,1 +1,1 @@
-"""The bytes of shards, local or remote: one client, one retry policy, one cache."""
+"""Access to shards, local or remote: one client, one retry policy, one cache."""

@@ -1,8 +1,8 @@
-"""Downloaded shards in a folder that all processes of a node share, never more than so many bytes of them.
+"""A cache of downloaded shards of bounded size, in a folder shared by all processes of a node.
 
-NAME.shard is whole. NAME.part is being downloaded, by the one who holds its lock; it has its full size from the
-start, so what is still to come counts too. A shard is locked while it is read or removed, and the file `lock` while
-room is made. The locks are those of flock: the kernel frees them when their owner dies, however it dies.
+NAME.shard is complete. NAME.part is being downloaded by the process that holds its lock; it is allocated at full size,
+so that the bytes still missing count too. A shard is locked while it is read or removed, and the file `lock` during
+eviction. All locks are flock locks, which the kernel releases when their owner dies for any reason.
 """
 
 import errno
@@ -17,42 +17,42 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from distrain.data.storage.download import Closed
+from distrain.data.storage.download import StoreClosed
 from distrain.errors import UserError
 
 _POLL = 0.02  # seconds
-_SPARE = 2**30  # bytes left free on the disk, or a hundredth of it if that is less: others need some too
+_MIN_FREE = 2**30  # bytes left free on the disk for others, or 1% of the disk if that is less
 
 Write = Callable[[bytes, int], None]
 
 
 class ShardCache:
-    """At most `limit` bytes of shards in `folder`. Makes room by removing what was not used for longest.
+    """At most `limit` bytes of shards in `folder`; the least recently used ones are evicted first.
 
-    Raises UserError when the folder cannot be used, and Closed out of waiting once `closing` is set.
+    Every method raises UserError when the folder cannot be used, and StoreClosed when `closing` is set while it waits.
     """
 
     def __init__(self, folder: Path, limit: int, closing: threading.Event) -> None:
         self._folder = folder
         self._limit = limit
         self._closing = closing
-        with self._explained():
+        with self._translated_errors():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for part in folder.glob("*.part"):  # of downloads that were killed; living ones are locked
-                _remove_idle(part)
+            for fd in folder.glob("*.part"):  # left by killed downloads; active ones are locked
+                _remove_idle(fd)
 
     def touch(self, name: str) -> bool:
-        """Count a shard as just used. Returns whether it is there."""
-        with self._explained():
+        """Mark a shard as just used. Returns whether it is cached."""
+        with self._translated_errors():
             try:
-                _stamp(self._whole(name))
+                _stamp(self._shard_path(name))
             except FileNotFoundError:
                 return False
             return True
 
     def read(self, name: str, size: int, offset: int, length: int, download: Callable[[Write], None]) -> bytes:
-        """Bytes of a shard of `size` bytes, which `download` writes if it is not there. Short if they are not."""
-        with self._explained(size):
+        """Return bytes of a shard of `size` bytes, which `download` writes if it is not cached. Short at its end."""
+        with self._translated_errors(size):
             file = self._fetch(name, size, download)
             try:
                 return os.pread(file, length, offset)
@@ -60,13 +60,13 @@ class ShardCache:
                 os.close(file)
 
     def fetch(self, name: str, size: int, download: Callable[[Write], None]) -> None:
-        """Have a shard of `size` bytes, which `download` writes if it is not there."""
-        with self._explained(size):
+        """Cache a shard of `size` bytes, which `download` writes unless it is cached already."""
+        with self._translated_errors(size):
             os.close(self._fetch(name, size, download))
 
     def remove_damaged(self, name: str, size: int, crc32: int) -> bool:
-        """Remove a shard that is no longer what was downloaded. Returns whether it is gone."""
-        with self._explained():
+        """Remove a shard if its content has changed since the download. Returns whether it is gone."""
+        with self._translated_errors():
             file = self._open(name)
             if file is None:
                 return True
@@ -77,40 +77,40 @@ class ShardCache:
                 if (found, length) == (crc32, size):
                     return False
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if _is_at(file, self._whole(name)):
-                    self._whole(name).unlink()
+                if _is_still_at(file, self._shard_path(name)):
+                    self._shard_path(name).unlink()
             return True
 
     def _fetch(self, name: str, size: int, download: Callable[[Write], None]) -> int:
-        """The descriptor of a whole shard, locked, so that it stays until that is closed."""
+        """Return a descriptor of a complete shard, whose lock prevents eviction until it is closed."""
         while (file := self._open(name)) is None:
-            part = self._lock_part(name)
+            fd = self._lock_partial(name)
             try:
-                if _is_at(part, self._part(name)) and self._complete(part, name, size, download):
-                    return os.dup(part)
+                if _is_still_at(fd, self._partial_path(name)) and self._complete(fd, name, size, download):
+                    return os.dup(fd)
             finally:
-                os.close(part)
+                os.close(fd)
         return file
 
-    def _complete(self, part: int, name: str, size: int, download: Callable[[Write], None]) -> bool:
-        """Download into a part that is locked. Returns False if somebody else has done so by now."""
+    def _complete(self, fd: int, name: str, size: int, download: Callable[[Write], None]) -> bool:
+        """Download into a locked .part file. Returns False if another process has completed it meanwhile."""
         try:
-            if self._whole(name).exists():
-                self._part(name).unlink()
+            if self._shard_path(name).exists():
+                self._partial_path(name).unlink()
                 return False
-            self._reserve(part, size)
-            download(partial(self._write, part))
-            _stamp(part)
-            with self._exclusive():  # lest one who counts sees it neither here nor there
-                self._part(name).rename(self._whole(name))
+            self._reserve(fd, size)
+            download(partial(self._write, fd))
+            _stamp(fd)
+            with self._exclusive():  # so that no eviction counts it under neither name
+                self._partial_path(name).rename(self._shard_path(name))
             return True
         except BaseException:
-            self._part(name).unlink(missing_ok=True)
+            self._partial_path(name).unlink(missing_ok=True)
             raise
 
     def _open(self, name: str) -> int | None:
         try:
-            file = os.open(self._whole(name), os.O_RDONLY)
+            file = os.open(self._shard_path(name), os.O_RDONLY)
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -120,8 +120,8 @@ class ShardCache:
         _stamp(file)
         return file
 
-    def _lock_part(self, name: str) -> int:
-        file = os.open(self._part(name), os.O_RDWR | os.O_CREAT, 0o600)
+    def _lock_partial(self, name: str) -> int:
+        file = os.open(self._partial_path(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
             while not _try_lock(file):
                 self._pause()
@@ -130,17 +130,17 @@ class ShardCache:
             raise
         return file
 
-    def _reserve(self, part: int, size: int) -> None:
-        """Wait until there is room for `size` bytes, and take it."""
+    def _reserve(self, fd: int, size: int) -> None:
+        """Wait until there is room for `size` bytes, and allocate them."""
         while True:
             with self._exclusive():
-                if self._make_room(size):
-                    os.posix_fallocate(part, 0, size)
+                if self._evict(size):
+                    os.posix_fallocate(fd, 0, size)
                     return
             self._pause()
 
-    def _make_room(self, size: int) -> bool:
-        """Remove what was not used for longest until `size` bytes fit. Returns False if all there is is in use."""
+    def _evict(self, size: int) -> bool:
+        """Evict the least recently used files until `size` bytes fit. Returns False if all that remain are in use."""
         files = sorted(self._files(), key=lambda entry: entry[1].st_mtime_ns, reverse=True)
         used = sum(stat.st_size for _, stat in files)
         while not self._fits(used, size):
@@ -155,7 +155,7 @@ class ShardCache:
 
     def _fits(self, used: int, size: int) -> bool:
         disk = shutil.disk_usage(self._folder)
-        return used + size <= self._limit and disk.free - size >= min(_SPARE, disk.total // 100)
+        return used + size <= self._limit and disk.free - size >= min(_MIN_FREE, disk.total // 100)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for path in self._folder.iterdir():
@@ -163,21 +163,21 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     yield path, path.stat()
 
-    def _write(self, part: int, data: bytes, offset: int) -> None:
-        with self._explained(len(data)):  # here, lest a full disk counts as a download that failed
+    def _write(self, fd: int, data: bytes, offset: int) -> None:
+        with self._translated_errors(len(data)):  # here, so that a full disk is not retried as a failed download
             rest = memoryview(data)
             while rest:
-                written = os.pwrite(part, rest, offset)
+                written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
 
     def _pause(self) -> None:
         if self._closing.wait(_POLL):
-            raise Closed
+            raise StoreClosed
 
-    def _whole(self, name: str) -> Path:
+    def _shard_path(self, name: str) -> Path:
         return self._folder / f"{name}.shard"
 
-    def _part(self, name: str) -> Path:
+    def _partial_path(self, name: str) -> Path:
         return self._folder / f"{name}.part"
 
     @contextmanager
@@ -190,24 +190,23 @@ class ShardCache:
             os.close(file)
 
     @contextmanager
-    def _explained(self, size: int = 0) -> Iterator[None]:
-        """Turn what the disk says, while it is to take `size` bytes, into one line."""
+    def _translated_errors(self, size: int = 0) -> Iterator[None]:
+        """Turn a disk error, while `size` bytes are to be stored, into one line."""
         try:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full(size) from error
             raise UserError(
-                f"{self._folder}: cannot hold downloaded shards: {error.strerror}; "
-                "set download.cache to another folder",
+                f"{self._folder}: cannot cache shards: {error.strerror}; set download.cache to another folder",
                 scope="rank",
             ) from error
 
     def _full(self, size: int) -> UserError:
         free = shutil.disk_usage(self._folder).free
         return UserError(
-            f"{self._folder}: the disk is full: {free / 1e6:,.0f} MB are free and the next shard takes "
-            f"{size / 1e6:,.0f} MB; free some space or set download.cache to a folder on another disk",
+            f"{self._folder}: disk full: {free / 1e6:,.0f} MB free, the next shard needs {size / 1e6:,.0f} MB; "
+            "free some space or set download.cache to a folder on another disk",
             scope="rank",
         )
 
@@ -219,7 +218,7 @@ def _remove_idle(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        idle = _try_lock(file) and _is_at(file, path)
+        idle = _try_lock(file) and _is_still_at(file, path)
         if idle:
             path.unlink()
         return idle
@@ -228,7 +227,7 @@ def _remove_idle(path: Path) -> bool:
 
 
 def _stamp(file: int | Path) -> None:
-    """Note that a file was used now; the kernel's own time stamps may be some milliseconds old."""
+    """Set a file's times to now; the kernel's own time stamps can be several milliseconds old."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
 
@@ -241,8 +240,8 @@ def _try_lock(file: int) -> bool:
     return True
 
 
-def _is_at(file: int, path: Path) -> bool:
-    """Whether an open file is the one that a path names by now."""
+def _is_still_at(file: int, path: Path) -> bool:
+    """Whether a path still names this open file."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:

@@ -1,7 +1,6 @@
 """The index of a data set as a Parquet file, read from a path or a URL."""
 
 import json
-from io import BytesIO
 from pathlib import Path
 from threading import Event
 
@@ -9,30 +8,36 @@ import numpy as np
 
 from distrain.config import DownloadConfig
 from distrain.data.index import COLUMNS, Index, Shard, is_remote
+from distrain.data.storage.client import error_reason
 from distrain.data.storage.download import Downloader
+from distrain.data.storage.retry import RetryPolicy
 from distrain.errors import UserError
+from distrain.files import write_atomically
 
 _FORMAT = 1
 
 
 def load_index(path: str, download: DownloadConfig | None = None) -> Index:
-    """Read an index file from a path or URL; `download` tells how patient to be with a server.
+    """Read an index file from a path or a URL, the latter with the retries and timeout of `download`.
 
-    Raises UserError when it is missing or is no index, TransferError when the server fails at every attempt.
+    Raises UserError when it is missing or not an index, DownloadError when the server fails at every attempt.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(BytesIO(_read_bytes(path, download or DownloadConfig())))
+        # Not BytesIO: reading a Python file leaves a thread behind that can abort the process at exit.
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(_read_bytes(path, download or DownloadConfig())))
         header = json.loads(table.schema.metadata[b"distrain"])
         columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not an index that `python -m distrain shards` wrote") from error
+        raise UserError(f"{path}: not an index written by `python -m distrain shards`") from error
     if header["format"] != _FORMAT:
-        raise UserError(f"{path}: index format {header['format']} is not known here (format {_FORMAT} is)")
+        raise UserError(
+            f"{path}: index format {header['format']} is not supported (expected {_FORMAT}); index the shards again"
+        )
     if not len(table):
-        raise UserError(f"{path}: the index holds no samples")
+        raise UserError(f"{path}: the index has no samples")
     outside = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(header["classes"])))
     if len(outside):
         raise UserError(
@@ -44,28 +49,28 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
 
 
 def save_index(index: Index, path: str | Path) -> None:
-    """Write the index file, whole or not at all."""
+    """Write the index file atomically. Raises OSError."""
     import pyarrow
     import pyarrow.parquet
 
     header = {"format": _FORMAT, "shards": index.shards, "classes": index.classes}
     table = pyarrow.table({name: getattr(index, name) for name in COLUMNS})
     table = table.replace_schema_metadata({"distrain": json.dumps(header)})
-    path = Path(path)
-    draft = path.with_name(path.name + ".tmp")
-    pyarrow.parquet.write_table(table, draft)
-    draft.replace(path)
+    content = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(table, content)
+    write_atomically(Path(path), content.getvalue().to_pybytes())
 
 
 def _read_bytes(path: str, download: DownloadConfig) -> bytes:
-    missing = "no such index; make it with `python -m distrain shards` or set data.train and data.val"
+    missing = "index not found; create it with `python -m distrain shards` or correct data.train and data.val"
     try:
         if is_remote(path):
-            return Downloader(download.retries, download.retry_wait, download.timeout, Event()).read(path, missing)
+            policy = RetryPolicy(download.retries, download.retry_wait)
+            return Downloader(policy, download.timeout, Event()).read(path, missing)
         return Path(path).read_bytes()
     except UserError as error:  # all ranks read the same index
         raise UserError(str(error)) from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: {missing}") from error
     except OSError as error:
-        raise UserError(f"{path}: the index cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: the index cannot be read: {error_reason(error)}") from error

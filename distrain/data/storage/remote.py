@@ -1,4 +1,4 @@
-"""Shards behind URLs: downloaded whole, once per node, ahead of need, into a bounded cache."""
+"""Remote shards: downloaded whole, once per node and in advance, to a cache of bounded size."""
 
 import os
 import tempfile
@@ -16,42 +16,44 @@ from numpy.typing import NDArray
 from distrain.config import DownloadConfig
 from distrain.data.index import Index
 from distrain.data.storage.cache import ShardCache, Write
-from distrain.data.storage.download import Closed, Downloader, DownloadError
+from distrain.data.storage.download import Downloader, DownloadError, StoreClosed
+from distrain.data.storage.retry import RetryPolicy
 from distrain.data.storage.store import LocalStore, Store, damaged
 from distrain.errors import UserError
 
 
 class RemoteStore:
-    """Reads shards that are downloaded to `download.cache` ahead of need, or else when they are needed."""
+    """Reads shards from the cache in `download.cache`, downloading them in advance or, at the latest, on demand."""
 
     def __init__(self, index: Index, download: DownloadConfig) -> None:
-        """Raises UserError when no cache within the bound can hold the shards."""
+        """Raises UserError when the largest shard exceeds `download.cache_gb`."""
         limit = round(download.cache_gb * 1e9)
         largest = max(index.shards, key=lambda shard: shard.size)
         if largest.size > limit:
             raise UserError(
                 f"download.cache_gb={download.cache_gb:g} cannot hold {largest.name} of {largest.size / 1e9:.3g} GB: "
-                "raise it, to some shards for each rank at the least"
+                "raise it to at least a few shards per rank"
             )
         self._index = index
         self._closing = threading.Event()
-        self._transfer = Downloader(download.retries, download.retry_wait, download.timeout, self._closing)
+        policy = RetryPolicy(download.retries, download.retry_wait)
+        self._downloader = Downloader(policy, download.timeout, self._closing)
         self._cache = ShardCache(cache_folder(download), limit, self._closing)
         self._names = [self._name(shard) for shard in range(len(index.shards))]
-        self._announced: SimpleQueue[int] = SimpleQueue()
-        self._waiting: set[int] = set()
+        self._queue: SimpleQueue[int] = SimpleQueue()
+        self._pending: set[int] = set()
         self._workers = [
-            threading.Thread(target=self._download_announced, name="download", daemon=True)
+            threading.Thread(target=self._download_queued, name="download", daemon=True)
             for _ in range(download.parallel)
         ]
         for worker in self._workers:
             worker.start()
 
     def read(self, sample: int) -> bytes:
-        """The encoded image; waits for its shard if need be.
+        """Return the encoded image, after downloading its shard if necessary.
 
-        Raises DataError when the bytes are not those of the index though its shard is, UserError for a shard that
-        only the user can bring, TransferError for one that could not be had.
+        Raises DataError when the bytes do not match the index although the shard does, UserError for a shard that the
+        user has to provide, DownloadError for one that could not be downloaded, StoreClosed.
         """
         index, shard = self._index, int(self._index.shard[sample])
         for _ in range(2):
@@ -66,42 +68,43 @@ class RemoteStore:
         raise damaged(index, sample)
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
-        """Download the shards of these samples in the background, in the order in which they come."""
+        """Download the shards of these samples in the background, in the order of the samples."""
         for shard in dict.fromkeys(self._index.shard[samples].tolist()):
-            if shard not in self._waiting and not self._cache.touch(self._names[shard]):
-                self._waiting.add(shard)
-                self._announced.put(shard)
+            if shard not in self._pending and not self._cache.touch(self._names[shard]):
+                self._pending.add(shard)
+                self._queue.put(shard)
 
     def close(self) -> None:
-        """End all downloads and whatever waits for them, which raises Closed there."""
+        """Abort all downloads; reads that wait for them raise StoreClosed."""
         self._closing.set()
         for _ in self._workers:
-            self._announced.put(-1)
+            self._queue.put(-1)
         for worker in self._workers:
-            worker.join(timeout=1)  # one that a silent server holds up dies with the process
+            worker.join(timeout=1)  # daemons: one blocked by a silent server ends with the process
 
-    def _download_announced(self) -> None:
-        while not self._closing.is_set() and (shard := self._announced.get()) >= 0:
-            # Whoever needs the shard tries again and says what is wrong.
-            with suppress(UserError, DownloadError, Closed):
+    def _download_queued(self) -> None:
+        while not self._closing.is_set() and (shard := self._queue.get()) >= 0:
+            # The read that needs the shard tries again and reports the error.
+            with suppress(UserError, DownloadError, StoreClosed):
                 self._cache.fetch(self._names[shard], self._index.shards[shard].size, partial(self._download, shard))
-            self._waiting.discard(shard)
+            self._pending.discard(shard)
 
     def _download(self, shard: int, write: Write) -> None:
         _, size, crc32 = self._index.shards[shard]
-        self._transfer.fetch(self._index.location(shard), size, crc32, write)
+        self._downloader.fetch(self._index.location(shard), size, crc32, write)
 
     def _name(self, shard: int) -> str:
-        """Name in the cache: another for another content, so that runs on old and new data can share a cache."""
+        """Return the shard's name in the cache: it depends on the content, so old and new data can share it."""
         _, size, crc32 = self._index.shards[shard]
         return sha256(f"{self._index.location(shard)} {size} {crc32}".encode()).hexdigest()[:24]
 
 
 def open_store(index: Index, download: DownloadConfig) -> Store:
-    """A store that suits the place of the shards. Raises UserError when they cannot be used."""
+    """Open a store for local or remote shards. Raises UserError when they cannot be used."""
     return RemoteStore(index, download) if index.remote else LocalStore(index)
 
 
 def cache_folder(download: DownloadConfig) -> Path:
+    """Return the folder of downloaded shards, by default one per user below TMPDIR."""
     default = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}" / "shards"
     return Path(download.cache).expanduser() if download.cache else default

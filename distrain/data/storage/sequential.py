@@ -1,25 +1,30 @@
-"""Reading a whole file once, from start to end, wherever it lies."""
+"""Read a whole file once, from start to end, from a path or a URL."""
 
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import Protocol, TypeVar
 
+from distrain.config import DownloadConfig
 from distrain.data.index import is_remote
+from distrain.data.storage.client import read_chunks
+from distrain.data.storage.retry import RetryPolicy
 
 _CHUNK = 1 << 20
-_ATTEMPTS = 4  # at a remote file whose download breaks off
-_PATIENCE = 60.0  # seconds that a server may be silent
 
 T = TypeVar("T")
 
 
-class SequentialReader:
-    """A file read once, from start to end: seeking reads on, and all that is read counts in size and CRC-32."""
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes | None: ...
 
-    def __init__(self, file: IO[bytes]) -> None:
+
+class SequentialReader:
+    """A file read once: seek() only moves forward, and all bytes read or passed count in size and CRC-32."""
+
+    def __init__(self, file: _Readable) -> None:
         self._file = file
         self.position = 0
         self.crc32 = 0
@@ -29,88 +34,71 @@ class SequentialReader:
         return self.position
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer only at the end of the file."""
-        parts = []
-        with _as_os_error():
-            while size > 0 and (part := self._file.read(size)):
-                self.crc32 = zlib.crc32(part, self.crc32)
-                self.position += len(part)
-                size -= len(part)
-                parts.append(part)
-        self.last = b"".join(parts)
+        """Return the next `size` bytes, fewer only at the end of the file."""
+        pieces = []
+        while size > 0 and (piece := self._file.read(size)):
+            self.crc32 = zlib.crc32(piece, self.crc32)
+            self.position += len(piece)
+            size -= len(piece)
+            pieces.append(piece)
+        self.last = b"".join(pieces)
         return self.last
 
     def seek(self, position: int) -> None:
-        """Read on to `position`, or to the end of the file. Raises OSError for a position behind."""
+        """Read up to `position` or the end of the file. Raises OSError for a position already passed."""
         if position < self.position:
             raise OSError("damaged: its members overlap")
         while self.position < position and self.read(min(_CHUNK, position - self.position)):
             pass
 
     def finish(self) -> None:
-        """Read on to the end of the file."""
+        """Read up to the end of the file."""
         while self.read(_CHUNK):
             pass
 
 
+class _ChunkFile:
+    """A file-like object over an iterator of chunks."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def read(self, size: int, /) -> bytes:
+        """Return at most `size` bytes, none at the end."""
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return b""
+            self._rest = memoryview(chunk)
+        piece, self._rest = self._rest[:size], self._rest[size:]
+        return bytes(piece)
+
+
 def read_once(location: str, read: Callable[[SequentialReader], T]) -> tuple[T, int, int]:
-    """What `read` makes of a file, and the whole file's size and CRC-32.
+    """Return what `read` returns for a file, and the file's size and CRC-32.
 
-    A download that breaks off is begun again a few times. Raises OSError.
+    A remote file is read again from its start, with the default settings of `download`, when an attempt fails.
+    Raises OSError.
     """
-    attempt = 1
-    while True:
-        try:
-            with open_sequential(location) as tape:
-                result = read(tape)
-                tape.finish()
-            return result, tape.position, tape.crc32
-        except OSError as error:
-            hopeless = isinstance(error, (FileNotFoundError, PermissionError))
-            if not is_remote(location) or attempt == _ATTEMPTS or hopeless:
-                raise
-        time.sleep(2.0**attempt)
-        attempt += 1
 
+    def attempt() -> tuple[T, int, int]:
+        with _open(location, defaults.timeout) as reader:
+            result = read(reader)
+            reader.finish()
+        return result, reader.position, reader.crc32
 
-def error_reason(error: Exception) -> str:
-    """What went wrong with a file, on one line and without its name."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
+    defaults = DownloadConfig()
+    if not is_remote(location):
+        return attempt()
+    return RetryPolicy(defaults.retries, defaults.retry_wait).call(attempt, time.sleep)
 
 
 @contextmanager
-def open_sequential(location: str) -> Iterator[SequentialReader]:
-    """Open a path or URL to be read once. Opening and reading raise OSError."""
-    if not is_remote(location):
+def _open(location: str, timeout: float) -> Iterator[SequentialReader]:
+    if is_remote(location):
+        with closing(read_chunks(location, timeout)) as chunks:  # type: ignore[type-var]
+            yield SequentialReader(_ChunkFile(chunks))
+    else:
         with Path(location).open("rb", buffering=0) as file:
             yield SequentialReader(file)
-        return
-    import fsspec
-
-    with _as_os_error():
-        if location.startswith("http"):
-            from aiohttp import ClientTimeout
-
-            timeout = ClientTimeout(total=None, sock_connect=_PATIENCE, sock_read=_PATIENCE)
-            files, path = fsspec.url_to_fs(location, client_kwargs={"timeout": timeout, "trust_env": True})
-            remote = files.open(path, "rb", block_size=0)  # one stream, for not every server knows ranges
-        else:
-            files, path = fsspec.url_to_fs(location)
-            remote = files.open(path, "rb", block_size=16 * _CHUNK, cache_type="readahead")
-    with remote:
-        yield SequentialReader(remote)
-
-
-@contextmanager
-def _as_os_error() -> Iterator[None]:
-    """Every remote file system has errors of its own: aiohttp's, botocore's, ..."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        kind = PermissionError if getattr(error, "status", 0) in (401, 403) else OSError
-        raise kind(f"{type(error).__name__}: {error}") from error

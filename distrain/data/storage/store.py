@@ -1,4 +1,4 @@
-"""The bytes of one sample, from wherever the shards lie."""
+"""The interface for reading a sample's bytes, and its implementation for local shards."""
 
 import os
 import resource
@@ -16,39 +16,42 @@ from distrain.errors import TemporaryError, UserError
 
 
 class Store(Protocol):
-    """Hands out encoded images by sample id, from any thread."""
+    """Reads encoded images by sample id, from any thread."""
 
     def read(self, sample: int) -> bytes:
-        """Raises DataError naming the shard when the bytes are not those of the index, UserError when the whole
-        shard is missing or another, TemporaryError when it cannot be read just now."""
+        """Return the encoded image.
+
+        Raises DataError naming the shard when the bytes do not match the index, UserError when the whole shard is
+        missing or has other content, TemporaryError when it cannot be read at present.
+        """
         ...
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
-        """Announce samples that will be read later, the sooner ones first. Returns at once."""
+        """Announce samples that will be read later, in reading order. Returns at once."""
         ...
 
     def close(self) -> None:
-        """Give up all reads, also those that wait for a download."""
+        """Abort all reads, including those that wait for a download."""
         ...
 
 
 class DataError(Exception):
-    """A sample whose bytes are missing, damaged or not an image."""
+    """A sample whose bytes are missing, damaged or not an image. One line."""
 
 
 def damaged(index: Index, sample: int) -> DataError:
-    """What to raise for bytes that do not have the checksum of the index."""
+    """Return the error for a sample whose bytes do not have the indexed checksum."""
     return DataError(
-        f"{index.shards[index.shard[sample]].name}: the {index.size[sample]} bytes at {index.offset[sample]} are not "
-        "those that were indexed; restore the shard or index it again"
+        f"{index.shards[index.shard[sample]].name}: the {index.size[sample]} bytes at offset {index.offset[sample]} do "
+        "not match the index; restore the shard or index it again"
     )
 
 
 class LocalStore:
-    """Shards in a local or mounted folder, read in place."""
+    """Reads shards in place, from a local or mounted folder."""
 
     def __init__(self, index: Index) -> None:
-        """Raises UserError naming the first shard that is missing or not as long as it was indexed."""
+        """Raises UserError naming the first shard that is missing or whose size differs from the index."""
         self._index = index
         for shard, (_, size, _) in enumerate(index.shards):
             path = index.location(shard)
@@ -60,10 +63,10 @@ class LocalStore:
                 ) from error
             if found != size:
                 raise UserError(
-                    f"{path}: shard of {found:,} bytes had {size:,} when it was indexed; restore it or index it again"
+                    f"{path}: shard has {found:,} bytes, {size:,} when it was indexed; restore it or index it again"
                 )
-        self._comparing = threading.Lock()
-        self._others: dict[int, bool] = {}
+        self._compare_lock = threading.Lock()
+        self._mismatched: dict[int, bool] = {}
         # Opening is slow on network file systems, and there may be more shards than a process may open files.
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._file = lru_cache(maxsize=min(max(allowed // 8, 1), 4096))(self._open)
@@ -72,13 +75,13 @@ class LocalStore:
         data = self._read(sample)
         if zlib.crc32(data) != self._index.crc32[sample]:
             shard = int(self._index.shard[sample])
-            if self._is_another(shard):
+            if self._is_mismatched(shard):
                 raise content_mismatch(self._index.location(shard))
             raise damaged(self._index, sample)
         return data
 
     def prefetch(self, samples: NDArray[np.int64]) -> None:
-        """Nothing to do: reads are near."""
+        """Do nothing: local reads are fast."""
 
     def close(self) -> None:
         self._file.cache_clear()
@@ -90,18 +93,18 @@ class LocalStore:
             return os.pread(file.descriptor, int(index.size[sample]), int(index.offset[sample]))
         except OSError as error:
             raise TemporaryError(
-                f"{index.location(shard)}: shard cannot be read: {error.strerror}; see that its disk or file server "
-                "works and run again"
+                f"{index.location(shard)}: shard cannot be read: {error.strerror}; check its disk or file "
+                "server and run again"
             ) from error
 
-    def _is_another(self, shard: int) -> bool:
-        """Whether most samples of a shard are not those that were indexed. Only the first call reads it."""
-        with self._comparing:
-            if shard not in self._others:
+    def _is_mismatched(self, shard: int) -> bool:
+        """Whether most samples of a shard do not match the index. Only the first call reads the shard."""
+        with self._compare_lock:
+            if shard not in self._mismatched:
                 samples = np.flatnonzero(self._index.shard == shard).tolist()
                 changed = sum(zlib.crc32(self._read(sample)) != self._index.crc32[sample] for sample in samples)
-                self._others[shard] = changed > len(samples) / 2
-            return self._others[shard]
+                self._mismatched[shard] = changed > len(samples) / 2
+            return self._mismatched[shard]
 
     def _open(self, shard: int) -> "_File":
         path = self._index.location(shard)
@@ -114,7 +117,7 @@ class LocalStore:
 
 
 class _File:
-    """A file that is open until nobody holds it any more: one thread may still read what another has put aside."""
+    """A descriptor closed with its last reference: another thread may still read a file dropped from the cache."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
