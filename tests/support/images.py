@@ -1,4 +1,4 @@
-"""Images to build shards from."""
+"""Encoded images to build shards from."""
 
 import io
 
