@@ -3,16 +3,12 @@
 import json
 import re
 import shutil
-import struct
-import zlib
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from support.forked_runs import train
+from support.images import encoded, png
 from support.processes import SMALL
 from webdataset import TarWriter
 
@@ -46,41 +42,25 @@ BAD = {
 GOOD = set(range(SAMPLES)) - set(BAD)
 
 
-def picture(number: int, size: int = 8, format: str = "PNG") -> bytes:
-    out = BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(out, format)
-    return out.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG of a hundred bytes that claims 60,000 x 60,000 pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
     """Fifty images, each with its own class. Seven are bad, each in a different way; three of them are consecutive in
     one lane. One is truncated although index and checksum say it is an image of 48 x 48 pixels."""
     folder = tmp_path_factory.mktemp("damaged")
-    contents = {number: picture(number) for number in range(SAMPLES)}
-    contents |= {3: b"", 11: contents[11][: len(contents[11]) // 2], 12: contents[12][:33] + bytes(200), 20: bomb()}
+    contents = {number: encoded(number, "PNG", (8, 8)) for number in range(SAMPLES)}
+    bomb = png(60_000, 60_000, 8, 2, b"")  # a hundred bytes that claim 3.6 gigapixels
+    contents |= {3: b"", 11: contents[11][: len(contents[11]) // 2], 12: contents[12][:33] + bytes(200), 20: bomb}
     contents |= {27: b"<html>404 Not Found</html>"}
-    photo = picture(41, 48, "JPEG")
+    photo = encoded(41, "JPEG", (48, 48))
     for split in ("train", "val"):
         with TarWriter(str(folder / f"{split}.tar")) as writer:
             for number, content in contents.items():
                 image = {"jpg": photo[: len(photo) // 2]} if number == 41 else {"png": content}
                 writer.write({"__key__": f"{number:03d}", **image, "cls": number})
-        built = scan(str(folder), [f"{split}.tar"], [str(number) for number in range(SAMPLES)])
-        built.width[41] = built.height[41] = 48
-        save_index(built, folder / f"{split}.parquet")
-        flip_a_byte(folder / f"{split}.tar", int(built.offset[33]) + 60)
+        index = scan(str(folder), [f"{split}.tar"], [str(number) for number in range(SAMPLES)])
+        index.width[41] = index.height[41] = 48
+        save_index(index, folder / f"{split}.parquet")
+        flip_a_byte(folder / f"{split}.tar", int(index.offset[33]) + 60)
     return folder
 
 
@@ -175,8 +155,8 @@ def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path, loade
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_run_without_any_good_sample_ends_with_one_line(damaged, tmp_path, split, ranks):
-    built = load_index(f"{damaged}/{split}.parquet")
-    save_index(replace(built, width=built.width * 0), damaged / "none.parquet")
+    index = load_index(f"{damaged}/{split}.parquet")
+    save_index(replace(index, width=index.width * 0), damaged / "none.parquet")
     where = (*on(damaged), f"data.{split}={damaged}/none.parquet")
     result = train(tmp_path / "run", *SETTINGS, *where, "data.max_bad=1", ranks=ranks)
     listed = f"{tmp_path}/run/quarantine.jsonl lists them; fix the data"
@@ -186,16 +166,16 @@ def test_a_run_without_any_good_sample_ends_with_one_line(damaged, tmp_path, spl
 def test_data_fixed_before_a_restart_counts_as_good(damaged, tmp_path):
     copy = shutil.copytree(damaged, tmp_path / "copy")
     settings = (*SETTINGS, *on(copy), "data.max_bad=0.12")
-    ended = train(tmp_path / "run", *settings)
-    assert "7 of 50 samples of data.train cannot be used" in ended.output
+    result = train(tmp_path / "run", *settings)
+    assert "7 of 50 samples of data.train cannot be used" in result.output
     for split in ("train", "val"):
         flip_a_byte(copy / f"{split}.tar", int(load_index(f"{copy}/{split}.parquet").offset[33]) + 60)
-    ended = train(tmp_path / "run", *settings)
-    assert ended.code == 0, ended.output
-    assert f"of {len(GOOD) + 1} images" in ended.last_line
+    result = train(tmp_path / "run", *settings)
+    assert result.code == 0, result.output
+    assert f"of {len(GOOD) + 1} images" in result.last_line
 
 
-HARMS = {
+FAULTS = {
     "missing": "train.tar: shard cannot be opened: No such file or directory; restore it or index the shards again",
     "cut short": "train.tar: shard of {short:,} bytes had {whole:,} when it was indexed; restore it or index it again",
     "changed": "train.tar: holds other bytes than were indexed; put the old shard back or index it again",
@@ -204,17 +184,17 @@ HARMS = {
 
 
 @pytest.mark.parametrize(("loader", "ranks"), [("torch", 1), ("dali", 1), ("torch", 2)])
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_bad_shard_or_index_ends_the_run_with_its_name(damaged, tmp_path, harm, loader, ranks):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_shard_or_index_ends_the_run_with_its_name(damaged, tmp_path, fault, loader, ranks):
     copy = shutil.copytree(damaged, tmp_path / "copy")
     content = (copy / "train.tar").read_bytes()
-    built = load_index(f"{copy}/train.parquet")
-    built.label[7] = SAMPLES
+    index = load_index(f"{copy}/train.parquet")
+    index.label[7] = SAMPLES
     {
         "missing": lambda: (copy / "train.tar").unlink(),
         "cut short": lambda: (copy / "train.tar").write_bytes(content[:-3000]),
         "changed": lambda: (copy / "train.tar").write_bytes(content[::-1]),
-        "mislabelled": lambda: save_index(built, copy / "train.parquet"),
-    }[harm]()
+        "mislabelled": lambda: save_index(index, copy / "train.parquet"),
+    }[fault]()
     result = train(tmp_path / "run", *SETTINGS, *on(copy), f"data.loader={loader}", ranks=ranks)
-    assert_one_line(result, f"{copy}/" + HARMS[harm].format(short=len(content) - 3000, whole=len(content)))
+    assert_one_line(result, f"{copy}/" + FAULTS[fault].format(short=len(content) - 3000, whole=len(content)))

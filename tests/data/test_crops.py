@@ -25,8 +25,8 @@ def batch(epoch=0, repeat=0, ids=IDS) -> LaneBatch:
 
 def test_a_crop_box_depends_only_on_its_sample():
     together = draw_crop_boxes(AUGMENT, config(), 1, batch(3), WIDTHS, HEIGHTS)
-    alone = draw_crop_boxes(AUGMENT, config(), 1, batch(3, ids=IDS[7:8]), WIDTHS[7:8], HEIGHTS[7:8])
-    assert [column[7] for column in together] == [column[0] for column in alone]
+    single = draw_crop_boxes(AUGMENT, config(), 1, batch(3, ids=IDS[7:8]), WIDTHS[7:8], HEIGHTS[7:8])
+    assert [column[7] for column in together] == [column[0] for column in single]
 
 
 def test_crop_boxes_change_with_epoch_repeat_and_seed():

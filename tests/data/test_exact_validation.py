@@ -1,4 +1,4 @@
-"""Validation counts every image once, whatever the number of ranks."""
+"""Validation counts every image once, on any number of ranks."""
 
 import shutil
 from io import BytesIO
@@ -48,10 +48,10 @@ def counts(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     counted = {}
     for ranks in (1, 2, 3):
-        ended = train(folder / "run", *settings, ranks=ranks)
-        assert ended.code == 0, ended.output
-        images = int(ended.last_line.partition(" of ")[2].split()[0].replace(",", ""))
-        hits = [max(ended.series(name).items())[1] * images for name in ("val/top1", "val/top5")]
+        result = train(folder / "run", *settings, ranks=ranks)
+        assert result.code == 0, result.output
+        images = int(result.last_line.partition(" of ")[2].split()[0].replace(",", ""))
+        hits = [max(result.series(name).items())[1] * images for name in ("val/top1", "val/top5")]
         counted[ranks] = (images, *hits)
         shutil.move(folder / "run" / "metrics.jsonl", folder / f"{ranks}.jsonl")
     return counted

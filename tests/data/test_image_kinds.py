@@ -1,7 +1,5 @@
 """Every kind of image that data sets contain: both loaders return the pixels of torchvision, up to rounding."""
 
-import struct
-import zlib
 from contextlib import closing
 from io import BytesIO
 
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.images import png
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype
@@ -83,16 +82,10 @@ def transparent(mode: str, suffix: str = "png") -> tuple[str, bytes]:
 
 def sixteen_bit(channels: int, color_type: int) -> tuple[str, bytes]:
     """A PNG of 16 bits per channel, which Pillow writes only for grayscale."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
     noise = np.random.default_rng(1).integers(-128, 128, (HEIGHT, WIDTH, channels))
     values = np.clip(photo()[..., [0, 1, 2, 0][:channels]].astype(int) * 257 + noise, 0, 65535)
-    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
-    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, color_type, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    return "png", png
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return "png", png(WIDTH, HEIGHT, 16, color_type, rows)
 
 
 KINDS = {

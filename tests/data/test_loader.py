@@ -120,7 +120,7 @@ def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_listed(data, train
         batch = samples(*stream)
         widths, heights = train_index.width[batch.ids], train_index.height[batch.ids]
         crops = draw_crop_boxes(replace(AUGMENT, crop="none", flip=0.0), data, 0, batch, widths, heights)
-        return Request(batch, crops, 8, replacement=lambda bad: request(batch.ids[bad : bad + 1] + 1))
+        return Request(batch, crops, 8, replacement=lambda i: request(batch.ids[i : i + 1] + 1))
 
     (batch,) = load(data, bad, [request(range(6))])
     assert batch.labels.tolist() == train_index.label[[0, 1, 2, 4, 4, 5]].tolist()

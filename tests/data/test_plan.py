@@ -130,11 +130,11 @@ def test_windows_have_equal_sizes_of_at_least_the_configured_shards(count, sampl
 
 
 def test_windows_of_too_few_shards_are_rejected(dataset):
-    data, built = DataConfig(shuffle="window", window_shards=4), load_index(f"{dataset}/train.parquet")
-    layout = LaneLayout(len(built), 2, 2)
+    data, index = DataConfig(shuffle="window", window_shards=4), load_index(f"{dataset}/train.parquet")
+    layout = LaneLayout(len(index), 2, 2)
     with pytest.raises(UserError, match=r"^data\.window_shards=4 mixes too few shards: set at least 5"):
-        make_order(data, built, layout, 0)
-    make_order(replace(data, window_shards=5), built, layout, 0)
+        make_order(data, index, layout, 0)
+    make_order(replace(data, window_shards=5), index, layout, 0)
 
 
 SAMPLES = 1_281_167

@@ -25,8 +25,8 @@ def open_reader(dataset, tmp_path):
     def make(*good):
         original = load_index(f"{dataset}/train.parquet")
         readable = np.isin(np.arange(len(original)), good)
-        built = replace(original, width=original.width * readable)
-        return SampleReader(built, LocalStore(built), Quarantine(tmp_path / "q.jsonl", "train", len(built), 1.0))
+        index = replace(original, width=original.width * readable)
+        return SampleReader(index, LocalStore(index), Quarantine(tmp_path / "q.jsonl", "train", len(index), 1.0))
 
     return make
 

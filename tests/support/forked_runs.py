@@ -19,7 +19,7 @@ FORKING.set_forkserver_preload(
 
 
 @dataclass
-class Ended:
+class RunResult:
     """How a run ended: the exit code of the rank that failed first, or 0, and what all ranks printed."""
 
     code: int
@@ -52,7 +52,7 @@ class Ended:
         return {entry["step"]: entry["metrics"][name] for entry in entries if name in entry["metrics"]}
 
 
-def train(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
+def train(folder: Path, *overrides: str, ranks: int = 1) -> RunResult:
     """Train to the end. If one rank fails the others are killed, as by torchrun."""
     arguments = [f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides]
     with socket.socket() as free:
@@ -75,7 +75,7 @@ def train(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
     for process in running:
         process.kill()
         code = code or -1
-    return Ended(code, "".join(log.read_text() for log in logs), folder)
+    return RunResult(code, "".join(log.read_text() for log in logs), folder)
 
 
 def _run(arguments: list[str], variables: dict[str, str], log: Path, labels: Path) -> None:

@@ -87,7 +87,7 @@ class DaliLoader:
         return batch
 
     def _record_stream(self, batch: Batch) -> Batch:
-        """Reuse the memory of a batch only after the work that the caller will submit to its own stream."""
+        """Keep the memory of a batch from being reused before the work that the caller submits to its own stream."""
         if self._stream is not None:
             for tensor in batch:
                 tensor.record_stream(torch.cuda.current_stream(self._device))

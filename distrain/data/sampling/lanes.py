@@ -2,7 +2,7 @@
 
 Lay the epochs end to end and number the positions 0, 1, 2, ... Step s consumes positions [s G, (s+1) G) for a global
 batch G = lanes x per_lane, and lane l takes per_lane of them, from s G + l per_lane on. So every sample is seen once
-per epoch whatever the sizes, a step may straddle the end of an epoch, nothing is dropped or padded, and all lanes pass
+per epoch for any sizes, a step may straddle the end of an epoch, nothing is dropped or padded, and all lanes pass
 from one epoch to the next together.
 
 Positions are counted in three ways, each from 0:
