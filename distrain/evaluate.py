@@ -9,14 +9,14 @@ from torch import nn
 
 from distrain.config import Config
 from distrain.data.index import Index
-from distrain.data.loading.feed import validation_requests
 from distrain.data.loading.loader import Batch, Loader, normalize
+from distrain.data.loading.requests import validation_requests
 from distrain.parallel.group import Group
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts of images over the whole validation set; `loss` is the mean cross-entropy."""
+    """Counts over the whole validation set, and the mean cross-entropy `loss`."""
 
     images: int
     top1: int
@@ -24,7 +24,7 @@ class Accuracy:
     loss: float
 
     def metrics(self) -> dict[str, float]:
-        """Shares and loss under the names they are tracked by."""
+        """Return accuracies and loss by metric name."""
         return {"val/loss": self.loss, "val/top1": self.top1 / self.images, "val/top5": self.top5 / self.images}
 
     def __str__(self) -> str:
@@ -41,22 +41,22 @@ def evaluate(
     group: Group,
     before_batch: Callable[[], object],
 ) -> Accuracy:
-    """Measure `network` on all of `index`. `before_batch` is called as often on every rank.
+    """Validate `network` on all samples of `index`. Every rank calls `before_batch` equally often.
 
-    The batches are the same whatever the number of ranks, which take them in turn, so that each image meets
-    the same arithmetic and the counts are equal to the last digit.
+    The batches do not depend on the number of ranks, which take turns, so every image goes through the same arithmetic
+    and the counts are exactly equal on any number of ranks.
     """
     counts = torch.zeros(3, dtype=torch.int64, device=group.device)
     loss = torch.zeros(1, dtype=torch.float64, device=group.device)
     total_batches = -(-len(index) // config.evaluate.batch)
     batches = loader.stream(validation_requests(config, index, range(group.rank, total_batches, group.world)))
-    nothing = empty_batch(config.data.image_size, group.device)
+    empty = empty_batch(config.data.image_size, group.device)
     network.eval()
     try:
         for _ in range(0, total_batches, group.world):
             before_batch()
-            # The last round may be too short for all ranks, but a network that they share needs every one of them.
-            batch = next(batches, nothing)
+            # There may be fewer batches in the last round than ranks, but a partitioned network needs all of them.
+            batch = next(batches, empty)
             images = normalize(batch.images, config.data.mean, config.data.std)
             logits = network(images).float()
             rank = rank_of_label(logits, batch.labels)
@@ -70,16 +70,15 @@ def evaluate(
 
 
 def empty_batch(size: int, device: torch.device) -> Batch:
-    """A batch of no images."""
+    """Return a batch without images."""
     images = torch.empty(0, 3, size, size, dtype=torch.uint8, device=device)
     return Batch(images, torch.empty(0, dtype=torch.int64, device=device))
 
 
 def rank_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """How many other classes do not score lower than the true one: 0 is a hit. int64 [n].
+    """Return how many other classes do not score lower than the true one: 0 is a top-1 hit. int64 [n].
 
-    Ties and NaN count against the network, so that one which says the same of all classes, or has diverged, is
-    never right.
+    Ties and NaN count as misses, so a network that outputs the same for all classes, or has diverged, is never right.
     """
-    own = logits.gather(1, labels[:, None])
-    return (~(logits < own)).sum(dim=1) - 1
+    true_logit = logits.gather(1, labels[:, None])
+    return (~(logits < true_logit)).sum(dim=1) - 1

@@ -13,9 +13,11 @@ from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, newest_manifest
 from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings
 from distrain.data.index import Index
-from distrain.data.loading.feed import choose_loader, make_loader, make_quarantine, train_requests
+from distrain.data.loading.autotune import choose_loader
 from distrain.data.loading.loader import Batch, Loader
 from distrain.data.loading.quarantine import Quarantine
+from distrain.data.loading.requests import train_requests
+from distrain.data.loading.setup import make_loader, make_quarantine
 from distrain.data.sampling.order import resolve_shuffle
 from distrain.data.sampling.plan import Plan
 from distrain.errors import Stopped

@@ -7,8 +7,8 @@ import torch
 
 from distrain.checkpoint import weights_digest
 from distrain.config import Config
-from distrain.data.loading.feed import load_indexes, make_plan
 from distrain.data.loading.loader import Batch, normalize
+from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, Diverged, Stopped
 from distrain.evaluate import Accuracy
 from distrain.failpoints import failpoint

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from distrain import config
 from distrain.config import Config
-from distrain.data.loading.feed import load_indexes
+from distrain.data.loading.setup import load_indexes
 from distrain.data.storage.remote import cache_folder
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.parallel.group import Group

@@ -17,11 +17,11 @@ from distrain.bench.rounds import Rate, measure_interleaved
 from distrain.config import AugmentConfig, DataConfig, DownloadConfig
 from distrain.data.augmentation.crops import draw_crop_boxes
 from distrain.data.index import Index, is_remote
-from distrain.data.loading import LOADERS, open_loader
 from distrain.data.loading.jpeg_region import crop, decode, resize
 from distrain.data.loading.loader import Loader, Request
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
+from distrain.data.loading.setup import LOADERS, open_loader
 from distrain.data.sampling.plan import LaneBatch
 from distrain.data.shards.scan import IMAGE_SUFFIXES
 from distrain.data.storage.remote import open_store

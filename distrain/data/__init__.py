@@ -1,1 +1,1 @@
-"""From shards on disk to batches on the device."""
+"""The data pipeline: from shards on disk or behind a URL to batches on the device. See README.md."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distrain import config
-from distrain.data.loading.feed import load_indexes, make_plan
+from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.parallel.group import RELIABLE_RESTARTS
 from distrain.resilience.faults import Fault, parse_fault

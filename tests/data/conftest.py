@@ -4,6 +4,26 @@ from pathlib import Path
 import pytest
 from support.servers import serve, serve_s3, use_s3
 
+from distrain import config
+from distrain.data.storage.index_file import load_index
+
+
+@pytest.fixture
+def train_index(dataset):
+    return load_index(f"{dataset}/train.parquet")
+
+
+@pytest.fixture
+def configure(tmp_path, on_dataset):
+    """configure(key=value, ...) -> the configuration of a run with two lanes of four images."""
+
+    def make(*overrides):
+        run = ("run.name=run", f"run.dir={tmp_path}", "model.name=densenet_bc_10_4", "train.epochs=5")
+        batch = ("batch.lanes=2", "batch.per_lane=4", "schedule.warmup_epochs=0")
+        return config.load(None, [*run, *batch, *on_dataset, *overrides])
+
+    return make
+
 
 @pytest.fixture
 def folder(dataset, tmp_path) -> Path:

@@ -1,18 +1,14 @@
-"""Runs on damaged data, on both loaders: the quarantine is right and everything else is trained on."""
+"""Runs on damaged data, with both loaders: bad samples are quarantined and all others are trained on."""
 
 import json
 import re
 import shutil
-import struct
-import zlib
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from support.forked_runs import train
+from support.images import encoded, png
 from support.processes import SMALL
 from webdataset import TarWriter
 
@@ -31,9 +27,9 @@ SETTINGS = (
     "batch.per_lane=5",
     "train.epochs=2",
 )
-STEPS_OF_AN_EPOCH = 5
+STEPS_PER_EPOCH = 5
 
-UNREADABLE = "not a readable image when it was indexed: "
+UNREADABLE = "was not a readable image when indexed: "
 BAD = {
     3: UNREADABLE + "empty file",
     11: UNREADABLE + "image file is truncated",
@@ -46,41 +42,25 @@ BAD = {
 GOOD = set(range(SAMPLES)) - set(BAD)
 
 
-def picture(number: int, size: int = 8, format: str = "PNG") -> bytes:
-    out = BytesIO()
-    pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(out, format)
-    return out.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG of a hundred bytes that claims 60,000 x 60,000 pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Path:
-    """Fifty images, each of a class of its own, of which seven are bad, each in its own way; three of them in a row
-    for one lane. One is cut short though index and checksum agree that it is an image of 48 x 48 pixels."""
+    """Fifty images, each with its own class. Seven are bad, each in a different way; three of them are consecutive in
+    one lane. One is truncated although index and checksum say it is an image of 48 x 48 pixels."""
     folder = tmp_path_factory.mktemp("damaged")
-    contents = {number: picture(number) for number in range(SAMPLES)}
-    contents |= {3: b"", 11: contents[11][: len(contents[11]) // 2], 12: contents[12][:33] + bytes(200), 20: bomb()}
-    contents |= {27: b"<html>404 Not ReadSample</html>"}
-    photo = picture(41, 48, "JPEG")
+    contents = {number: encoded(number, "PNG", (8, 8)) for number in range(SAMPLES)}
+    bomb = png(60_000, 60_000, 8, 2, b"")  # a hundred bytes that claim 3.6 gigapixels
+    contents |= {3: b"", 11: contents[11][: len(contents[11]) // 2], 12: contents[12][:33] + bytes(200), 20: bomb}
+    contents |= {27: b"<html>404 Not Found</html>"}
+    photo = encoded(41, "JPEG", (48, 48))
     for split in ("train", "val"):
         with TarWriter(str(folder / f"{split}.tar")) as writer:
             for number, content in contents.items():
                 image = {"jpg": photo[: len(photo) // 2]} if number == 41 else {"png": content}
                 writer.write({"__key__": f"{number:03d}", **image, "cls": number})
-        built = scan(str(folder), [f"{split}.tar"], [str(number) for number in range(SAMPLES)])
-        built.width[41] = built.height[41] = 48
-        save_index(built, folder / f"{split}.parquet")
-        flip_a_byte(folder / f"{split}.tar", int(built.offset[33]) + 60)
+        index = scan(str(folder), [f"{split}.tar"], [str(number) for number in range(SAMPLES)])
+        index.width[41] = index.height[41] = 48
+        save_index(index, folder / f"{split}.parquet")
+        flip_a_byte(folder / f"{split}.tar", int(index.offset[33]) + 60)
     return folder
 
 
@@ -96,34 +76,34 @@ def on(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(damaged, tmp_path_factory):
-    """run(loader, ranks) -> how a run on the damaged data ended. Each is made once."""
-    folder, ended = tmp_path_factory.mktemp("runs"), {}
+    """run(loader, ranks) -> how a run on the damaged data ended. Each is run once."""
+    folder, results = tmp_path_factory.mktemp("runs"), {}
 
     def once(loader, ranks):
         key = f"{loader}-{ranks}"
-        if key not in ended:
+        if key not in results:
             settings = (*SETTINGS, *on(damaged), f"data.loader={loader}")
-            ended[key] = train(folder / key, *settings, ranks=ranks)
-        assert ended[key].code == 0, ended[key].output
-        return ended[key]
+            results[key] = train(folder / key, *settings, ranks=ranks)
+        assert results[key].code == 0, results[key].output
+        return results[key]
 
     return once
 
 
-every_way = pytest.mark.parametrize(("loader", "ranks"), [("torch", 1), ("torch", 2), ("dali", 1), ("dali", 2)])
+every_setup = pytest.mark.parametrize(("loader", "ranks"), [("torch", 1), ("torch", 2), ("dali", 1), ("dali", 2)])
 
 
-@every_way
+@every_setup
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_bad_sample_is_listed_once_with_its_reason(run, loader, ranks, split):
     entries = map(json.loads, (run(loader, ranks).folder / "quarantine.jsonl").read_text().splitlines())
-    found = sorted((entry["sample"], entry["reason"]) for entry in entries if entry["split"] == split)
-    assert [sample for sample, _ in found] == list(BAD)
-    for sample, reason in found:
+    listed = sorted((entry["sample"], entry["reason"]) for entry in entries if entry["split"] == split)
+    assert [sample for sample, _ in listed] == list(BAD)
+    for sample, reason in listed:
         assert re.fullmatch(rf"{split}\.tar at \d+: {BAD[sample]}", reason)
 
 
-@every_way
+@every_setup
 def test_all_other_samples_are_trained_on_in_every_epoch(run, loader, ranks):
     batches = run(loader, ranks).delivered
     for epoch in range(2):
@@ -137,65 +117,65 @@ def test_all_other_samples_are_trained_on_in_every_epoch(run, loader, ranks):
         assert set(seen) == GOOD
 
 
-@every_way
-def test_validation_measures_all_other_samples(run, loader, ranks):
+@every_setup
+def test_validation_counts_all_other_samples(run, loader, ranks):
     assert f"of {len(GOOD)} images" in run(loader, ranks).last_line
-    assert run(loader, ranks).series("data/quarantined")[2 * STEPS_OF_AN_EPOCH] == 2 * len(BAD)
+    assert run(loader, ranks).series("data/quarantined")[2 * STEPS_PER_EPOCH] == 2 * len(BAD)
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_a_run_on_damaged_data_is_the_same_each_time(run, damaged, tmp_path, loader):
+def test_a_run_on_damaged_data_is_reproducible(run, damaged, tmp_path, loader):
     again = train(tmp_path / "again", *SETTINGS, *on(damaged), f"data.loader={loader}", ranks=2)
     assert again.digest == run(loader, 2).digest
     assert again.digest.startswith("sha256:")
 
 
-def test_ranks_and_loaders_replace_a_bad_sample_by_the_same_one(run):
-    alone = [batch for batches in run("torch", 1).delivered for batch in batches]
+def test_any_ranks_and_loader_replace_a_bad_sample_by_the_same_one(run):
+    single = [batch for batches in run("torch", 1).delivered for batch in batches]
     together = [batch for pair in zip(*run("dali", 2).delivered, strict=True) for batch in pair]
-    assert together == alone
+    assert together == single
 
 
-def end_with_one_line(result, message):
+def assert_one_line(result, message):
     assert result.code == 78, result.output
-    assert {line for line in result.lines if not line.startswith("DALI refuses an image")} == {message}
+    assert {line for line in result.lines if not line.startswith("DALI rejected an image")} == {message}
     assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path, loader):
     result = train(tmp_path / "run", *SETTINGS, *on(damaged), "data.max_bad=0.05", f"data.loader={loader}")
-    end_with_one_line(
+    assert_one_line(
         result,
         "3 of 50 samples of data.train cannot be used, more than data.max_bad=0.05 allows: "
-        f"{tmp_path}/run/quarantine.jsonl lists them; mend the data or raise data.max_bad",
+        f"{tmp_path}/run/quarantine.jsonl lists them; fix the data or raise data.max_bad",
     )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_run_without_any_good_sample_ends_with_one_line(damaged, tmp_path, split, ranks):
-    built = load_index(f"{damaged}/{split}.parquet")
-    save_index(replace(built, width=built.width * 0), damaged / "none.parquet")
+    index = load_index(f"{damaged}/{split}.parquet")
+    save_index(replace(index, width=index.width * 0), damaged / "none.parquet")
     where = (*on(damaged), f"data.{split}={damaged}/none.parquet")
     result = train(tmp_path / "run", *SETTINGS, *where, "data.max_bad=1", ranks=ranks)
-    listed = f"{tmp_path}/run/quarantine.jsonl lists them; mend the data"
-    end_with_one_line(result, f"none of the 50 samples of data.{split} can be used: {listed}")
+    listed = f"{tmp_path}/run/quarantine.jsonl lists them; fix the data"
+    assert_one_line(result, f"none of the 50 samples of data.{split} can be used: {listed}")
 
 
-def test_data_that_was_mended_counts_as_good_when_the_run_goes_on(damaged, tmp_path):
+def test_data_fixed_before_a_restart_counts_as_good(damaged, tmp_path):
     copy = shutil.copytree(damaged, tmp_path / "copy")
     settings = (*SETTINGS, *on(copy), "data.max_bad=0.12")
-    ended = train(tmp_path / "run", *settings)
-    assert "7 of 50 samples of data.train cannot be used" in ended.output
+    result = train(tmp_path / "run", *settings)
+    assert "7 of 50 samples of data.train cannot be used" in result.output
     for split in ("train", "val"):
         flip_a_byte(copy / f"{split}.tar", int(load_index(f"{copy}/{split}.parquet").offset[33]) + 60)
-    ended = train(tmp_path / "run", *settings)
-    assert ended.code == 0, ended.output
-    assert f"of {len(GOOD) + 1} images" in ended.last_line
+    result = train(tmp_path / "run", *settings)
+    assert result.code == 0, result.output
+    assert f"of {len(GOOD) + 1} images" in result.last_line
 
 
-HARMS = {
+FAULTS = {
     "missing": "train.tar: shard cannot be opened: No such file or directory; restore it or index the shards again",
     "cut short": "train.tar: shard has {short:,} bytes, {whole:,} when it was indexed; restore it or index it again",
     "changed": "train.tar: content differs from the index; restore the original shard or index it again",
@@ -204,17 +184,17 @@ HARMS = {
 
 
 @pytest.mark.parametrize(("loader", "ranks"), [("torch", 1), ("dali", 1), ("torch", 2)])
-@pytest.mark.parametrize("harm", HARMS)
-def test_what_ails_a_whole_shard_or_index_fails_the_run_by_name(damaged, tmp_path, harm, loader, ranks):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_shard_or_index_ends_the_run_with_its_name(damaged, tmp_path, fault, loader, ranks):
     copy = shutil.copytree(damaged, tmp_path / "copy")
     content = (copy / "train.tar").read_bytes()
-    built = load_index(f"{copy}/train.parquet")
-    built.label[7] = SAMPLES
+    index = load_index(f"{copy}/train.parquet")
+    index.label[7] = SAMPLES
     {
         "missing": lambda: (copy / "train.tar").unlink(),
         "cut short": lambda: (copy / "train.tar").write_bytes(content[:-3000]),
         "changed": lambda: (copy / "train.tar").write_bytes(content[::-1]),
-        "mislabelled": lambda: save_index(built, copy / "train.parquet"),
-    }[harm]()
+        "mislabelled": lambda: save_index(index, copy / "train.parquet"),
+    }[fault]()
     result = train(tmp_path / "run", *SETTINGS, *on(copy), f"data.loader={loader}", ranks=ranks)
-    end_with_one_line(result, f"{copy}/" + HARMS[harm].format(short=len(content) - 3000, whole=len(content)))
+    assert_one_line(result, f"{copy}/" + FAULTS[fault].format(short=len(content) - 3000, whole=len(content)))

@@ -232,7 +232,7 @@ def test_an_image_that_claims_to_be_huge_is_excluded_before_it_is_decoded(tmp_pa
     (tmp_path / "photos" / "cat" / "big.jpg").write_bytes(encoded(0, size=(11, 10)))
     (tmp_path / "photos" / "cat" / "good.jpg").write_bytes(encoded(0, size=(10, 10)))
     built = make(tmp_path / "photos", tmp_path / "out")
-    assert built.unreadable == [("cat/big.jpg", "11 x 10 pixels are more than 100")]
+    assert built.unreadable == [("cat/big.jpg", "11 x 10 pixels exceed the limit of 100")]
 
 
 def test_a_source_without_readable_images_is_an_error_with_the_first_reason(tmp_path):

@@ -19,24 +19,24 @@ def config(**options) -> DataConfig:
     return DataConfig(train="", val="", **options)
 
 
-def batch(epoch=0, copy=0, ids=IDS) -> LaneBatch:
-    return LaneBatch(ids, np.full_like(ids, epoch), np.full_like(ids, copy))
+def batch(epoch=0, repeat=0, ids=IDS) -> LaneBatch:
+    return LaneBatch(ids, np.full_like(ids, epoch), np.full_like(ids, repeat))
 
 
-def test_a_crop_box_depends_on_its_own_sample_alone():
+def test_a_crop_box_depends_only_on_its_sample():
     together = draw_crop_boxes(AUGMENT, config(), 1, batch(3), WIDTHS, HEIGHTS)
-    alone = draw_crop_boxes(AUGMENT, config(), 1, batch(3, ids=IDS[7:8]), WIDTHS[7:8], HEIGHTS[7:8])
-    assert [part[7] for part in together] == [part[0] for part in alone]
+    single = draw_crop_boxes(AUGMENT, config(), 1, batch(3, ids=IDS[7:8]), WIDTHS[7:8], HEIGHTS[7:8])
+    assert [column[7] for column in together] == [column[0] for column in single]
 
 
-def test_crop_boxes_change_with_epoch_copy_and_seed():
+def test_crop_boxes_change_with_epoch_repeat_and_seed():
     drawn = [
-        draw_crop_boxes(AUGMENT, config(), seed, batch(epoch, copy), WIDTHS, HEIGHTS)
-        for seed, epoch, copy in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))
+        draw_crop_boxes(AUGMENT, config(), seed, batch(epoch, repeat), WIDTHS, HEIGHTS)
+        for seed, epoch, repeat in ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))
     ]
     boxes = [np.stack(each[:4]) for each in drawn]
     for other in boxes[1:]:
-        assert np.mean((boxes[0] == other).all(axis=0)) < 0.15  # some fit no crop and take the centre
+        assert np.mean((boxes[0] == other).all(axis=0)) < 0.15  # some fit no crop and take the center
     assert 0.4 < np.mean(drawn[0].flip == drawn[1].flip) < 0.6
 
 
@@ -51,25 +51,25 @@ def test_resized_crops_lie_inside_the_image():
 
 def test_resized_crops_are_distributed_as_those_of_torchvision():
     _, left, height, width, _ = draw_crop_boxes(AUGMENT, config(), 0, batch(), WIDTHS, HEIGHTS)
-    theirs = np.array(
+    torchvision = np.array(
         [
             RandomResizedCrop.get_params(torch.empty(3, 1, 1).expand(3, h, w), (0.08, 1.0), (0.75, 4 / 3))
             for w, h in zip(WIDTHS.tolist(), HEIGHTS.tolist(), strict=True)
         ]
     )
     quantiles = np.linspace(0.05, 0.95, 10)
-    for ours, peers in (
+    for ours, expected in (
         (
             width * height / (WIDTHS.astype(float) * HEIGHTS),
-            theirs[:, 3] * theirs[:, 2] / (WIDTHS.astype(float) * HEIGHTS),
+            torchvision[:, 3] * torchvision[:, 2] / (WIDTHS.astype(float) * HEIGHTS),
         ),
-        (width / height, theirs[:, 3] / theirs[:, 2]),
-        (left / WIDTHS, theirs[:, 1] / WIDTHS),
+        (width / height, torchvision[:, 3] / torchvision[:, 2]),
+        (left / WIDTHS, torchvision[:, 1] / WIDTHS),
     ):
-        np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(peers, quantiles), atol=0.03)
+        np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(expected, quantiles), atol=0.03)
 
 
-def test_shifted_crops_reach_as_far_as_the_padding_on_every_side():
+def test_padded_crops_shift_up_to_the_padding_on_every_side():
     augment = AugmentConfig(crop="pad", crop_pad=4)
     sides = np.full(N, 32, np.int32)
     top, left, height, width, _ = draw_crop_boxes(augment, config(), 0, batch(), sides, sides)
@@ -77,7 +77,7 @@ def test_shifted_crops_reach_as_far_as_the_padding_on_every_side():
     assert set(height) == set(width) == {32}
 
 
-def test_validation_takes_the_centre_that_resizing_and_cropping_would_leave():
+def test_validation_crops_equal_resizing_and_then_center_cropping():
     widths, heights = np.array([500, 256, 32], np.int32), np.array([375, 512, 32], np.int32)
     top, left, height, width, flip = center_crop_boxes(config(image_size=224, val_resize=256), widths, heights)
     assert height.tolist() == width.tolist() == [328, 224, 28]

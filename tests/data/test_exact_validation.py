@@ -1,4 +1,4 @@
-"""Validation counts every image once, whatever the number of ranks."""
+"""Validation counts every image once, on any number of ranks."""
 
 import shutil
 from io import BytesIO
@@ -19,7 +19,7 @@ CLASSES = [str(number) for number in range(10)]
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> tuple[str, ...]:
-    """Of a run of one step, whose validation set divides by nothing."""
+    """Overrides for a run of one step whose validation set is no multiple of the batch or the ranks."""
     folder = tmp_path_factory.mktemp("images")
     for split, count in (("train", 20), ("val", IMAGES)):
         pixels = np.random.default_rng(count).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
@@ -44,17 +44,17 @@ def settings(tmp_path_factory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def counts(settings, tmp_path_factory):
-    """{ranks: (images, hits, hits among five)} of one network, trained once and validated again by more ranks."""
+    """{ranks: (images, top-1 hits, top-5 hits)} of one network, trained once and then validated by more ranks."""
     folder = tmp_path_factory.mktemp("runs")
-    found = {}
+    counted = {}
     for ranks in (1, 2, 3):
-        ended = train(folder / "run", *settings, ranks=ranks)
-        assert ended.code == 0, ended.output
-        images = int(ended.last_line.partition(" of ")[2].split()[0].replace(",", ""))
-        hits = [max(ended.series(name).items())[1] * images for name in ("val/top1", "val/top5")]
-        found[ranks] = (images, *hits)
+        result = train(folder / "run", *settings, ranks=ranks)
+        assert result.code == 0, result.output
+        images = int(result.last_line.partition(" of ")[2].split()[0].replace(",", ""))
+        hits = [max(result.series(name).items())[1] * images for name in ("val/top1", "val/top5")]
+        counted[ranks] = (images, *hits)
         shutil.move(folder / "run" / "metrics.jsonl", folder / f"{ranks}.jsonl")
-    return found
+    return counted
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

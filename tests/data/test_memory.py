@@ -20,7 +20,7 @@ IMAGES, BATCH, EPOCHS = 48, 8, 20
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """The index of JPEGs of all sizes, some of a megabyte of pixels."""
+    """The index of JPEGs of many sizes, some of a megabyte of pixels."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     with TarWriter(str(folder / "photos.tar")) as writer:
@@ -38,7 +38,8 @@ import json, sys
 import psutil, torch
 from distrain.config import AugmentConfig, BatchConfig, Config, DataConfig, RunConfig, TrainConfig
 from distrain.data.storage.index_file import load_index
-from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests
+from distrain.data.loading.requests import train_requests
+from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
 
 loader, path, folder = sys.argv[1:]
 torch.set_num_threads(1)
@@ -72,4 +73,4 @@ def test_resident_memory_is_flat_over_twenty_epochs(photos, tmp_path, loader):
     assert loading.returncode == 0, loading.stderr
     resident = json.loads(loading.stdout)
     assert len(resident) == EPOCHS
-    assert resident[-1] < resident[3] + 20e6  # the images of an epoch, decoded, are as many bytes
+    assert resident[-1] < resident[3] + 20e6  # 20 MB: the decoded images of one epoch

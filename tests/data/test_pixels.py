@@ -11,7 +11,7 @@ MEAN = [0.485, 0.456, 0.406]
 IMAGE = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_change_is_a_function_of_seed_sample_epoch_and_copy():
+def test_augmentation_is_a_function_of_seed_sample_epoch_and_repeat():
     augment = AugmentConfig(auto_augment="ta_wide", color_jitter=[0.4, 0.4, 0.4], lighting=0.1, erase=0.5)
     keys = [(0, (1, 2, 0)), (1, (1, 2, 0)), (0, (2, 2, 0)), (0, (1, 3, 0)), (0, (1, 2, 1))]
     first, *others = (augment_pixels(IMAGE, augment, MEAN, *key) for key in keys)
@@ -21,51 +21,51 @@ def test_a_change_is_a_function_of_seed_sample_epoch_and_copy():
 
 @pytest.mark.parametrize("number", range(14))
 @pytest.mark.parametrize("sign", [0.0, 0.9])
-def test_every_operation_of_trivial_augment_is_that_of_torchvision(number, sign):
-    """Same operation, same bin of strength, same sign: the same pixels, up to rounding."""
+def test_every_operation_of_trivial_augment_equals_that_of_torchvision(number, sign):
+    """Same operation, same bin of magnitude, same sign: the same pixels, up to rounding."""
     peer = TrivialAugmentWide()
     space = peer._augmentation_space(31)
     name = list(space)[number]
     magnitudes, signed = space[name]
     direction = -1.0 if signed and sign >= 0.5 else 1.0
-    for bin, size in enumerate(magnitudes.expand(31).tolist()):
-        expected = pixels_of_peer(peer, name, direction * size)
+    for bin, magnitude in enumerate(magnitudes.expand(31).tolist()):
+        expected = pixels_of_peer(peer, name, direction * magnitude)
         found = trivial_augment_wide(IMAGE, (number + 0.5) / 14, (bin + 0.5) / 31, sign)
         assert (found.int() - expected.int()).abs().max() <= 1, (name, bin)
 
 
-def pixels_of_peer(peer, name, size):
+def pixels_of_peer(peer, name, magnitude):
     from torchvision.transforms.autoaugment import _apply_op
 
-    return _apply_op(IMAGE, name, size, interpolation=peer.interpolation, fill=peer.fill)
+    return _apply_op(IMAGE, name, magnitude, interpolation=peer.interpolation, fill=peer.fill)
 
 
-def test_lighting_moves_all_pixels_alike_along_the_main_axis():
-    grey = torch.full((3, 2, 2), 128, dtype=torch.uint8)
-    unmoved = shift_lighting(grey, 0.1, np.array([0.5, 0.5, 0.5, 0.25, 0.25, 0.25]))  # cosine of a quarter turn
-    assert torch.equal(unmoved, grey)
-    moved = shift_lighting(grey, 0.1, np.array([0.9, 0, 0, 0, 0, 0])).int() - grey.int()
-    # sqrt(-2 ln 0.1) = 2.146 deviations of 0.1 x 0.2175 x 255 along (-0.5675, -0.5808, -0.5836)
+def test_lighting_shifts_all_pixels_equally_along_the_principal_component():
+    gray = torch.full((3, 2, 2), 128, dtype=torch.uint8)
+    unchanged = shift_lighting(gray, 0.1, np.array([0.5, 0.5, 0.5, 0.25, 0.25, 0.25]))  # cosine of a quarter turn
+    assert torch.equal(unchanged, gray)
+    moved = shift_lighting(gray, 0.1, np.array([0.9, 0, 0, 0, 0, 0])).int() - gray.int()
+    # sqrt(-2 ln 0.1) = 2.146 stds of 0.1 x 0.2175 x 255 along (-0.5675, -0.5808, -0.5836)
     assert moved[:, 0, 0].tolist() == [-7, -7, -7]
     assert (moved == moved[:, :1, :1]).all()
 
 
-def test_erased_boxes_have_the_sizes_of_torchvision():
+def test_erased_boxes_are_distributed_as_those_of_torchvision():
     draws = np.random.default_rng(0).random((2000, 4))
     black = torch.zeros(3, 40, 40, dtype=torch.uint8)
     ours = [erase_box(black, [1.0, 1.0, 1.0], *draw)[0].bool() for draw in draws]
     assert all(box.any() for box in ours)
-    theirs = [RandomErasing.get_params(black, (0.02, 0.33), (0.3, 3.3), [1.0])[2:4] for _ in range(2000)]
+    torchvision = [RandomErasing.get_params(black, (0.02, 0.33), (0.3, 3.3), [1.0])[2:4] for _ in range(2000)]
     ours_area = np.quantile([int(box.sum()) for box in ours], [0.1, 0.5, 0.9])
-    theirs_area = np.quantile([h * w for h, w in theirs], [0.1, 0.5, 0.9])
-    np.testing.assert_allclose(ours_area, theirs_area, rtol=0.12)
+    torchvision_area = np.quantile([h * w for h, w in torchvision], [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(ours_area, torchvision_area, rtol=0.12)
 
 
-def test_the_mean_colour_fills_what_is_erased():
+def test_erased_boxes_are_filled_with_the_mean_color():
     erased = erase_box(IMAGE, [0.2, 0.4, 0.6], 0.5, 0.5, 0.0, 0.0)
     assert erased[:, 0, 0].tolist() == [51, 102, 153]
     assert torch.equal(erased[:, -1, -1], IMAGE[:, -1, -1])
 
 
-def test_nothing_is_changed_unless_asked_for():
+def test_pixel_augmentation_is_off_by_default():
     assert not pixels.augments_pixels(AugmentConfig())

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrain.config import DataConfig
+from distrain.data.sampling.lanes import LaneLayout
 from distrain.data.sampling.order import BalancedOrder, GlobalOrder, RepeatedOrder, WindowOrder, make_order
 from distrain.data.sampling.plan import Plan
 from distrain.data.storage.index_file import load_index
@@ -25,64 +26,76 @@ def shards(sizes):
 
 @st.composite
 def plans(draw):
-    """Any data set, lanes and seed under a global or a window shuffle."""
-    sizes, seed, lanes = draw(shard_sizes), draw(seeds), draw(lane_counts)
-    order = draw(
-        st.sampled_from(
-            [GlobalOrder(sum(sizes), seed), *(WindowOrder(shards(sizes), lanes, window, seed) for window in (1, 3))]
-        )
-    )
-    return Plan(sum(sizes), lanes, draw(lane_sizes), 3.0, order)
+    """Any data set, lanes and seed with a global or a window shuffle."""
+    sizes, seed = draw(shard_sizes), draw(seeds)
+    layout = LaneLayout(sum(sizes), draw(lane_counts), draw(lane_sizes))
+    windowed = [WindowOrder(shards(sizes), layout, window_shards, seed) for window_shards in (1, 3)]
+    return Plan(layout, 3.0, draw(st.sampled_from([GlobalOrder(sum(sizes), seed), *windowed])))
 
 
 @given(plans())
 def test_every_epoch_holds_every_sample_once(plan):
-    steps = -(-3 * plan.samples // plan.batch)  # enough to end three epochs
+    samples, lanes = plan.layout.samples, plan.layout.lanes
+    steps = -(-3 * samples // plan.batch)  # enough to end three epochs
     seen = Counter(
         (int(epoch), int(sample))
         for step in range(steps)
-        for lane in range(plan.lanes)
+        for lane in range(lanes)
         for sample, epoch, _ in zip(*plan.lane_batch(step, lane), strict=True)
     )
-    whole = {(epoch, sample): 1 for epoch in range(3) for sample in range(plan.samples)}
+    whole = {(epoch, sample): 1 for epoch in range(3) for sample in range(samples)}
     assert {key: count for key, count in seen.items() if key[0] < 3} == whole
     assert sum(seen.values()) == steps * plan.batch
 
 
 @given(plans(), st.integers(0, 40), st.integers(0, 10**6))
-def test_any_part_of_a_lane_can_be_asked_for_at_any_time(plan, start, lane):
-    """What a resumed run asks for first is what the undisturbed run comes to."""
-    lane %= plan.lanes
-    stream = np.arange(start, start + 3 * plan.per_lane)
-    at_once = plan.lane_samples(lane, stream)
-    one_by_one = [plan.lane_samples(lane, stream[place : place + 1]) for place in reversed(range(len(stream)))]
+def test_samples_do_not_depend_on_which_were_requested_before(plan, start, lane):
+    """A resumed run starts with the samples that the uninterrupted run reaches."""
+    lane %= plan.layout.lanes
+    stream_pos = np.arange(start, start + 3 * plan.layout.per_lane)
+    at_once = plan.lane_samples(lane, stream_pos)
+    one_by_one = [plan.lane_samples(lane, stream_pos[i : i + 1]) for i in reversed(range(len(stream_pos)))]
     for column in range(3):
         assert at_once[column].tolist() == [single[column][0] for single in reversed(one_by_one)]
 
 
+@given(st.integers(1, 200), lane_counts, lane_sizes, st.integers(0, 6))
+def test_positions_in_an_epoch_and_in_a_lane_correspond(samples, lanes, per_lane, epoch):
+    """Every position of an epoch belongs to one lane, and each lane's share is numbered from 0 without gaps."""
+    layout = LaneLayout(samples, lanes, per_lane)
+    lane_of, lane_pos = layout.to_lanes(epoch, np.arange(samples))
+    shares = [layout.share(epoch, lane) for lane in range(lanes)]
+    assert [position for share in shares for position in share] == list(range(samples))
+    assert [lane_pos[lane_of == lane].tolist() for lane in range(lanes)] == [list(range(len(s))) for s in shares]
+
+
 @given(st.integers(1, 200), lane_counts, lane_sizes, seeds, st.integers(0, 30), st.integers(1, 4))
 def test_the_global_order_does_not_depend_on_the_lanes(samples, lanes, per_lane, seed, step, factor):
-    """Twice as many lanes of half the size are the same steps."""
-    wide = Plan(samples, lanes * factor, per_lane, 1, GlobalOrder(samples, seed))
-    deep = Plan(samples, lanes, per_lane * factor, 1, GlobalOrder(samples, seed))
-    np.testing.assert_array_equal(
-        np.concatenate([wide.lane_batch(step, lane).ids for lane in range(wide.lanes)]),
-        np.concatenate([deep.lane_batch(step, lane).ids for lane in range(deep.lanes)]),
-    )
+    """Twice as many lanes of half the size consume the same global batches."""
+    wide = Plan(LaneLayout(samples, lanes * factor, per_lane), 1, GlobalOrder(samples, seed))
+    deep = Plan(LaneLayout(samples, lanes, per_lane * factor), 1, GlobalOrder(samples, seed))
+    np.testing.assert_array_equal(global_batch(wide, step), global_batch(deep, step))
+
+
+def global_batch(plan, step):
+    return np.concatenate([plan.lane_batch(step, lane).ids for lane in range(plan.layout.lanes)])
 
 
 @pytest.mark.parametrize(
     "make",
-    [lambda seed: GlobalOrder(1000, seed), lambda seed: WindowOrder(shards([100] * 10), 4, 2, seed)],
+    [
+        lambda layout, seed: GlobalOrder(1000, seed),
+        lambda layout, seed: WindowOrder(shards([100] * 10), layout, 2, seed),
+    ],
     ids=["global", "window"],
 )
 def test_epochs_and_seeds_are_shuffled_differently(make):
-    orders = []
+    orders, layout = [], LaneLayout(1000, 4, 25)
     for seed in (0, 1):
-        plan = Plan(1000, 4, 25, 2, make(seed))
+        plan = Plan(layout, 2, make(layout, seed))
         for epoch in (0, 1):
             steps = range(epoch * 10, epoch * 10 + 10)
-            orders.append(np.concatenate([plan.lane_batch(step, lane).ids for step in steps for lane in range(4)]))
+            orders.append(np.concatenate([global_batch(plan, step) for step in steps]))
     for a in range(4):
         assert sorted(orders[a]) == list(range(1000))
         for b in range(a):
@@ -91,7 +104,8 @@ def test_epochs_and_seeds_are_shuffled_differently(make):
 
 def test_a_window_shuffle_reads_few_shards_at_a_time_and_mixes_them():
     shard = shards([50] * 40)
-    plan = Plan(2000, 2, 20, 1, WindowOrder(shard, 2, 10, 0))
+    layout = LaneLayout(2000, 2, 20)
+    plan = Plan(layout, 1, WindowOrder(shard, layout, 10, 0))
     for lane in range(2):
         steps = [shard[plan.lane_batch(step, lane).ids] for step in range(50)]
         assert len(set(np.concatenate(steps))) == 20  # half of the shards each
@@ -101,26 +115,26 @@ def test_a_window_shuffle_reads_few_shards_at_a_time_and_mixes_them():
 
 
 @given(st.integers(1, 60), st.integers(1, 30), lane_counts, st.integers(1, 12), seeds)
-def test_windows_are_alike_and_none_is_smaller_than_asked_for(count, samples, lanes, window, seed):
-    """Where the share of a lane has as many shards, it mixes at least so many of them at any time."""
+def test_windows_have_equal_sizes_of_at_least_the_configured_shards(count, samples, lanes, window_shards, seed):
+    """If a lane's share has as many shards as a window, it mixes at least that many at any time."""
     shard = shards([samples] * count)
-    plan = Plan(len(shard), lanes, 2, 1, WindowOrder(shard, lanes, window, seed))
-    share = plan.share(0, 0)
-    order = plan.lane_samples(0, np.arange(share.size)).ids
-    windows = max(1, share.size // (window * samples))
-    cuts = [share.size * number // windows for number in range(windows + 1)]
-    in_windows = [set(shard[order[first:end]]) for first, end in pairwise(cuts)]
-    assert min(len(mixed) for mixed in in_windows) >= min(window, share.size // samples)
-    assert sum(len(one & other) for one, other in pairwise(in_windows)) <= windows - 1  # a shard is cut but once
+    layout = LaneLayout(len(shard), lanes, 2)
+    plan = Plan(layout, 1, WindowOrder(shard, layout, window_shards, seed))
+    size = len(layout.share(0, 0))
+    order = plan.lane_samples(0, np.arange(size)).ids
+    windows = max(1, size // (window_shards * samples))
+    bounds = [size * number // windows for number in range(windows + 1)]
+    in_windows = [set(shard[order[first:end]]) for first, end in pairwise(bounds)]
+    assert min(len(mixed) for mixed in in_windows) >= min(window_shards, size // samples)
+    assert sum(len(one & other) for one, other in pairwise(in_windows)) <= windows - 1  # a shard is split once at most
 
 
-def test_windows_that_hardly_mix_are_refused(dataset):
-    data, built = DataConfig(shuffle="window", window_shards=4), load_index(f"{dataset}/train.parquet")
-    with pytest.raises(
-        UserError, match=r"^data\.window_shards=4 mixes too few shards with one another: set at least 5"
-    ):
-        make_order(data, built, 2, 0)
-    make_order(replace(data, window_shards=5), built, 2, 0)
+def test_windows_of_too_few_shards_are_rejected(dataset):
+    data, index = DataConfig(shuffle="window", window_shards=4), load_index(f"{dataset}/train.parquet")
+    layout = LaneLayout(len(index), 2, 2)
+    with pytest.raises(UserError, match=r"^data\.window_shards=4 mixes too few shards: set at least 5"):
+        make_order(data, index, layout, 0)
+    make_order(replace(data, window_shards=5), index, layout, 0)
 
 
 SAMPLES = 1_281_167
@@ -129,16 +143,17 @@ SAMPLES = 1_281_167
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: GlobalOrder(SAMPLES, 0),
-        lambda: WindowOrder(shards_of_imagenet(), 1, 10, 0),
-        lambda: RepeatedOrder(SAMPLES, 0, 3),
-        lambda: BalancedOrder(np.arange(SAMPLES, dtype=np.int32) % 1000, 0),
+        lambda layout: GlobalOrder(SAMPLES, 0),
+        lambda layout: WindowOrder(shards_of_imagenet(), layout, 10, 0),
+        lambda layout: RepeatedOrder(SAMPLES, 0, 3),
+        lambda layout: BalancedOrder(np.arange(SAMPLES, dtype=np.int32) % 1000, 0),
     ],
     ids=["global", "window", "repeated", "balanced"],
 )
 def test_planning_imagenet_takes_less_than_64_megabytes(make):
-    """On a process that has all lanes, from one epoch to the third."""
-    plan = Plan(SAMPLES, 1, 256, 3, make())
+    """In a process that executes all lanes, over three epochs."""
+    layout = LaneLayout(SAMPLES, 1, 256)
+    plan = Plan(layout, 3, make(layout))
     tracemalloc.start()
     for epoch in range(3):
         plan.lane_batch(plan.step_at(epoch), 0)
@@ -151,8 +166,8 @@ def shards_of_imagenet():
     return np.repeat(np.arange(570), -(-SAMPLES // 570))[:SAMPLES].astype(np.int32)
 
 
-def test_a_batch_holds_the_copies_of_a_repeated_sample_together():
-    plan = Plan(90, 3, 4, 1, RepeatedOrder(90, 0, 3))
+def test_all_repeats_of_a_sample_are_in_one_batch():
+    plan = Plan(LaneLayout(90, 3, 4), 1, RepeatedOrder(90, 0, 3))
     for step in range(7):
         ids, _, repeat_index = (
             np.concatenate(column) for column in zip(*(plan.lane_batch(step, lane) for lane in range(3)), strict=True)
@@ -161,9 +176,9 @@ def test_a_batch_holds_the_copies_of_a_repeated_sample_together():
         assert sorted(repeat_index.tolist()) == sorted([0, 1, 2] * 4)
 
 
-def test_a_balanced_epoch_draws_all_classes_alike_and_its_repetitions_are_told_apart():
+def test_a_balanced_epoch_draws_all_classes_equally_often_and_numbers_its_repeats():
     labels = np.repeat([0, 1, 2], [100, 40, 10]).astype(np.int32)
-    plan = Plan(150, 1, 50, 1, BalancedOrder(labels, 0))
+    plan = Plan(LaneLayout(150, 1, 50), 1, BalancedOrder(labels, 0))
     ids, _, repeat_index = (
         np.concatenate(c) for c in zip(*(plan.lane_batch(step, 0) for step in range(3)), strict=True)
     )
@@ -175,7 +190,7 @@ def test_a_balanced_epoch_draws_all_classes_alike_and_its_repetitions_are_told_a
 
 
 def plan_of(samples, lanes, per_lane, epochs):
-    return Plan(samples, lanes, per_lane, epochs, GlobalOrder(samples, 0))
+    return Plan(LaneLayout(samples, lanes, per_lane), epochs, GlobalOrder(samples, 0))
 
 
 def test_steps_are_epochs_times_samples_over_batch_rounded():
@@ -184,7 +199,7 @@ def test_steps_are_epochs_times_samples_over_batch_rounded():
     assert plan_of(10, 8, 32, 1).steps == 1
 
 
-def test_boundaries_are_every_so_many_epochs_and_the_end():
+def test_boundaries_are_every_given_number_of_epochs_and_the_end():
     assert plan_of(100, 2, 5, 2.5).steps_every(1) == {10, 20, 25}
     assert plan_of(100, 2, 5, 1).steps_every(0.5) == {5, 10}
     assert plan_of(100, 2, 5, 1).steps_every(3) == {10}

@@ -18,21 +18,21 @@ def path(tmp_path) -> Path:
     return tmp_path / "q.jsonl"
 
 
-def report(path, samples, all_ready):
+def add_all(path, samples, all_ready):
     quarantine = Quarantine(path, "train", 1000, 1.0)
     all_ready.wait()
     for sample in samples:
-        quarantine.report(sample, "bad")
+        quarantine.add(sample, "bad")
 
 
 def listed(path):
     return [(entry["split"], entry["sample"]) for entry in map(json.loads, path.read_text().splitlines())]
 
 
-def test_a_sample_is_listed_once_however_many_ranks_come_upon_it(path):
+def test_a_sample_that_several_ranks_find_is_listed_once(path):
     all_ready = SPAWN.Barrier(3)
-    parts = (range(0, 60), range(30, 90), range(0, 90, 2))
-    ranks = [SPAWN.Process(target=report, args=(path, part, all_ready)) for part in parts]
+    found = (range(0, 60), range(30, 90), range(0, 90, 2))
+    ranks = [SPAWN.Process(target=add_all, args=(path, samples, all_ready)) for samples in found]
     for rank in ranks:
         rank.start()
     for rank in ranks:
@@ -40,56 +40,54 @@ def test_a_sample_is_listed_once_however_many_ranks_come_upon_it(path):
     assert sorted(listed(path)) == [("train", sample) for sample in range(90)]
 
 
-def test_splits_are_counted_apart_and_together_with_other_ranks(path):
-    ours, theirs, val = (Quarantine(path, split, 100, 1.0) for split in ("train", "train", "val"))
-    ours.report(1, "bad")
-    theirs.report(2, "bad")
-    val.report(1, "bad")
-    assert (ours.count(), theirs.count(), val.count()) == (2, 2, 1)
+def test_each_split_is_counted_over_all_ranks(path):
+    rank0, rank1, val = (Quarantine(path, split, 100, 1.0) for split in ("train", "train", "val"))
+    rank0.add(1, "bad")
+    rank1.add(2, "bad")
+    val.add(1, "bad")
+    assert (rank0.count(), rank1.count(), val.count()) == (2, 2, 1)
 
 
-def test_too_many_bad_samples_end_the_run_and_name_the_list(path):
-    ours, theirs = (Quarantine(path, "train", 100, 0.02) for _ in range(2))
-    ours.report(1, "bad")
-    ours.report(1, "bad")
-    theirs.report(2, "bad")
+def test_too_many_bad_samples_are_one_line_that_names_the_list(path):
+    rank0, rank1 = (Quarantine(path, "train", 100, 0.02) for _ in range(2))
+    rank0.add(1, "bad")
+    rank0.add(1, "bad")
+    rank1.add(2, "bad")
     with pytest.raises(UserError, match=r"3 of 100 samples of data\.train .* data\.max_bad=0\.02 .*q\.jsonl"):
-        ours.report(3, "bad")
+        rank0.add(3, "bad")
 
 
-def test_what_was_mended_after_an_earlier_start_counts_no_more(path):
+def test_samples_fixed_since_an_earlier_start_do_not_count(path):
     earlier = Quarantine(path, "train", 100, 0.02)
     for sample in (1, 2):
-        earlier.report(sample, "bad")
+        earlier.add(sample, "bad")
     with pytest.raises(UserError):
-        earlier.report(3, "bad")
-    ours, theirs = (Quarantine(path, "train", 100, 0.02) for _ in range(2))
-    ours.report(1, "still bad")
-    theirs.report(50, "bad")
-    assert ours.count() == theirs.count() == 2
+        earlier.add(3, "bad")
+    rank0, rank1 = (Quarantine(path, "train", 100, 0.02) for _ in range(2))
+    rank0.add(1, "still bad")
+    rank1.add(50, "bad")
+    assert rank0.count() == rank1.count() == 2
     assert listed(path) == [("train", sample) for sample in (1, 2, 3, 1, 50)]
     with pytest.raises(UserError, match="3 of 100 samples"):
-        theirs.report(3, "still bad")
+        rank1.add(3, "still bad")
 
 
-def test_whatever_the_limit_not_all_samples_may_be_bad(path):
+def test_at_least_one_sample_must_be_good_even_with_a_limit_of_one(path):
     quarantine = Quarantine(path, "val", 3, 1.0)
-    quarantine.report(0, "bad")
-    quarantine.report(2, "bad")
-    with pytest.raises(
-        UserError, match=r"^none of the 3 samples of data\.val can be used: .*q\.jsonl lists them; mend"
-    ):
-        quarantine.report(1, "bad")
+    quarantine.add(0, "bad")
+    quarantine.add(2, "bad")
+    with pytest.raises(UserError, match=r"^none of the 3 samples of data\.val can be used: .*q\.jsonl lists them; fix"):
+        quarantine.add(1, "bad")
 
 
 @pytest.mark.parametrize("opened", ["before", "after"])
-def test_a_line_cut_short_by_a_kill_does_no_harm(path, opened):
+def test_a_line_truncated_by_a_kill_is_ignored(path, opened):
     first = Quarantine(path, "train", 100, 1.0)
-    first.report(1, "bad")
+    first.add(1, "bad")
     with path.open("a") as file:
         file.write('{"split": "tr')
     quarantine = {"before": first, "after": Quarantine(path, "train", 100, 1.0)}[opened]
-    quarantine.report(2, "bad")
+    quarantine.add(2, "bad")
     assert quarantine.count() == {"before": 2, "after": 1}[opened]
     assert [json.loads(line)["sample"] for line in path.read_text().splitlines()[::2]] == [1, 2]
 
@@ -97,10 +95,8 @@ def test_a_line_cut_short_by_a_kill_does_no_harm(path, opened):
 def test_a_list_that_cannot_be_opened_is_one_line(path, monkeypatch):
     quarantine = Quarantine(path, "train", 100, 1.0)
     monkeypatch.setattr(Path, "open", fail_read_only)
-    with pytest.raises(
-        UserError, match=rf"^{path}: bad samples cannot be listed: Read-only file system; free some space"
-    ):
-        quarantine.report(1, "bad")
+    with pytest.raises(UserError, match=rf"^{path}: cannot record bad samples: Read-only file system; free disk space"):
+        quarantine.add(1, "bad")
 
 
 def fail_read_only(*args):
@@ -109,7 +105,7 @@ def fail_read_only(*args):
 
 @pytest.fixture
 def small_files():
-    """A process that may write no large files, as if the disk were full."""
+    """Limit the file size, to simulate a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
     yield 2**20
@@ -120,6 +116,6 @@ def test_a_list_that_cannot_grow_is_one_line(path, small_files):
     path.write_bytes(b"\n" * (small_files - 10))
     quarantine = Quarantine(path, "train", 100, 1.0)
     with pytest.raises(
-        UserError, match=rf"^{path}: bad samples cannot be listed: File too large; .*, or set run\.dir to a"
+        UserError, match=rf"^{path}: cannot record bad samples: File too large; .*, or set run\.dir to a"
     ):
-        quarantine.report(1, "bad")
+        quarantine.add(1, "bad")

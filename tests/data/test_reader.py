@@ -1,4 +1,4 @@
-"""What a loader is given in the place of samples that cannot be used."""
+"""Replacement of bad samples."""
 
 from dataclasses import replace
 
@@ -19,38 +19,46 @@ DATA = DataConfig(image_size=8, val_resize=8)
 
 
 @pytest.fixture
-def source(dataset, tmp_path):
-    """On data of which nothing was readable when it was indexed, but what is named."""
+def open_reader(dataset, tmp_path):
+    """open_reader(id, ...) -> a reader over an index that says only these samples are readable."""
 
     def make(*good):
         original = load_index(f"{dataset}/train.parquet")
         readable = np.isin(np.arange(len(original)), good)
-        built = replace(original, width=original.width * readable)
-        return SampleReader(built, LocalStore(built), Quarantine(tmp_path / "q.jsonl", "train", len(built), 1.0))
+        index = replace(original, width=original.width * readable)
+        return SampleReader(index, LocalStore(index), Quarantine(tmp_path / "q.jsonl", "train", len(index), 1.0))
 
     return make
 
 
-def request(source, sample):
-    """One sample, and after it the others of a lane that never ends."""
-    ids = np.array([sample % len(source.index)])
-    crops = center_crop_boxes(DATA, source.index.width[ids], source.index.height[ids])
-    return Request(LaneBatch(ids, ids * 0, ids * 0), crops, 8, replacement=lambda place: request(source, sample + 1))
+def request(reader, sample):
+    """One sample, to be replaced by the next ones of an endless lane."""
+    ids = np.array([sample % len(reader.index)])
+    crops = center_crop_boxes(DATA, reader.index.width[ids], reader.index.height[ids])
+    return Request(LaneBatch(ids, ids * 0, ids * 0), crops, 8, replacement=lambda bad: request(reader, sample + 1))
 
 
-def test_the_search_for_a_good_sample_goes_on_until_there_is_one(source):
-    found = source(2).read_or_replace(request(source(2), 100), 0, len)
-    assert found.sample == 2
+def read(reader, sample):
+    return reader.read_or_replace(request(reader, sample), 0, lambda request, index, encoded: (request, index))
 
 
-def test_the_search_ends_when_there_is_none(source):
+def test_bad_samples_are_passed_over_until_a_good_one(open_reader):
+    assert read(open_reader(2), 100).sample == 2
+
+
+def test_a_replacement_is_decoded_with_its_own_request(open_reader):
+    sample = read(open_reader(102), 100)
+    assert sample.decoded == (sample.request, 0)
+    assert sample.request.samples.ids.tolist() == [102]
+
+
+def test_the_search_ends_if_there_is_no_good_sample(open_reader):
     with pytest.raises(UserError, match=r"^none of the 203 samples of data\.train can be used: .*/q\.jsonl lists them"):
-        source().read_or_replace(request(source(), 0), 0, len)
+        read(open_reader(), 0)
 
 
-def test_an_image_that_has_become_readable_is_named_with_the_cure(source, tmp_path):
-    assert source(2).read_or_replace(request(source(2), 1), 0, len).sample == 2
+def test_an_image_that_has_become_readable_is_listed_with_the_cure(open_reader, tmp_path):
+    assert read(open_reader(2), 1).sample == 2
     assert (
-        "not a readable image when it was indexed: it is one now; index the shards again"
-        in (tmp_path / "q.jsonl").read_text()
+        "was not a readable image when indexed: it is now; index the shards again" in (tmp_path / "q.jsonl").read_text()
     )

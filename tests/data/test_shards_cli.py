@@ -235,7 +235,8 @@ def test_the_sheet_shows_what_training_will_see(shards, dataset, tmp_path):
 
     import torch
 
-    from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests
+    from distrain.data.loading.requests import train_requests
+    from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
 
     (tmp_path / "run.yaml").write_text(
         f"run: {{name: a, dir: {tmp_path}, seed: 5}}\nmodel: {{name: regnety_400mf, num_classes: 3}}\n"

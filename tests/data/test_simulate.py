@@ -31,10 +31,10 @@ def make_shards(count, samples):
     )
 
 
-def test_a_window_shuffle_spares_downloads_and_cache(shards):
+def test_a_window_shuffle_needs_fewer_downloads_and_less_cache(shards):
     window, mixed = (simulate(shards, shuffle, 4, 2, 10, 10) for shuffle in ("window", "global"))
     assert window.steps == mixed.steps == 50
-    assert 50 <= window.node_shards <= 52  # a quarter of the shards, and one cut at either end
+    assert 50 <= window.node_shards <= 52  # a quarter of the shards, and one split at either end
     assert mixed.node_shards > 190
     assert window.node_share < 1.05 < mixed.node_share
     assert window.cache_bytes <= 2 * 2 * 14 * 200  # two lanes' windows of twelve and a half, and the next ones
@@ -42,16 +42,16 @@ def test_a_window_shuffle_spares_downloads_and_cache(shards):
     assert window.same_shard < 0.1
 
 
-@given(*(st.integers(1, most) for most in (9, 20, 40, 8, 40, 12)), st.sampled_from(["window", "global"]))
+@given(*(st.integers(1, limit) for limit in (9, 20, 40, 8, 40, 12)), st.sampled_from(["window", "global"]))
 def test_any_cluster_can_be_simulated_with_any_data(count, samples, nodes, gpus, per_lane, window, shuffle):
-    made = simulate(make_shards(count, samples), shuffle, nodes, gpus, per_lane, window)
-    assert 1 <= made.node_shards <= count
-    assert 10 * samples <= made.cache_bytes <= 10 * samples * count
-    assert 1 <= made.node_share <= samples * count
-    assert 0 <= made.same_shard <= 1
+    simulated = simulate(make_shards(count, samples), shuffle, nodes, gpus, per_lane, window)
+    assert 1 <= simulated.node_shards <= count
+    assert 10 * samples <= simulated.cache_bytes <= 10 * samples * count
+    assert 1 <= simulated.node_share <= samples * count
+    assert 0 <= simulated.same_shard <= 1
 
 
-def test_a_shard_takes_cache_from_its_first_to_its_last_read():
+def test_a_shard_occupies_the_cache_from_its_first_to_its_last_read():
     read = np.array([0, 1, 0, 2], np.int32)
     steps = np.array([0, 1, 2, 3])
     assert peak_cache(read, steps, np.array([5, 7, 100])) == 100

@@ -1,4 +1,4 @@
-"""Progressive resizing: a schedule over the sizes of training images."""
+"""Progressive resizing: data.size_schedule."""
 
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +18,8 @@ from distrain.config import (
     TrainConfig,
 )
 from distrain.data.augmentation.crops import size_at
-from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests, validation_requests
+from distrain.data.loading.requests import train_requests, validation_requests
+from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
 from distrain.data.storage.index_file import load_index
 from distrain.errors import UserError
 
@@ -39,13 +40,13 @@ REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.n
         ),
     ],
 )
-def test_a_schedule_that_makes_no_sense_is_one_line(schedule, message):
+def test_an_invalid_schedule_is_one_line(schedule, message):
     with pytest.raises(UserError) as caught:
         config.load(None, [*REQUIRED, f"data.size_schedule={schedule}"])
     assert message in str(caught.value)
 
 
-def test_a_schedule_reads_back_as_it_is_printed(tmp_path):
+def test_a_printed_schedule_loads_unchanged(tmp_path):
     loaded = config.load(None, [*REQUIRED, "data.size_schedule=[[0,128],[30.5,160],[60,224]]"])
     (tmp_path / "printed.yaml").write_text(config.to_yaml(loaded))
     assert config.load(tmp_path / "printed.yaml") == loaded
@@ -55,7 +56,7 @@ def test_a_schedule_reads_back_as_it_is_printed(tmp_path):
 @pytest.mark.parametrize(
     ("epoch", "size"), [(0, 128), (0.5, 128), (29.999, 128), (30, 160), (59.9, 160), (60, 224), (1000, 224)]
 )
-def test_the_size_is_that_of_the_last_row_that_has_begun(epoch, size):
+def test_the_size_is_that_of_the_last_row_that_has_started(epoch, size):
     data = DataConfig(train="", val="", size_schedule=[[0, 128], [30, 160], [60, 224]])
     assert size_at(data, epoch) == size
 
@@ -66,7 +67,7 @@ def test_without_a_schedule_all_images_have_the_same_size():
 
 @pytest.fixture
 def growing(dataset, tmp_path):
-    """A run whose images grow within its three epochs of ten steps and a bit: 203 images, 20 at a step."""
+    """A run whose images grow during its three epochs of 203 images, at 20 images per step."""
     data = DataConfig(
         train=f"{dataset}/train.parquet",
         val=f"{dataset}/val.parquet",
@@ -87,17 +88,17 @@ def growing(dataset, tmp_path):
 
 @pytest.fixture(params=["torch", "dali"])
 def load(request, growing):
-    """load(start) -> batches of the run from that step on; load(None) -> those of its validation."""
+    """load(start) -> training batches from that step on; load(None) -> validation batches."""
     train_index = load_index(growing.data.train)
 
     def batches(start):
         if start is None:
-            wanted = validation_requests(growing, train_index, range(1))
+            requests = validation_requests(growing, train_index, range(1))
         else:
-            wanted = train_requests(growing, make_plan(growing, train_index), train_index, range(2), start)
+            requests = train_requests(growing, make_plan(growing, train_index), train_index, range(2), start)
         quarantine = make_quarantine(growing, train_index, "train")
         with closing(make_loader(growing, request.param, train_index, quarantine, torch.device("cpu"))) as loader:
-            return list(loader.stream(wanted))
+            return list(loader.stream(requests))
 
     return batches
 
@@ -110,7 +111,7 @@ def test_images_have_the_size_of_the_epoch_in_which_their_step_starts(growing):
     assert sizes == [6] * 11 + [8] * 15 + [12] * 4
 
 
-def test_what_replaces_a_sample_is_as_large(growing):
+def test_a_replacement_has_the_same_size(growing):
     train_index = load_index(growing.data.train)
     requests = train_requests(growing, make_plan(growing, train_index), train_index, range(1), start=10)
     assert next(requests).replacement(9).size == 6
@@ -122,15 +123,15 @@ def test_batches_grow_with_the_schedule_and_validation_does_not(load):
     assert load(None)[0].images.shape[1:] == (3, 12, 12)
 
 
-def test_starting_in_the_middle_gives_the_tail_of_a_run_that_grows(load):
+def test_starting_in_the_middle_yields_the_tail_of_a_growing_run(load):
     full, tail = load(0), load(9)
     assert all(torch.equal(one.images, other.images) for one, other in zip(full[18:], tail, strict=True))
 
 
-def test_a_size_changes_what_is_made_of_a_window_and_not_the_window(growing):
+def test_the_size_does_not_change_the_crop_boxes(growing):
     train_index = load_index(growing.data.train)
     plan = make_plan(growing, train_index)
     constant = replace(growing, data=replace(growing.data, size_schedule=[]))
-    ours, plain = (next(train_requests(each, plan, train_index, range(1))) for each in (growing, constant))
-    assert (ours.size, plain.size) == (6, 12)
-    assert all((one == other).all() for one, other in zip(ours.crops, plain.crops, strict=True))
+    scheduled, fixed = (next(train_requests(each, plan, train_index, range(1))) for each in (growing, constant))
+    assert (scheduled.size, fixed.size) == (6, 12)
+    assert all((one == other).all() for one, other in zip(scheduled.crops, fixed.crops, strict=True))

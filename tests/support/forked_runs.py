@@ -1,5 +1,5 @@
-"""Whole runs in processes that begin at once, because they fork from one that has imported everything. They end as a
-user's do; launching.py starts them as a user does."""
+"""Whole runs in processes that start quickly, because they fork from one that has imported everything. They exit as a
+user's run does; processes.py also starts them as a user does."""
 
 import multiprocessing
 import os
@@ -19,8 +19,8 @@ FORKING.set_forkserver_preload(
 
 
 @dataclass
-class Ended:
-    """How a run ended: the exit code of the rank that ended first with one, and what all ranks printed."""
+class RunResult:
+    """How a run ended: the exit code of the rank that failed first, or 0, and what all ranks printed."""
 
     code: int
     output: str
@@ -28,9 +28,9 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What distrain complained of, by whichever rank."""
-        found = [line for line in self.output.splitlines() if line.startswith("distrain: ")]
-        return [re.sub(r"^distrain: (rank \d+: )?", "", line) for line in found]
+        """Lines that distrain reported, without the rank."""
+        reported = [line for line in self.output.splitlines() if line.startswith("distrain: ")]
+        return [re.sub(r"^distrain: (rank \d+: )?", "", line) for line in reported]
 
     @property
     def last_line(self) -> str:
@@ -42,28 +42,29 @@ class Ended:
 
     @property
     def delivered(self) -> list[list[list[int]]]:
-        """The labels of the training batches that each rank was given, by rank and batch."""
+        """Labels of the training batches that each rank consumed, by rank and batch."""
         files = sorted(self.folder.parent.glob(f"{self.folder.name}-labels-*"))
         return [[[int(label) for label in line.split()] for line in file.read_text().splitlines()] for file in files]
 
     def series(self, name: str) -> dict[int, float]:
-        """A metric by step."""
+        """Return a metric by step."""
         entries = read_metrics(self.folder)
         return {entry["step"]: entry["metrics"][name] for entry in entries if name in entry["metrics"]}
 
 
-def train(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
-    """Train to the end. When one rank fails the others are ended, as torchrun does."""
+def train(folder: Path, *overrides: str, ranks: int = 1) -> RunResult:
+    """Train to the end. If one rank fails the others are killed, as by torchrun."""
     arguments = [f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     logs = [folder.parent / f"{folder.name}-{rank}.log" for rank in range(ranks)]
     processes = []
     for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), **meeting} if ranks > 1 else {}
+        identity = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        variables = environment() | (identity | rendezvous if ranks > 1 else {})
         labels = folder.parent / f"{folder.name}-labels-{rank}"
-        processes.append(FORKING.Process(target=_run, args=(arguments, environment() | place, logs[rank], labels)))
+        processes.append(FORKING.Process(target=_run, args=(arguments, variables, logs[rank], labels)))
         processes[-1].start()
     code, running = 0, list(processes)
     while running and wait([process.sentinel for process in running], timeout=120):
@@ -74,7 +75,7 @@ def train(folder: Path, *overrides: str, ranks: int = 1) -> Ended:
     for process in running:
         process.kill()
         code = code or -1
-    return Ended(code, "".join(log.read_text() for log in logs), folder)
+    return RunResult(code, "".join(log.read_text() for log in logs), folder)
 
 
 def _run(arguments: list[str], variables: dict[str, str], log: Path, labels: Path) -> None:
@@ -85,15 +86,15 @@ def _run(arguments: list[str], variables: dict[str, str], log: Path, labels: Pat
     os.environ.update(variables)
     sys.argv = ["distrain", *arguments]
     from distrain.__main__ import main
-    from distrain.data.loading import feed
+    from distrain.data.loading import setup
 
-    make_loader = feed.open_loader
-    feed.open_loader = lambda *options: _Recorder(make_loader(*options), labels)
+    open_loader = setup.open_loader
+    setup.open_loader = lambda *options: _Recorder(open_loader(*options), labels)
     sys.exit(main())
 
 
 class _Recorder:
-    """A loader that writes down the labels of the training batches it hands out, a line for each."""
+    """A loader that records the labels of the training batches it yields, a line for each."""
 
     def __init__(self, loader, path: Path):
         self._loader = loader
@@ -101,15 +102,15 @@ class _Recorder:
         self.close = loader.close
 
     def stream(self, requests):
-        trained = []
+        is_training = []
 
-        def noting():
+        def recorded():
             for request in requests:
-                trained.append(request.augmented)
+                is_training.append(request.augmented)
                 yield request
 
         with self._path.open("a") as record:
-            for number, batch in enumerate(self._loader.stream(noting())):
-                if trained[number]:
+            for number, batch in enumerate(self._loader.stream(recorded())):
+                if is_training[number]:
                     record.write(" ".join(map(str, batch.labels.tolist())) + "\n")
                 yield batch

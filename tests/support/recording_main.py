@@ -1,4 +1,4 @@
-"""Runs distrain and writes down every training sample that this rank decodes and uses: [epoch, id] by line."""
+"""Runs distrain and records every training sample that this rank decodes and uses: a line [epoch, id] each."""
 
 import json
 import os
@@ -13,12 +13,12 @@ folder.mkdir(parents=True, exist_ok=True)
 record = (folder / f"consumed-{os.environ.get('RANK', 0)}.jsonl").open("w")
 
 
-def read_or_replace(self, request, place, decode):
-    found = original(self, request, place, decode)
+def read_or_replace(self, request, index, decode):
+    read = original(self, request, index, decode)
     if request.augmented:
-        record.write(json.dumps([int(found.request.samples.epochs[found.place]), found.sample]) + "\n")
+        record.write(json.dumps([int(read.request.samples.epochs[read.index]), read.sample]) + "\n")
         record.flush()
-    return found
+    return read
 
 
 SampleReader.read_or_replace = read_or_replace

@@ -1,1 +1,1 @@
-"""Crop boxes and pixel changes as pure functions of (seed, sample, epoch)."""
+"""Crop boxes and pixel augmentation: pure functions of (seed, sample id, epoch, repeat index)."""

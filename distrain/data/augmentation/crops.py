@@ -1,7 +1,7 @@
-"""Which part of each image the network sees: a pure function of (seed, sample id, epoch, copy, width, height).
+"""Crop boxes and flips: pure functions of (seed, sample id, epoch, repeat index, width, height).
 
-A window is given in pixels of the stored image and may reach outside of it, where it is black. The loaders
-cut it out, resize it to the size of the epoch and mirror it; all of them are given the same windows.
+A crop box is in pixels of the stored image and may extend beyond it, where pixels are black. Every loader crops to the
+same boxes, resizes to the image size of the epoch and flips.
 """
 
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from distrain.config import AugmentConfig, DataConfig
 from distrain.data.sampling.plan import LaneBatch
 from distrain.rng import Stream, uniform
 
-_ATTEMPTS = 10  # torchvision's RandomResizedCrop tries as often before it falls back to the centre
+_ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop makes before it falls back to the center
 
 
 class CropBoxes(NamedTuple):
-    """Parts of n images, int32 [n] each in pixels, and whether to mirror them, bool [n]."""
+    """Crop boxes of n images, int32 [n] each in pixels, and whether to flip horizontally, bool [n]."""
 
     top: NDArray[np.int32]
     left: NDArray[np.int32]
@@ -34,7 +34,7 @@ def draw_crop_boxes(
     widths: NDArray[np.int32],
     heights: NDArray[np.int32],
 ) -> CropBoxes:
-    """The training windows of a lane's samples, whose images are so wide and high."""
+    """Draw the training crops of a lane's samples. `widths` and `heights` are those of the images, [n]."""
     flip = uniform(seed, Stream.FLIP, *batch) < augment.flip
     if augment.crop == "pad":
         shifts = 2 * augment.crop_pad + 1
@@ -46,13 +46,13 @@ def draw_crop_boxes(
 
 
 def size_at(data: DataConfig, epoch: float) -> int:
-    """The side of training images when so many epochs are done, pixels."""
-    begun = [size for start, size in data.size_schedule if start <= epoch]
-    return int(begun[-1]) if begun else data.image_size
+    """Return the side of training images after `epoch` epochs, pixels."""
+    started = [size for start, size in data.size_schedule if start <= epoch]
+    return int(started[-1]) if started else data.image_size
 
 
 def center_crop_boxes(data: DataConfig, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> CropBoxes:
-    """The validation windows: what a resize of the short side and a centre crop would leave."""
+    """Return the validation crops: what resizing the short side and then center-cropping would keep."""
     side = np.minimum(widths, heights) * (data.image_size / data.val_resize)
     side = np.maximum(1, np.rint(side))
     return _crop_boxes((heights - side) // 2, (widths - side) // 2, side, side, np.zeros(len(widths), bool))
@@ -61,7 +61,7 @@ def center_crop_boxes(data: DataConfig, widths: NDArray[np.int32], heights: NDAr
 def _draw_resized(
     augment: AugmentConfig, seed: int, batch: LaneBatch, widths: NDArray[np.int32], heights: NDArray[np.int32]
 ) -> CropBoxes:
-    """A share of the area at a log-uniform aspect ratio (Szegedy et al. 2015, as torchvision draws it)."""
+    """Draw a fraction of the area at a log-uniform aspect ratio (Szegedy et al. 2015), as torchvision does."""
     attempt = np.arange(_ATTEMPTS)[:, None]
 
     def draw(number: int) -> NDArray[np.float64]:
@@ -77,7 +77,7 @@ def _draw_resized(
     fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
 
     column = np.arange(len(batch.ids))
-    first = np.argmax(fits, axis=0)  # 0 where none fits, mended below
+    first = np.argmax(fits, axis=0)  # 0 where none fits, replaced below
     w, h = w[first, column], h[first, column]
     top = np.floor(draw(2)[first, column] * (heights - h + 1))
     left = np.floor(draw(3)[first, column] * (widths - w + 1))

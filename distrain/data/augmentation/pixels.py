@@ -1,5 +1,5 @@
-"""Changes of pixels in training, each a pure function of (seed, sample id, epoch, copy): the second half of
-augmentation, after the window has been cut out. Works on one image, uint8 [3, h, w], on any device."""
+"""Pixel augmentation after crop, resize and flip: a pure function of (seed, sample id, epoch, repeat index). Works on
+one image, uint8 [3, h, w], on any device."""
 
 import math
 from collections.abc import Callable
@@ -13,29 +13,29 @@ from distrain.config import AugmentConfig
 from distrain.rng import Stream, uniform
 
 _BINS = 31  # magnitudes of TrivialAugment
-_SHIFTS = torch.linspace(0.0, 32.0, _BINS).int().tolist()  # torchvision cuts off digits: the middle one is 15, not 16
+_SHIFTS = torch.linspace(0.0, 32.0, _BINS).int().tolist()  # torchvision truncates: the middle one is 15, not 16
 _NEAREST = InterpolationMode.NEAREST
 
-# Mean directions of colour over ImageNet (Krizhevsky et al. 2012, section 4.1), RGB of 0..1: deviations and axes.
+# Principal components of color over ImageNet (Krizhevsky et al. 2012, section 4.1), RGB in [0, 1]: stds and axes.
 _LIGHTING_STD = np.array([0.2175, 0.0188, 0.0045])
 _LIGHTING_AXES = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
 
 def augments_pixels(augment: AugmentConfig) -> bool:
-    """Whether the configuration asks for anything in this module."""
+    """Whether the configuration enables anything in this module."""
     return augment.auto_augment != "none" or any(augment.color_jitter) or augment.lighting > 0 or augment.erase > 0
 
 
 def augment_pixels(
     image: torch.Tensor, augment: AugmentConfig, mean: list[float], seed: int, sample: tuple[int, int, int]
 ) -> torch.Tensor:
-    """Augment one image as configured; `sample` is (id, epoch, copy)."""
+    """Augment one image as configured; `sample` is (id, epoch, repeat index)."""
     draws = iter(uniform(seed, Stream.PIXELS, *sample, np.arange(24)).tolist())
     if augment.auto_augment == "ta_wide":
         image = trivial_augment_wide(image, next(draws), next(draws), next(draws))
-    for strength, change in zip(augment.color_jitter, _JITTERS, strict=True):
+    for strength, adjust in zip(augment.color_jitter, _JITTERS, strict=True):
         if strength:
-            image = change(image, 1 + strength * (2 * next(draws) - 1))
+            image = adjust(image, 1 + strength * (2 * next(draws) - 1))
     if augment.lighting:
         image = shift_lighting(image, augment.lighting, np.array([next(draws) for _ in range(6)]))
     if augment.erase and next(draws) < augment.erase:
@@ -51,14 +51,15 @@ _JITTERS: tuple[Callable[[torch.Tensor, float], torch.Tensor], ...] = (
 
 
 def trivial_augment_wide(image: torch.Tensor, which: float, magnitude: float, sign: float) -> torch.Tensor:
-    """One operation of random strength (Mueller and Hutter 2021, table 7, "wide"). Arguments lie in [0, 1)."""
+    """Apply one operation (Mueller and Hutter 2021, table 7, "wide"). Uniform draws in [0, 1) select the operation, its
+    magnitude and its sign."""
     operation = _TRIVIAL[int(which * len(_TRIVIAL))]
     return operation(image, int(magnitude * _BINS) / (_BINS - 1), 1.0 if sign < 0.5 else -1.0)
 
 
 def _affine(image: torch.Tensor, dx: int = 0, dy: int = 0, sx: float = 0.0, sy: float = 0.0) -> torch.Tensor:
     shear = [math.degrees(math.atan(sx)), math.degrees(math.atan(sy))]
-    corner = [0.0, 0.0] if sx or sy else None  # shears are about the corner
+    corner = [0.0, 0.0] if sx or sy else None  # shear is about the corner
     return F.affine(image, 0.0, [dx, dy], 1.0, shear, interpolation=_NEAREST, center=corner)
 
 
@@ -85,7 +86,8 @@ _TRIVIAL: tuple[Callable[[torch.Tensor, float, float], torch.Tensor], ...] = (
 
 
 def shift_lighting(image: torch.Tensor, std: float, draws: np.ndarray) -> torch.Tensor:
-    """Add a normal multiple, of deviation `std`, of each main direction of colour. `draws`: six in [0, 1)."""
+    """Add a normal multiple, of standard deviation `std`, of each principal component of color. `draws`: six uniform
+    numbers in [0, 1)."""
     normal = np.sqrt(-2 * np.log1p(-draws[:3])) * np.cos(2 * np.pi * draws[3:])  # Box and Muller 1958
     shift = 255 * _LIGHTING_AXES @ (std * normal * _LIGHTING_STD)
     shifted = image + torch.tensor(shift, dtype=torch.float32, device=image.device).view(3, 1, 1)
@@ -95,8 +97,8 @@ def shift_lighting(image: torch.Tensor, std: float, draws: np.ndarray) -> torch.
 def erase_box(
     image: torch.Tensor, mean: list[float], area: float, ratio: float, top: float, left: float
 ) -> torch.Tensor:
-    """Fill a box of 2 to 33 % of the image, 0.3 to 3.3 times as high as wide, with the mean colour (Zhong et al.
-    2020). The last four arguments lie in [0, 1)."""
+    """Fill a box of 2 to 33 % of the area and height / width of 0.3 to 3.3 with the mean color (random erasing,
+    Zhong et al. 2020). The last four arguments are uniform draws in [0, 1)."""
     height, width = image.shape[-2:]
     pixels = (0.02 + 0.31 * area) * height * width
     shape = math.exp(math.log(0.3) + ratio * math.log(3.3 / 0.3))

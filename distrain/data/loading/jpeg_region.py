@@ -1,6 +1,6 @@
-"""Parts of encoded images on the CPU. Of a JPEG only the rows down to the last one asked for are read, and of these
-only the ones asked for are turned into pixels: a third less work for the windows of RandomResizedCrop, by nvImageCodec,
-which DALI brings along. Its pixels are those of torchvision, which does all else."""
+"""Decodes crops of encoded images on the CPU. nvImageCodec, which comes with DALI, reads a JPEG only down to the last
+row of the crop and converts only the crop to pixels: a third less work for the crops of RandomResizedCrop. Its pixels
+equal those of torchvision, which decodes everything else."""
 
 import threading
 import warnings
@@ -17,13 +17,13 @@ from distrain.data.storage.store import DataError
 Pixels = NDArray[np.uint8]
 
 with warnings.catch_warnings(action="ignore"):
-    # PyTorch warns once per process that such a tensor may not be written to. None is here, and a copy of every image
-    # would take a tenth of the time of decoding it.
+    # PyTorch warns once per process that a tensor over read-only memory must not be written to. None is here, and
+    # copying every image would add a tenth to the time of decoding.
     torch.frombuffer(b"0", dtype=torch.uint8)
 
 
 def decode(encoded: bytes) -> torch.Tensor:
-    """An encoded image as uint8 [3, h, w], as stored: EXIF orientation is ignored. Raises DataError if it is none."""
+    """Decode an image to uint8 [3, h, w] as stored, ignoring EXIF orientation. Raises DataError."""
     try:
         image = decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode=ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
@@ -32,24 +32,27 @@ def decode(encoded: bytes) -> torch.Tensor:
 
 
 def crop(encoded: bytes, image_height: int, image_width: int, top: int, left: int, height: int, width: int) -> Pixels:
-    """A window of an encoded image of the given size, uint8 [height, width, 3], black where it lies outside of the
-    image. Raises DataError if it is no image."""
+    """Decode a crop box of an image of the given size to uint8 [height, width, 3], black outside the image.
+
+    Raises DataError if it cannot be decoded.
+    """
     first_row, last_row = max(top, 0), min(top + height, image_height)
     first_column, last_column = max(left, 0), min(left + width, image_width)
     rows, columns = max(last_row - first_row, 0), max(last_column - first_column, 0)
-    part = decode_region(encoded, first_row, first_column, rows, columns)
+    region = decode_region(encoded, first_row, first_column, rows, columns)
     if (rows, columns) == (height, width):
-        return part
-    window = np.zeros((height, width, 3), np.uint8)
+        return region
+    padded = np.zeros((height, width, 3), np.uint8)
     row, column = first_row - top, first_column - left
-    window[row : row + rows, column : column + columns] = part
-    return window
+    padded[row : row + rows, column : column + columns] = region
+    return padded
 
 
 def resize(image: Pixels, size: int, interpolation: str, flip: bool) -> Pixels:
-    """uint8 [h, w, 3] as [size, size, 3], as torchvision resizes it with antialiasing, and mirrored if told to."""
-    # Each call of PyTorch lets go of the interpreter, which other threads then have to be waited for: so they are few.
-    # It resizes twice as fast where the strides of a batch of one tell the memory format; NumPy's image[None] do not.
+    """Resize uint8 [h, w, 3] to [size, size, 3], antialiased as in torchvision, and flip horizontally if `flip`."""
+    # Each call into PyTorch releases the GIL and may then wait for other threads to get it back: make few calls.
+    # It resizes twice as fast if the strides of a batch of one show the memory format; those of NumPy's image[None] do
+    # not.
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     if image.shape[:2] != (size, size):
         pixels = interpolate(pixels, (size, size), mode=interpolation, antialias=True)
@@ -59,21 +62,21 @@ def resize(image: Pixels, size: int, interpolation: str, flip: bool) -> Pixels:
 
 
 def decode_region(encoded: bytes, top: int, left: int, height: int, width: int) -> Pixels:
-    """A part that lies inside an encoded image, as uint8 [height, width, 3]. Raises DataError if it is no image."""
+    """Decode a region inside an image to uint8 [height, width, 3]. Raises DataError if it cannot be decoded."""
     if encoded.startswith(b"\xff\xd8") and height and width:
-        part = jpegs.decode(encoded, top, left, height, width)
-        if part is not None:
-            return part
+        region = jpeg_decoder.decode(encoded, top, left, height, width)
+        if region is not None:
+            return region
     return decode(encoded).permute(1, 2, 0).numpy()[top : top + height, left : left + width]
 
 
-class _Jpegs(threading.local):
-    """A decoder of each thread's own."""
+class _JpegRegionDecoder(threading.local):
+    """A decoder per thread."""
 
     def __init__(self) -> None:
         try:
             from nvidia import nvimgcodec
-        except ImportError:  # there is none for this system
+        except ImportError:  # not available for this system
             self._codec = None
             return
         self._codec = nvimgcodec
@@ -86,7 +89,7 @@ class _Jpegs(threading.local):
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
 
     def decode(self, encoded: bytes, top: int, left: int, height: int, width: int) -> Pixels | None:
-        """A part of a JPEG as uint8 [height, width, 3], or None where this decoder does not manage it."""
+        """Decode a region to uint8 [height, width, 3], or return None if this decoder cannot."""
         if self._codec is None:
             return None
         region = self._codec.Region(top, left, top + height, left + width)
@@ -95,4 +98,4 @@ class _Jpegs(threading.local):
         return None if image is None else np.asarray(image)
 
 
-jpegs = _Jpegs()
+jpeg_decoder = _JpegRegionDecoder()

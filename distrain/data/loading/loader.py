@@ -1,4 +1,4 @@
-"""Batches on the device, decoded ahead of the step: what is asked of every loader, and what it gives."""
+"""The interface of every loader: requests in, batches on the device out, decoded ahead of the step."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -10,18 +10,18 @@ from distrain.data.sampling.plan import LaneBatch
 
 
 class Request(NamedTuple):
-    """n samples to decode, which part of each, and the side of the squares to make of these, pixels."""
+    """n samples to decode, their crop boxes, and the side of the square images to return, pixels."""
 
     samples: LaneBatch
     crops: CropBoxes
     size: int
     replacement: Callable[[int], "Request"] | None = None
-    """place -> a request of one, to take instead of the sample at `place` if that cannot be used. Without it a
-    bad sample is left out."""
+    """index -> a request for one sample, to use instead of the bad sample at `index`. Without it the batch is smaller
+    by the bad samples."""
     augmented: bool = False
-    """Whether the pixels are changed as in training."""
+    """Whether pixels are augmented, as in training."""
     ahead: int = 0
-    """How many requests before this one's turn the store is told of it."""
+    """How many requests before its turn the store starts to prefetch its samples."""
 
 
 class Batch(NamedTuple):
@@ -35,14 +35,14 @@ class Loader(Protocol):
     """Turns requests into batches, in order, working ahead of the consumer."""
 
     def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
-        """Yield one batch per request. Bad samples are quarantined and replaced, or left out."""
+        """Yield one batch per request. Bad samples are quarantined and replaced or dropped."""
         ...
 
     def close(self) -> None: ...
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 images [n, 3, h, w] as float32 with the given mean and deviation (of 0..1) taken out per channel."""
+    """Normalize uint8 images [n, 3, h, w] per channel to float32, by `mean` and `std` of values in [0, 1]."""
     shift = torch.tensor(mean, device=images.device).mul_(255).view(3, 1, 1)
     scale = torch.tensor(std, device=images.device).mul_(255).reciprocal_().view(3, 1, 1)
     return images.float().sub_(shift).mul_(scale)

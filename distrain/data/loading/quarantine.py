@@ -1,4 +1,4 @@
-"""Samples that cannot be used: written down, counted, and too many of them end the run."""
+"""The list of bad samples of a run. Too many of them end it."""
 
 import fcntl
 import json
@@ -13,11 +13,11 @@ from distrain.errors import UserError
 
 
 class Quarantine:
-    """The bad samples of one split of a run, in a file of JSON lines that all ranks append to.
+    """The bad samples of one split, in a file of JSON lines that all ranks append to.
 
-    What counts are the lines that any rank wrote since this was made. Those of earlier starts of the run stay as a
-    record: the data may have been mended since, and what is still bad is found again. `limit` is the share of the
-    split's `samples` that may be bad; all of them may never be. Raises UserError where the file cannot be used.
+    Only lines that any rank wrote since this object was created count. Lines of earlier starts of the run remain as a
+    record: the data may have been fixed since, and what is still bad is found again. `limit` is the max fraction of
+    the split's `samples` that may be bad; at least one must be good. Raises UserError if the file cannot be used.
     """
 
     def __init__(self, path: Path, split: str, samples: int, limit: float) -> None:
@@ -28,33 +28,33 @@ class Quarantine:
         self._lock = threading.Lock()
         self._known: set[int] = set()
         self._read = 0
-        with self._explained():
+        with self._as_user_error():
             if path.exists():
                 with path.open("rb") as file:
-                    self._read = _whole_lines(file.read())
+                    self._read = _complete_lines(file.read())
 
-    def report(self, sample: int, reason: str) -> None:
-        """Write a bad sample down. Raises UserError when there are too many."""
+    def add(self, sample: int, reason: str) -> None:
+        """Record a bad sample. Raises UserError if there are too many."""
         with self._lock:
             if sample not in self._known:
-                with self._explained():
+                with self._as_user_error():
                     self._append(sample, reason)
             bad = len(self._known)
         if bad == self._samples:
             raise UserError(
-                f"none of the {bad} samples of data.{self._split} can be used: {self._path} lists them; mend the data",
+                f"none of the {bad} samples of data.{self._split} can be used: {self._path} lists them; fix the data",
                 scope="rank",
             )
         if bad > self._limit * self._samples:
             raise UserError(
                 f"{bad} of {self._samples} samples of data.{self._split} cannot be used, more than "
-                f"data.max_bad={self._limit:g} allows: {self._path} lists them; mend the data or raise data.max_bad",
+                f"data.max_bad={self._limit:g} allows: {self._path} lists them; fix the data or raise data.max_bad",
                 scope="rank",
             )
 
     def count(self) -> int:
-        """How many bad samples all ranks have found by now."""
-        with self._lock, self._explained():
+        """Return the number of bad samples that all ranks have found so far."""
+        with self._lock, self._as_user_error():
             if self._path.exists() and self._path.stat().st_size > self._read:
                 with self._path.open("rb") as file:
                     self._catch_up(file)
@@ -64,41 +64,41 @@ class Quarantine:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            cut_short = self._catch_up(file)
+            truncated = self._catch_up(file)
             if sample not in self._known:
                 now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
                 entry = {"time": now, "split": self._split, "sample": sample, "reason": reason}
-                file.write((b"\n" if cut_short else b"") + json.dumps(entry).encode() + b"\n")
-                file.flush()  # here, where the disk's answer is heard
+                file.write((b"\n" if truncated else b"") + json.dumps(entry).encode() + b"\n")
+                file.flush()  # so that a full disk raises here, not in close
                 self._known.add(sample)
 
     def _catch_up(self, file: IO[bytes]) -> bool:
-        """Learn what was appended since. Returns whether the last line is not whole, as a kill may leave it."""
+        """Read what was appended since the last call. Returns whether the last line is incomplete, as after a kill."""
         file.seek(self._read)
         content = file.read()
-        whole = _whole_lines(content)
-        self._read += whole
-        for line in content[:whole].splitlines():
+        complete = _complete_lines(content)
+        self._read += complete
+        for line in content[:complete].splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
             if entry["split"] == self._split:
                 self._known.add(entry["sample"])
-        return len(content) > whole
+        return len(content) > complete
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _as_user_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"{self._path}: bad samples cannot be listed: {error.strerror}; free some space, or set run.dir to a "
-                "folder that can be written",
+                f"{self._path}: cannot record bad samples: {error.strerror}; free disk space, or set run.dir to a "
+                "writable folder",
                 scope="rank",
             ) from error
 
 
-def _whole_lines(content: bytes) -> int:
-    """How many bytes of it are whole lines."""
+def _complete_lines(content: bytes) -> int:
+    """Return the number of bytes up to the end of the last complete line."""
     return content.rfind(b"\n") + 1

@@ -1,8 +1,8 @@
-"""Encoded images fit to be decoded, and what is taken instead of those that are not."""
+"""Reads encoded images for a loader, and replaces bad samples."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
 
 from distrain.data.image import MAX_PIXELS, ImageError, measure
 from distrain.data.index import Index
@@ -10,23 +10,26 @@ from distrain.data.loading.loader import Request
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.storage.store import DataError, Store
 
-T = TypeVar("T")
+Decode = Callable[[Request, int, bytes], object]
+"""(request, index in its batch, encoded image) -> decoded image. Raises DataError if it cannot be decoded."""
 
 
-class ReadSample(NamedTuple):
-    """A sample that could be used: where it was asked for, and what its decoder made of it."""
+@dataclass(frozen=True)
+class ReadSample:
+    """A decoded sample: the request it belongs to, its index in that request, and what `decode` returned."""
 
     request: Request
-    place: int
+    index: int
     decoded: object
 
     @property
     def sample(self) -> int:
-        return int(self.request.samples.ids[self.place])
+        """The sample id."""
+        return int(self.request.samples.ids[self.index])
 
 
 class SampleReader:
-    """Reads samples from a store for a loader, vetting them against the index."""
+    """Reads samples from a store and checks them against the index."""
 
     def __init__(self, index: Index, store: Store, quarantine: Quarantine) -> None:
         self.index = index
@@ -34,51 +37,53 @@ class SampleReader:
         self._quarantine = quarantine
 
     def read(self, sample: int) -> bytes:
-        """The encoded image. Raises DataError when it is not one that a decoder should be given."""
+        """Return the encoded image. Raises DataError if it is not safe to decode."""
         width, height = int(self.index.width[sample]), int(self.index.height[sample])
         if not width or not height:
-            raise DataError(f"not a readable image when it was indexed: {self._examine(sample)}")
+            raise DataError(f"was not a readable image when indexed: {self._diagnose(sample)}")
         if width * height > MAX_PIXELS:
-            raise DataError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are decoded")
+            raise DataError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}")
         return self._store.read(sample)
 
-    def read_or_replace(self, request: Request, place: int, decode: Callable[[bytes], T]) -> ReadSample | None:
-        """The sample at `place`, decoded, or what replaces it if it is bad; None if nothing does.
+    def read_or_replace(self, request: Request, index: int, decode: Decode) -> ReadSample | None:
+        """Read and decode the sample at `index` of a request.
 
-        `decode` raises DataError for bytes it can make nothing of.
+        A bad sample is quarantined and its replacement returned, or None if there is none. A replacement is decoded
+        with its own request, because it has its own crop box. Raises UserError if there are too many bad samples.
         """
         while True:
-            sample = int(request.samples.ids[place])
+            sample = int(request.samples.ids[index])
             try:
-                return ReadSample(request, place, decode(self.read(sample)))
+                return ReadSample(request, index, decode(request, index, self.read(sample)))
             except DataError as error:
                 self.quarantine_sample(sample, str(error))
             if request.replacement is None:
                 return None
-            request, place = request.replacement(place), 0
+            request, index = request.replacement(index), 0
 
     def prefetch_ahead(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Pass requests on, letting the store know of each of them as early as it says."""
-        waiting: deque[Request] = deque()
+        """Yield the requests unchanged, and prefetch the samples of each `request.ahead` requests before its turn."""
+        pending: deque[Request] = deque()
         for request in requests:
             self._store.prefetch(request.samples.ids)
-            waiting.append(request)
-            if len(waiting) > request.ahead:
-                yield waiting.popleft()
-        yield from waiting
+            pending.append(request)
+            if len(pending) > request.ahead:
+                yield pending.popleft()
+        yield from pending
 
     def quarantine_sample(self, sample: int, reason: str) -> None:
-        """Quarantine a sample. Raises UserError when there are too many."""
+        """Quarantine a sample. Raises UserError if there are too many bad samples."""
         shard = self.index.shards[int(self.index.shard[sample])].name
-        self._quarantine.report(sample, f"{shard} at {int(self.index.offset[sample])}: {reason}")
+        self._quarantine.add(sample, f"{shard} at {int(self.index.offset[sample])}: {reason}")
 
     def close(self) -> None:
         self._store.close()
 
-    def _examine(self, sample: int) -> str:
-        """Why an image is none, which the index does not tell. Raises DataError if its bytes have changed since."""
+    def _diagnose(self, sample: int) -> str:
+        """Return why an image is unreadable, which the index does not record. Raises DataError if its bytes have
+        changed since."""
         try:
             measure(self._store.read(sample))
         except ImageError as error:
             return str(error)
-        return "it is one now; index the shards again"
+        return "it is now; index the shards again"

@@ -1,1 +1,1 @@
-"""Which samples each lane consumes, and when: pure functions, no I/O."""
+"""Which samples each lane consumes at each step: pure functions, no I/O."""

@@ -54,7 +54,8 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
     """
     from torch import device
 
-    from distrain.data.loading.feed import make_loader, make_plan, make_quarantine, train_requests
+    from distrain.data.loading.requests import train_requests
+    from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
 
     count = min(count, len(index))
     with TemporaryDirectory() as folder:

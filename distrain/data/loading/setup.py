@@ -1,0 +1,96 @@
+"""Sets up the data pipeline of a run: indexes, plan, quarantine, loader."""
+
+import socket
+
+import torch
+
+from distrain.config import AugmentConfig, Config, DataConfig
+from distrain.data.index import Index
+from distrain.data.loading.loader import Loader
+from distrain.data.loading.quarantine import Quarantine
+from distrain.data.loading.reader import SampleReader
+from distrain.data.sampling.lanes import LaneLayout
+from distrain.data.sampling.order import make_order
+from distrain.data.sampling.plan import Plan
+from distrain.data.storage.index_file import load_index
+from distrain.data.storage.remote import open_store
+from distrain.errors import UserError
+
+LOADERS = ("torch", "dali")
+
+
+def load_indexes(config: Config) -> tuple[Index, Index]:
+    """Load the training and validation index. Raises UserError unless both have the classes of the model."""
+    train_index, val_index = (load_index(path, config.download) for path in (config.data.train, config.data.val))
+    if train_index.classes != val_index.classes:
+        raise UserError(
+            f"{config.data.val}: classes differ from those of {config.data.train}; index both with the same --classes"
+        )
+    classes = len(train_index.classes)
+    if classes != config.model.num_classes:
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {classes} classes: "
+            f"set model.num_classes={classes}"
+        )
+    return train_index, val_index
+
+
+def make_plan(config: Config, index: Index) -> Plan:
+    """Return which samples each lane consumes at each step."""
+    layout = LaneLayout(len(index), config.batch.lanes, config.batch.per_lane)
+    return Plan(layout, config.train.epochs, make_order(config.data, index, layout, config.run.seed))
+
+
+def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
+    """Open the list of bad samples of a split, in the run's folder."""
+    return Quarantine(config.run.folder / "quarantine.jsonl", split, len(index), config.data.max_bad)
+
+
+def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
+    """Open the loader `name` of a run over an index. Raises UserError if it is not installed on this machine."""
+    if name == "dali":
+        require_dali()
+    reader = SampleReader(index, open_store(index, config.download), quarantine)
+    batch = max(config.batch.per_lane, config.evaluate.batch)
+    return open_loader(name, config.data, config.augment, config.run.seed, batch, reader, device)
+
+
+def open_loader(
+    name: str,
+    data: DataConfig,
+    augment: AugmentConfig,
+    seed: int,
+    batch: int,
+    reader: SampleReader,
+    device: torch.device,
+) -> Loader:
+    """Open the loader `name` over a reader, for requests of at most `batch` samples.
+
+    All loaders give the same pixels, up to rounding, for the same crop boxes.
+    """
+    if name == "dali":
+        from distrain.data.loading.dali import DaliLoader
+
+        return DaliLoader(data, augment, seed, batch, reader, device)
+    from distrain.data.loading.torch import TorchLoader
+
+    return TorchLoader(data, augment, seed, reader, device)
+
+
+def require_dali() -> None:
+    """Raise UserError if DALI is not installed on this machine."""
+    if not has_dali():
+        raise UserError(
+            f"data.loader=dali needs NVIDIA DALI, which is not installed on {socket.gethostname()}: install "
+            "nvidia-dali-cuda130 or set data.loader=torch",
+            scope="rank",
+        )
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed on this machine."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True
