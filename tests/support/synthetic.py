@@ -1,4 +1,4 @@
-"""Shards of small made-up images."""
+"""Shards of small synthetic images."""
 
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +16,9 @@ CLASSES = ["red", "green", "blue"]
 def write_split(folder: Path, split: str, count: int, shards: int, size: int = 8) -> None:
     rng = np.random.default_rng(count)
     names = [f"{split}-{number:06d}.tar" for number in range(shards)]
-    for name, part in zip(names, np.array_split(np.arange(count), shards), strict=True):
+    for name, samples in zip(names, np.array_split(np.arange(count), shards), strict=True):
         with TarWriter(str(folder / name)) as writer:
-            for number in part:
+            for number in samples:
                 label = int(rng.integers(len(CLASSES)))
                 pixels = rng.integers(0, 200, (size, size, 3), dtype=np.uint8)
                 pixels[..., label] += 55
