@@ -55,7 +55,7 @@ def yield_to_main_rank() -> None:
 
 
 def yield_to_failed_rank() -> None:
-    """The same for a rank that failed. torchrun may have noticed first and sent SIGTERM to this one already."""
+    """Give a failed rank time to print its error. torchrun may have noticed first and sent SIGTERM to this rank."""
     from distrain.resilience.stopping import StopRequest
 
     if StopRequest.sigterm_came:
@@ -64,7 +64,7 @@ def yield_to_failed_rank() -> None:
 
 
 def stdout_closed() -> bool:
-    """Whether the reader of standard output is gone, as behind `| head`. Output then goes to /dev/null, so that Python
+    """Whether the reader of standard output is gone, as after `| head`. Output then goes to /dev/null, so that Python
     does not complain at exit."""
     poll = select.poll()
     poll.register(sys.stdout, 0)

@@ -33,7 +33,7 @@ class TemporaryError(Exception):
 
 
 class StaleAttemptError(TemporaryError):
-    """A newer attempt of the same run has started; this one must not write any more."""
+    """A newer attempt of the same run has started; this one must stop writing."""
 
 
 class Stopped(Exception):  # noqa: N818, it is not an error

@@ -11,12 +11,12 @@ FAILPOINTS = {
     "train.step": "when a step begins",
     "data.request": "when the images of a step are requested",
     "evaluate.batch": "before a batch of validation",
-    "checkpoint.stage": "when the state is copied for a checkpoint",
-    "checkpoint.write": "when it is written",
-    "checkpoint.manifest": "before its manifest is written",
-    "checkpoint.rename": "before it is renamed to its final name",
-    "checkpoint.commit": "after that",
-    "checkpoint.end": "when the write has ended, successful or not",
+    "checkpoint.stage": "when the state is copied to host memory for a checkpoint",
+    "checkpoint.write": "before the files of a checkpoint are written",
+    "checkpoint.manifest": "before the manifest of a checkpoint is written",
+    "checkpoint.rename": "before a checkpoint is renamed to its final name",
+    "checkpoint.commit": "after a checkpoint is committed",
+    "checkpoint.end": "when the write of a checkpoint has ended, successful or not",
 }
 
 Hook = Callable[[str, int], None]
@@ -25,14 +25,14 @@ _armed: list[Hook] = []
 
 
 def failpoint(name: str, step: int) -> None:
-    """Let armed hooks act at `name` in `step`."""
+    """Call the armed hook, if any."""
     for hook in _armed:
         hook(name, step)
 
 
 def arm(hook: Hook) -> None:
     """Call `hook(name, step)` at every failpoint."""
-    assert not _armed, "failpoints are armed already"
+    assert not _armed, "failpoints are already armed"
     _armed.append(hook)
 
 

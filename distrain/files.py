@@ -10,9 +10,9 @@ from distrain.errors import UserError
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
-    """Replace `path` by `content`: after a crash or power loss it holds the old content or the new one, never less.
+    """Replace `path` by `content`: after a crash or power loss it holds the old content or the new one.
 
-    Without `durable` nothing is flushed to the disk, which a file that only living processes read does not need.
+    Without `durable` nothing is flushed to disk, which is enough for a file that only running processes read.
     Raises OSError.
     """
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -32,12 +32,12 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> 
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_atomically` for what JSON can hold. Raises OSError."""
+    """Write a JSON file with `write_atomically`. Raises OSError."""
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path, cure: str) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no file.
+    """Return the JSON object in a file, {} if there is no file.
 
     Raises UserError, which names the file and the `cure`, if it holds anything else, as an interrupted write by an
     older release or a damaged disk may leave it. Raises OSError if the file cannot be read.
@@ -54,7 +54,7 @@ def read_json(path: Path, cure: str) -> dict[str, Any]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename in it survives a power loss. Raises OSError."""
+    """Flush a folder's entries to disk, so that a rename in it survives a power loss. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""A run while it trains: what it is made of, and what the training loop asks of it between steps."""
+"""A run in training: its components, and what the training loop calls between steps."""
 
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -33,7 +33,7 @@ from distrain.track import Tracker
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What one start of a run keeps through every rollback."""
+    """What one start of a run keeps across rollbacks."""
 
     config: Config
     plan: Plan
@@ -50,13 +50,13 @@ class Run(Session):
     """A run from a restored state on. Every rank has one and calls its methods at the same steps."""
 
     start: int
-    """Updates that are done already."""
+    """Number of updates that are already done."""
     skipped_steps: set[int]
     """Steps that rollbacks have excluded."""
     validation_steps: set[int]
-    """Steps before which the network is validated, and the last one."""
+    """Numbers of updates after which the network is validated; includes the end of the run."""
     manifest: dict[str, Any]
-    """What every checkpoint says about the run: format, identity, versions."""
+    """What every checkpoint records about the run: format, identity, versions."""
     learner: Learner
     checkpoints: Checkpointer
     batches: Generator[Batch, None, None]
@@ -67,11 +67,11 @@ class Run(Session):
     progress: "Progress"
 
     def steps(self) -> Iterator[int]:
-        """Yield every step that is left to train."""
+        """Yield the remaining steps."""
         return (step for step in range(self.start, self.plan.steps) if step not in self.skipped_steps)
 
     def save_if_due(self, step: int) -> None:
-        """Save a checkpoint if it is time for one, by steps or by minutes."""
+        """Save a checkpoint if one is due, by steps or by minutes."""
         if self.checkpoints.is_due(step, self.progress.overdue):
             self.save(step)
 
@@ -114,7 +114,7 @@ class Run(Session):
             raise Stopped(self.stop.reason or "a signal to another rank")
 
     def record_step(self, step: int, lr: float, metrics: Mapping[str, torch.Tensor], applied: torch.Tensor) -> None:
-        """Record that `step` updates are done, and report `metrics` if it is time to."""
+        """Record that `step` updates are done, and report `metrics` if a report is due."""
         self.progress.skipped_updates += ~applied
         self.attempt.record_step(step)
         self.tracker.advance(step)
@@ -135,7 +135,7 @@ class Run(Session):
 
 @dataclass
 class Progress:
-    """What changes from step to step beside the learner."""
+    """What changes from step to step besides the learner."""
 
     skipped_updates: torch.Tensor
     """int64 [], on the device, so that counting does not wait for it."""
@@ -149,7 +149,7 @@ class Progress:
         self._step, self._time = step, time.monotonic()
 
     def images_per_second(self, step: int, batch: int) -> float:
-        """Over all ranks, since the last call."""
+        """The throughput of all ranks since the last call."""
         rate = (step - self._step) * batch / (time.monotonic() - self._time)
         self.restart_clock(step)
         return rate
@@ -222,7 +222,7 @@ def check_resumable(config: Config, train_index: Index, group: Group) -> None:
 
 
 def run_manifest(config: Config, train_index: Index) -> dict[str, Any]:
-    """What a checkpoint says about its run: a run resumes only with the same identity."""
+    """What a checkpoint records about its run. A run resumes only with the same identity."""
     identity = fixed_settings(config) | {
         "data.train digest": train_index.digest,
         "data.shuffle": resolve_shuffle(config.data, train_index),
@@ -235,7 +235,7 @@ def run_manifest(config: Config, train_index: Index) -> dict[str, Any]:
 
 
 def split_batches(batches: Generator[Batch, None, None], splits: int) -> Generator[Batch, None, None]:
-    """Yield each batch as `splits` smaller ones."""
+    """Split each batch into `splits` smaller ones."""
     with closing(batches):
         for images, labels in batches:
             yield from map(Batch, images.chunk(splits), labels.chunk(splits))

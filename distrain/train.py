@@ -26,7 +26,7 @@ from distrain.track import open_tracker
 
 
 def train(config: Config) -> int:
-    """Train as configured, from the newest checkpoint if there is one. Returns the exit code.
+    """Train as configured, resuming from the newest checkpoint if there is one. Returns the exit code.
 
     Raises UserError before any work if configuration, data and checkpoint do not belong together.
     """
@@ -70,7 +70,7 @@ def train_with_rollbacks(session: Session) -> tuple[Accuracy, str]:
 
 
 def train_steps(run: Run) -> tuple[Accuracy, str]:
-    """Train every step that is left, then save and validate. Returns the final accuracy and the weights' digest.
+    """Train the remaining steps, then save and validate. Returns the final accuracy and the weights' digest.
 
     Raises Stopped, with everything saved, once any rank was asked to stop; Diverged if training has to roll back.
     """

@@ -13,7 +13,7 @@ from distrain.parallel.group import Group
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the launcher, which is not installed
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure
 hypothesis.settings.load_profile("untimed")
 
 LONGEST = (
@@ -23,31 +23,31 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that none is left to one worker when the other is done."""
+    """Run the longest files first, so that no worker is left with one when the others are done."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_runtest_setup(item):
     if "gpu" in item.keywords and not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here")
+        pytest.skip("needs an NVIDIA GPU")
 
 
 @pytest.fixture(autouse=True)
-def _fresh_random_numbers():
+def _seed_torch():
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")
 def group():
-    """A process group of this process alone."""
+    """A process group of only this process."""
     with Group() as group:
         yield group
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """Shards of small made-up images whose colour tells the class: 203 for training in 5 shards, 61 for
-    validation in 2. Neither count is a multiple of anything the tests use."""
+    """Shards of small synthetic images whose color is their class: 203 for training in 5 shards, 61 for validation in
+    2. Neither count is divisible by any batch size or number of ranks that the tests use."""
     folder = tmp_path_factory.mktemp("dataset")
     write_split(folder, "train", 203, shards=5)
     write_split(folder, "val", 61, shards=2)
@@ -70,5 +70,5 @@ def on_dataset(dataset) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def settings(on_dataset) -> tuple[str, ...]:
-    """Overrides for a run of 51 steps: 203 samples in steps of 12 are 16.9 an epoch, and there are 3 epochs."""
+    """Overrides for a run of 51 steps: 3 epochs of 203 samples, 12 per step, so that epochs end within a step."""
     return (*SMALL, *on_dataset, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")

@@ -44,7 +44,7 @@ def test_an_unknown_model_is_refused_before_any_work_with_the_nearest_name():
     assert refused.stderr == "distrain: model 'regnety_16g' is not known: did you mean regnety_16gf?\n"
 
 
-def test_settings_may_stand_before_between_and_after_options():
+def test_settings_may_come_before_between_and_after_options():
     shown = distrain(
         "train.epochs=7", "--config", "configs/quickstart.yaml", "run.seed=3", "--print-config", "augment.flip=0"
     )

@@ -102,14 +102,14 @@ def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
         config.load(write(tmp_path / "broken.yaml", "batch: [1,"), REQUIRED)
 
 
-def test_files_that_extend_one_another_are_refused(tmp_path):
+def test_files_that_extend_each_other_are_refused(tmp_path):
     write(tmp_path / "a.yaml", "extends: b.yaml\n")
     path = write(tmp_path / "b.yaml", "extends: a.yaml\n")
     with pytest.raises(UserError, match="extends itself"):
         config.load(path, REQUIRED)
 
 
-def test_what_must_be_set_is_listed():
+def test_missing_settings_are_listed():
     with pytest.raises(UserError, match=r"^data\.train, data\.val, model\.name must be set"):
         config.load(None, ["run.name=a"])
 
@@ -121,11 +121,11 @@ def test_every_rank_needs_a_lane():
         config.check_ranks(loaded, 5)
 
 
-def test_ranks_that_a_strategy_cannot_deal_lanes_to_are_refused():
+def test_a_number_of_ranks_that_does_not_suit_the_strategy_is_refused():
     config.check_ranks(config.load(None, [*REQUIRED, "batch.lanes=7"]), 4)
     zero = config.load(None, [*REQUIRED, "batch.lanes=6", "parallel.strategy=zero1"])
     config.check_ranks(zero, 3)
-    with pytest.raises(UserError, match=r"is not divisible by 4 ranks: start 3, or set parallel\.strategy=ddp"):
+    with pytest.raises(UserError, match=r"is not divisible by 4 ranks: start 3 ranks or set parallel\.strategy=ddp"):
         config.check_ranks(zero, 4)
     sync = config.load(None, [*REQUIRED, "batch.lanes=4", "parallel.batch_norm=sync"])
     config.check_ranks(sync, 4)
@@ -133,7 +133,7 @@ def test_ranks_that_a_strategy_cannot_deal_lanes_to_are_refused():
         config.check_ranks(sync, 2)
 
 
-def test_the_identity_of_a_run_leaves_out_where_it_lives_and_how_it_reports():
+def test_the_identity_of_a_run_excludes_its_location_and_its_reports():
     fixed = config.fixed_settings(config.load(None, REQUIRED))
     assert {"batch.lanes", "optimizer.lr", "run.seed", "model.name", "train.epochs"} <= fixed.keys()
     assert not {"run.dir", "data.train", "track.uri", "checkpoint.keep", "data.threads"} & fixed.keys()

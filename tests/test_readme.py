@@ -1,4 +1,4 @@
-"""The commands that README shows, as they stand there."""
+"""The commands in README work as written there."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ TEXT = README.read_text()
 
 
 def run(words: list[str]) -> str:
-    """Run it with this interpreter's tools and return what it said."""
+    """Run a command with this interpreter's tools and return its output."""
     tools = {"torchrun": ["-m", "torch.distributed.run", "--standalone"], "python": []}
     done = subprocess.run(
         [sys.executable, *tools[words[0]], *words[1:]], cwd=ROOT, capture_output=True, text=True, env=environment()
@@ -29,13 +29,13 @@ def run(words: list[str]) -> str:
 
 def test_the_changed_run_trains(on_dataset, tmp_path):
     small = [f"run.dir={tmp_path}", *on_dataset, "track.uri=none", "train.epochs=1", "schedule.warmup_epochs=0"]
-    said = run(
+    output = run(
         [
             *readme_command("torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml run.name=mine"),
             *small,
         ]
     )
-    assert "done: top-1" in said
+    assert "done: top-1" in output
     assert (tmp_path / "mine" / "checkpoints").is_dir()
 
 
@@ -47,7 +47,7 @@ def test_all_ways_to_run_train(on_dataset, tmp_path):
         assert "done: top-1" in run([*shlex.split(way), *small, f"run.name={number}"])
 
 
-def is_understood(monkeypatch, *overrides: str) -> bool:
+def is_accepted(monkeypatch, *overrides: str) -> bool:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.argv", ["distrain", "--config", "configs/quickstart.yaml", *overrides, "--print-config"])
     return main() == EXIT_DONE
@@ -58,7 +58,7 @@ def test_the_settings_of_strategy_precision_and_memory_exist(monkeypatch):
     overrides = re.findall(r"`((?:parallel|train)\.[a-z_]+=[^`]*)`", table)
     assert len(overrides) == 6
     for override in overrides:
-        assert is_understood(monkeypatch, override, *EXTRA.get(override, []))
+        assert is_accepted(monkeypatch, override, *EXTRA.get(override, []))
 
 
 @pytest.mark.slow
@@ -73,4 +73,4 @@ def test_the_options_of_the_table_exist(monkeypatch):
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
     assert len(overrides) == 7
     words = [word for override in overrides for word in override.split()]
-    assert is_understood(monkeypatch, *words, "train.epochs=9")
+    assert is_accepted(monkeypatch, *words, "train.epochs=9")

@@ -1,30 +1,21 @@
-"""Whole runs, started as a user starts them."""
+"""Whole runs, started the way a user starts them."""
 
 import json
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.processes import SMALL, Training, train
+from support.processes import Training, train, two_agents
 
 from distrain.checkpoint import MANIFEST, committed, read
-
-# 203 samples in steps of 12 are 16.9 steps an epoch: 3 epochs are 51 steps, and epochs end inside a step.
-SHORT = (*SMALL, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
-
-
-@pytest.fixture(scope="module")
-def settings(on_dataset) -> tuple[str, ...]:
-    return (*SHORT, *on_dataset)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory) -> dict:
-    """The same run on 1, 2 and 3 ranks, each recording the samples it consumed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    """The same run on 1, 2 and 3 ranks, each of which records the samples it consumes."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     recorder = (str(Path(__file__).parent / "support" / "recording_main.py"),)
     results = {ranks: train(folder / f"on{ranks}", *settings, ranks=ranks, program=recorder) for ranks in (1, 2, 3)}
     assert [result.code for result in results.values()] == [0, 0, 0], results
@@ -43,18 +34,18 @@ def test_the_last_line_states_accuracy_images_and_digest(uninterrupted):
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_losses_do_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
-    alone, together = (uninterrupted[n].series("train/loss") for n in (1, ranks))
-    assert list(alone) == list(range(1, 52))
-    np.testing.assert_allclose(list(together.values()), list(alone.values()), rtol=1e-5)
+    one, several = (uninterrupted[n].series("train/loss") for n in (1, ranks))
+    assert list(one) == list(range(1, 52))
+    np.testing.assert_allclose(list(several.values()), list(one.values()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_running_statistics_do_not_depend_on_the_number_of_ranks(uninterrupted, ranks):
-    alone, together = (read(newest(uninterrupted[n].folder)).tensors for n in (1, ranks))
-    statistics = [name for name in alone if "running_" in name or "num_batches" in name]
+    one, several = (read(newest(uninterrupted[n].folder)).tensors for n in (1, ranks))
+    statistics = [name for name in one if "running_" in name or "num_batches" in name]
     assert len(statistics) > 10
     for name in statistics:
-        torch.testing.assert_close(together[name], alone[name], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -66,7 +57,7 @@ def test_every_sample_is_trained_on_once_per_epoch(uninterrupted, ranks):
     ]
     for epoch in (0, 1, 2):
         assert sorted(sample for e, sample in seen if e == epoch) == list(range(203))
-    assert len(seen) == 51 * 12  # of which three belong to the epoch that follows
+    assert len(seen) == 51 * 12  # three of them belong to the next epoch
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -84,14 +75,14 @@ def test_killed_at_several_steps_the_run_ends_in_the_same_bits(uninterrupted, se
     assert len(result.series("train/loss")) == len([m for m in result.metrics if "train/loss" in m["metrics"]])
 
 
-def test_asked_to_stop_it_saves_and_exits_75_and_goes_on_later(uninterrupted, settings, tmp_path):
+def test_sigterm_saves_and_exits_75_and_the_run_resumes_later(uninterrupted, settings, tmp_path):
     folder = tmp_path / "stopped"
     training = Training(folder, *settings, "checkpoint.every_steps=1000")
     training.wait_for_step(10)
     training.signal_workers(signal.SIGTERM)
     stopped = training.wait()
     assert stopped.code == 75, stopped.output
-    assert "stopped by SIGTERM" in stopped.output
+    assert "stopped by SIGTERM; everything is saved" in stopped.output
     saved = json.loads((newest(folder) / MANIFEST).read_text())["step"]
     assert saved == max(stopped.series("train/loss"))
     assert train(folder, *settings).digest == uninterrupted[1].digest
@@ -103,12 +94,12 @@ def test_a_stop_file_stops_all_ranks_at_the_same_step(uninterrupted, settings, t
     training.wait_for_step(10)
     (folder / "stop").touch()
     stopped = training.wait()
-    assert "all is saved" in stopped.output
+    assert "; everything is saved, run the same command again to continue" in stopped.output
     assert not (folder / "stop").exists()
     assert train(folder, *settings, ranks=2).digest == uninterrupted[2].digest
 
 
-def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(uninterrupted, settings, tmp_path):
+def test_with_a_flipped_bit_in_the_newest_checkpoint_the_one_before_is_used(uninterrupted, settings, tmp_path):
     folder = tmp_path / "damaged"
     training = Training(folder, *settings, ranks=2)
     training.wait_for_step(30)
@@ -126,38 +117,35 @@ def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_one_before(un
     assert data.name in (damaged.with_name(damaged.name + ".bad") / "reason.txt").read_text()
 
 
-def test_two_agents_that_meet_over_the_network_train_as_one_does(uninterrupted, settings, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test")
-    first = Training(tmp_path / "run", *settings, rendezvous=meeting)
-    second = Training(tmp_path / "run", *settings, rendezvous=meeting)
+def test_two_agents_that_rendezvous_over_the_network_train_as_one_does(uninterrupted, settings, tmp_path):
+    rendezvous = two_agents()
+    first = Training(tmp_path / "run", *settings, rendezvous=rendezvous)
+    second = Training(tmp_path / "run", *settings, rendezvous=rendezvous)
     results = [agent.wait() for agent in (first, second)]
     assert [result.code for result in results] == [0, 0], results[0].output
     assert results[0].output.strip().splitlines()[-1].endswith(uninterrupted[2].digest)
 
 
-def test_a_finished_run_started_again_reports_the_same_end(uninterrupted, settings):
+def test_a_finished_run_started_again_reports_the_same_result(uninterrupted, settings):
     again = train(uninterrupted[1].folder, *settings)
     assert again.code == 0
     assert again.output.strip().splitlines()[-1] == uninterrupted[1].output.strip().splitlines()[-1]
 
 
-def test_a_run_refuses_to_go_on_under_other_settings(uninterrupted, settings):
+def test_a_run_refuses_to_resume_with_other_settings(uninterrupted, settings):
     refused = train(uninterrupted[1].folder, *settings, "optimizer.lr=0.06")
     assert refused.code == 78
     assert refused.output.strip() == (
         "distrain: optimizer.lr was 0.05 when this run began and is 0.06 now: "
-        "set it back, name it in run.change=[optimizer.lr] if it is to change from here on, "
+        "set it back, name it in run.change=[optimizer.lr] if the change is intended, "
         "or start a new run with another run.name"
     )
 
 
 def test_more_ranks_than_lanes_is_refused_in_one_line(settings, tmp_path):
     refused = train(tmp_path / "wide", *settings, "batch.lanes=1", ranks=2)
-    said = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
-    assert said == [
+    errors = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
+    assert errors == [
         "distrain: batch.lanes=1 does not fit 2 ranks: every rank needs at least one lane; "
         "start at most 1 ranks or set batch.lanes=2 (a new run)"
     ]

@@ -63,7 +63,7 @@ class Checkpointer:
         self._folder = folder
         self._group = group
         self._config = config
-        self._writers = new_gloo_group()  # of its own, because it communicates while training does
+        self._writers = new_gloo_group()  # a separate one, because it communicates during training
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staged: dict[str, torch.Tensor] = {}
         self._writing: Future[None] | None = None
@@ -203,8 +203,8 @@ class Checkpointer:
     def _agree(self, step: int, work: Callable[[], T]) -> list[T]:
         """Do `work` on every rank and return what it returned on each.
 
-        Every rank takes part in the exchange also if its own work failed, so that no rank waits for another one in
-        vain or takes a checkpoint for committed that is not. Raises _WriteError on every rank if it failed on any.
+        Every rank takes part in the exchange even if its work failed, so that none waits forever or considers an
+        uncommitted checkpoint committed. Raises _WriteError on every rank if it failed on any.
         """
         result, reason, fatal = None, "", None
         try:
@@ -264,7 +264,7 @@ class Checkpointer:
 
 
 class _WriteError(Exception):
-    """A checkpoint could not be written, on whichever rank."""
+    """A checkpoint could not be written by some rank."""
 
 
 def check_identity(
@@ -298,6 +298,6 @@ def _renamed_settings(identity: dict[str, Any]) -> str:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The failure inside torch's report of which rank failed."""
+    """The exception inside torch's report of failed ranks."""
     failures = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if failures else error

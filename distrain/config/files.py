@@ -1,4 +1,4 @@
-"""Reading a run's configuration from YAML files and the command line, and writing it down."""
+"""Read a run's configuration from YAML files and the command line, and print it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def check_ranks(config: Config, world: int) -> None:
         fitting = [ranks for ranks in range(1, world) if lanes % ranks == 0]
         raise UserError(
             f"parallel.strategy={strategy} needs the same number of lanes on every rank, and batch.lanes={lanes} is "
-            f"not divisible by {world} ranks: start {fitting[-1]}, or set parallel.strategy=ddp"
+            f"not divisible by {world} ranks: start {fitting[-1]} ranks or set parallel.strategy=ddp"
         )
     if config.parallel.batch_norm == "sync" and lanes != world:
         raise UserError(
@@ -91,7 +91,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that make a run what it is, by dotted key: resuming with others would be another run."""
+    """The settings that identify a run, by dotted key: it resumes only with the same ones."""
     values = to_dict(config)
     return {
         f"{section.name}.{entry.name}": values[section.name][entry.name]
@@ -132,7 +132,7 @@ def _meaning(section: Any, entry: "Field[Any]") -> str:
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
     """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
     if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself, by way of {', '.join(str(p) for p in seen)}")
+        raise UserError(f"{path}: extends itself via {', '.join(str(p) for p in seen)}")
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError as error:

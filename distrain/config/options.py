@@ -35,7 +35,7 @@ def option(
 
 
 class Section:
-    """Base of the configuration's dataclasses: checks every field against its type and bounds when it is made."""
+    """Base of the configuration's dataclasses: checks every field against its type and bounds."""
 
     def __post_init__(self) -> None:
         types = get_type_hints(type(self))

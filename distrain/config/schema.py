@@ -137,7 +137,7 @@ class ModelConfig(Section):
 
 @dataclass
 class BatchConfig(Section):
-    lanes: int = option(8, "streams of samples; one per rank at the planned size, fixed for the life of a run", min=1)
+    lanes: int = option(8, "deterministic streams of samples, usually one per rank; fixed for the life of a run", min=1)
     # A batch of one image has no variance to normalize by.
     per_lane: int = option(32, "images per lane and step; batch.lanes x batch.per_lane = global batch", min=2)
 
@@ -191,7 +191,7 @@ class ParallelConfig(Section):
         25.0, "bucket size of gradients (zero3: and of weights), 2^20 bytes", min=0.1, on_resume="free"
     )
     batch_norm: Literal["lane", "sync"] = option(
-        "lane", "statistics of each lane's batch, or of all ranks' (GPUs only)"
+        "lane", "lane: statistics of each lane's batch; sync: of all ranks' batches (GPUs only)"
     )
 
     def __post_init__(self) -> None:
@@ -271,7 +271,7 @@ class CheckpointConfig(Section):
     every_minutes: float = option(
         0.0, "also save when this many minutes have passed; 0 disables", min=0, on_resume="free"
     )
-    # With one alone nothing would be left if it is damaged.
+    # With only one, none would be left if it is damaged.
     keep: int = option(3, "number of newest checkpoints to keep", min=2, on_resume="free")
     keep_every_steps: int = option(
         0, "also keep checkpoints whose step is a multiple of this; 0 disables", min=0, on_resume="free"

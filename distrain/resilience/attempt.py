@@ -1,4 +1,4 @@
-"""One attempt at a run: watched by the other ranks, recorded by the main rank."""
+"""One attempt of a run: watched by the other ranks, recorded by the main rank."""
 
 import time
 from contextlib import ExitStack

@@ -12,7 +12,7 @@ _HISTORY = 100  # losses whose median a spike is compared with
 
 
 class DivergenceDetector:
-    """Checks every step one step late, so that nothing waits for the device to know its loss.
+    """Checks every step one step late, so that training does not wait for the device.
 
     Deterministic: every rank sees the same inputs.
     """
@@ -24,9 +24,9 @@ class DivergenceDetector:
         self._latest: tuple[int, torch.Tensor, torch.Tensor] | None = None
 
     def observe(self, step: int, loss: torch.Tensor, applied: torch.Tensor) -> None:
-        """Take in the loss of `step`, float [], and whether its update was applied, bool [].
+        """Observe the loss of `step`, float [], and whether its update was applied, bool [].
 
-        Raises Diverged because of what was observed before.
+        Raises Diverged if the steps before it have diverged.
         """
         before, self._latest = self._latest, (step, loss, applied)
         if before is not None:

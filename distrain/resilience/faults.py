@@ -25,9 +25,9 @@ from distrain.errors import UserError, nearest
 from distrain.execution.precision import Autocast
 from distrain.failpoints import FAILPOINTS, arm, disarm
 
-_EXACT = ("train.step", "data.request")  # elsewhere a fault fires at the first chance from its step on
+_EXACT = ("train.step", "data.request")  # elsewhere a fault fires at the first opportunity from its step on
 _DAMAGE = ("flip", "truncate")
-_FULL_DISK_BYTES = 1000  # size that a file may have on a full disk
+_FULL_DISK_BYTES = 1000  # max size of a file on the simulated full disk
 
 _FAULT = re.compile(r"(?P<kind>[a-z]+)@(?P<failpoint>[a-z.]+):(?P<step>\d+)(?:/(?P<rank>\d+))?")
 
@@ -63,12 +63,12 @@ class Faults:
     """The faults of one rank that have not fired yet. A context manager that arms the failpoints."""
 
     def __init__(self, texts: Sequence[str], folder: Path, rank: int) -> None:
-        """Raises UserError for one that cannot be parsed."""
+        """Raises UserError if one cannot be parsed."""
         self._folder = folder
         self._record = folder / "faults.jsonl"
-        own = [fault for fault in map(parse_fault, texts) if fault.rank == rank]
-        fired = self._read_fired() if own else set()
-        self._planned = [fault for fault in own if str(fault) not in fired]
+        planned = [fault for fault in map(parse_fault, texts) if fault.rank == rank]
+        fired = self._read_fired() if planned else set()
+        self._planned = [fault for fault in planned if str(fault) not in fired]
 
     def __enter__(self) -> Self:
         if self._planned:
@@ -121,17 +121,17 @@ def _raise(error: BaseException) -> Callable[[Path], None]:
 def _poison(folder: Path) -> None:
     """Make the next output of the network NaN."""
 
-    def spoil(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
+    def make_nan(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor | None:
         if not isinstance(module, Autocast):
             return None
         hook.remove()
         return output * torch.nan
 
-    hook = register_module_forward_hook(spoil)  # type: ignore[arg-type]  # it may return the output, as in nn.Module
+    hook = register_module_forward_hook(make_nan)  # type: ignore[arg-type]  # it may return the output, as in nn.Module
 
 
 def _fill_disk(folder: Path) -> None:
-    """Leave almost no space for the files of the checkpoint, until it has failed."""
+    """Leave almost no space for the files of a checkpoint until its write has ended."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL_DISK_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 

@@ -28,7 +28,7 @@ class Ledger:
     def __init__(self, folder: Path, ranks: int, committed_step: int, allowed: int) -> None:
         """Begin an attempt.
 
-        Raises UserError if `allowed` attempts in a row (0: any number) ended without a new checkpoint.
+        Raises UserError if `allowed` attempts in a row (0: unlimited) ended without a new checkpoint.
         """
         self._folder = folder
         self._current = folder / "attempt.json"
@@ -39,7 +39,7 @@ class Ledger:
         if allowed and without_progress >= allowed:
             raise UserError(
                 f"{self._current}: {without_progress} attempts in a row ended without a checkpoint after step "
-                f"{committed_step}: fix what ends them (see their last lines), delete that file, and run again"
+                f"{committed_step}: fix the cause, which their logs show, delete that file, and run again"
             )
         self.attempt = before.get("attempt", 0) + 1
         self._host = socket.gethostname()

@@ -1,5 +1,4 @@
-"""Stop requests: a signal, a file, the end of a time budget. They only set a flag; the training loop acts on it between
-steps."""
+"""Stop requests: a signal, a file, a time budget. They only set a flag; the training loop acts on it between steps."""
 
 import os
 import signal
@@ -14,14 +13,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopRequest:
     """True once this process was asked to stop. A context manager that owns the signal handlers.
 
-    Schedulers send SIGTERM at preemption, and SIGUSR1 some time before the time limit if asked to. SIGINT, Ctrl-C,
-    exits at once when it is sent twice.
+    Schedulers send SIGTERM at preemption and, on request, SIGUSR1 some time before the time limit. A second SIGINT
+    (Ctrl-C) exits at once.
     """
 
-    sigterm_came: ClassVar[bool] = False  # to any request of this process, also one that is closed
+    sigterm_came: ClassVar[bool] = False  # even to a request that is closed
 
     def __init__(self, folder: Path, minutes: float = 0.0) -> None:
-        """`minutes` from now it becomes true without a request; never if 0."""
+        """Becomes true `minutes` from now; 0 disables this."""
         self.reason = ""
         self._file = folder / "stop"
         self._minutes = minutes

@@ -60,7 +60,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._patience:
-            # A folder of its own for this attempt, so that ranks of an earlier one are not taken for its ranks.
+            # A folder of its own for this attempt, so that ranks of an earlier one are not mistaken for its ranks.
             self._folder = self._heartbeats / self._group.broadcast(f"{time.time():.3f}")
             if self._group.is_main:
                 shutil.rmtree(self._heartbeats, ignore_errors=True)
@@ -88,11 +88,11 @@ class Watchdog:
 
     def _watch_ranks(self) -> None:
         neighbor = (self._group.rank + 1) % self._group.world  # itself in a world of one
-        seen: dict[int, tuple[float, float]] = {}  # by rank: its last sign of life, and when that was first seen
+        seen: dict[int, tuple[float, float]] = {}  # by rank: its last heartbeat, and when that was first seen
         over = False
         while not over:
             over = self._done.wait(min(max(self._patience / 20, 0.1), 10.0))
-            with suppress(OSError):  # a folder that is temporarily unavailable is no reason to exit
+            with suppress(OSError):  # a folder that is temporarily unavailable is not a reason to exit
                 self._write_beat()
             with suppress(OSError, ValueError):
                 if (self._folder / "alarm").exists() and not over:

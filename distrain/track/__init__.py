@@ -30,7 +30,7 @@ class Tracker(Protocol):
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report metrics as they are after `step` updates; what a run before its restart has reported is skipped."""
+        """Report metrics after `step` updates; those that were reported before a restart are skipped."""
         ...
 
     def advance(self, step: int) -> None:
@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
     @property
     def view_hint(self) -> str:
-        """Where the run can be viewed, with the command if there is one."""
+        """Where to view the run, with the command if there is one."""
         ...
 
 

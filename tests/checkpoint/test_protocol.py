@@ -1,14 +1,13 @@
-"""The commit protocol: what is committed can be loaded, whatever failed on whichever rank."""
+"""The commit protocol: a committed checkpoint can be loaded, whatever failed on any rank."""
 
 import json
 import os
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-from support.processes import Training, train
+from support.processes import Training, train, two_agents
 
 from distrain.checkpoint import MANIFEST, committed, read, verify
 from distrain.checkpoint.files import DamagedCheckpointError, read_best
@@ -42,20 +41,17 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_the_next_one_is_whole(u
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_run_folder_that_hosts_do_not_share_never_commits(settings, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "test")
+    rendezvous = two_agents()
     folder = tmp_path / "runs" / "run"
     own_disk = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {folder.parent} && exec "$@"', "-")
     one_epoch = (*settings, "train.epochs=1", "resilience.patience=0")
-    first = Training(folder, *one_epoch, rendezvous=meeting)
-    second = Training(folder, *one_epoch, rendezvous=meeting, host=own_disk)
+    first = Training(folder, *one_epoch, rendezvous=rendezvous)
+    second = Training(folder, *one_epoch, rendezvous=rendezvous, host=own_disk)
     results = [agent.wait() for agent in (first, second)]
     assert all(result.code for result in results)
-    said = "".join(result.output for result in results)
-    assert "is not visible on the main rank's host: run.dir must be shared by all nodes" in said
-    assert "the last checkpoint, of step 17, could not be written" in said
+    output = "".join(result.output for result in results)
+    assert "is not visible on the main rank's host: run.dir must be shared by all nodes" in output
+    assert "the last checkpoint, of step 17, could not be written" in output
     assert committed(folder / "checkpoints") == []
 
 
@@ -78,12 +74,12 @@ def test_a_manifest_that_names_a_file_elsewhere_is_damaged(run_folder):
         verify(newest)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(run_folder, settings):
+def test_a_temporary_read_error_is_not_taken_for_damage(run_folder, settings):
     newest = committed(run_folder / "checkpoints")[-1]
     data = next(newest.glob("*.distcp"))
     content = data.read_bytes()
     data.unlink()
-    data.symlink_to(data)  # opening it is an error of the file system
+    data.symlink_to(data)  # so that opening it fails
     with pytest.raises(TemporaryError, match=rf"{data}: cannot be read: .*; check the file system and run again"):
         verify(newest)
     failed = train(run_folder, *settings)

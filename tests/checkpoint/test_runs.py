@@ -1,4 +1,4 @@
-"""Checkpoints of whole runs: what is kept, what happens where they cannot be written, looking after them."""
+"""Checkpoints of whole runs: which are kept, what happens on a full disk, and the `checkpoints` tool."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from distrain.checkpoint.files import committed, read_best, step_of
 
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory):
-    result = train(tmp_path_factory.mktemp("runs") / "undisturbed", *settings)
+    result = train(tmp_path_factory.mktemp("runs") / "uninterrupted", *settings)
     assert result.code == 0, result.output
     return result
 
@@ -25,7 +25,7 @@ def steps_kept(folder: Path) -> list[int]:
     return [step_of(path) for path in committed(folder / "checkpoints")]
 
 
-def test_the_newest_the_best_and_every_nth_stay(settings, tmp_path):
+def test_the_newest_the_best_and_every_nth_are_kept(settings, tmp_path):
     kept = train(tmp_path / "run", *settings, "checkpoint.keep=2", "checkpoint.keep_every_steps=14")
     best, top1 = read_best(kept.folder / "checkpoints")
     assert top1 == max(kept.series("val/top1").values())
@@ -35,30 +35,30 @@ def test_the_newest_the_best_and_every_nth_stay(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_time_between_checkpoints_makes_more_of_them(settings, tmp_path):
+def test_checkpoints_are_also_saved_by_time(settings, tmp_path):
     often = ("checkpoint.every_steps=1000", "checkpoint.every_minutes=0.001", "checkpoint.keep=100")
-    alone = train(tmp_path / "alone", *settings, *often)
-    assert len(steps_kept(alone.folder)) > 3
-    together = train(tmp_path / "together", *settings, *often, ranks=2)
-    assert together.code == 0, together.output
+    one = train(tmp_path / "one", *settings, *often)
+    assert len(steps_kept(one.folder)) > 3
+    two = train(tmp_path / "two", *settings, *often, ranks=2)
+    assert two.code == 0, two.output
 
 
 @pytest.fixture
 def small_disk(tmp_path) -> Path:
-    """A disk that some checkpoints fit on."""
+    """A disk with room for a few checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"no small disk can be had: {mounted.stderr.strip()}")
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_on_a_full_disk_training_goes_on_and_saves_once_there_is_room(
+def test_on_a_full_disk_training_continues_and_saves_once_there_is_room(
     uninterrupted, settings, small_disk, tmp_path, ranks
 ):
     folder = tmp_path / "run"
@@ -66,13 +66,13 @@ def test_on_a_full_disk_training_goes_on_and_saves_once_there_is_room(
     (folder / "checkpoints").symlink_to(small_disk)
     filler = small_disk / "filler"
     filler.write_bytes(bytes(2_050_000))
-    training = Training(folder, *settings, "data.threads=1", ranks=ranks)
+    training = Training(folder, *settings, ranks=ranks)
     training.wait_for_step(20)
     filler.unlink()
     result = training.wait()
     assert result.code == 0, result.output
     assert "checkpoint of step 7 could not be written: " in result.output
-    assert "No space left on device; training goes on" in result.output
+    assert "No space left on device; training continues" in result.output
     assert 51 in steps_kept(folder)
     if ranks == 1:
         assert result.digest == uninterrupted.digest
@@ -85,10 +85,11 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_done(settings, sma
     (small_disk / "filler").write_bytes(bytes(2_050_000))
     result = train(folder, *settings)
     assert result.code == 1
-    assert re.search(r"distrain: .*: the last checkpoint, of step 51, could not be written: make room", result.output)
+    message = r"distrain: .*: the last checkpoint, of step 51, could not be written: free disk space"
+    assert re.search(message, result.output)
 
 
-def test_a_stop_that_cannot_be_saved_is_told_by_one_rank(settings, small_disk, tmp_path):
+def test_a_stop_that_cannot_be_saved_is_reported_by_one_rank(settings, small_disk, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "checkpoints").symlink_to(small_disk)
@@ -98,27 +99,27 @@ def test_a_stop_that_cannot_be_saved_is_told_by_one_rank(settings, small_disk, t
     training.signal_workers(signal.SIGTERM)
     result = training.wait()
     assert result.code == 1
-    told = re.findall(r"distrain: (rank 1: )?.*: the last checkpoint, of step \d+, could not be written", result.output)
-    assert told == [""]
+    message = r"distrain: (rank 1: )?.*: the last checkpoint, of step \d+, could not be written"
+    assert re.findall(message, result.output) == [""]
 
 
-def test_a_finished_run_goes_on_for_more_epochs_only_on_purpose(settings, tmp_path):
+def test_a_finished_run_continues_for_more_epochs_only_on_purpose(settings, tmp_path):
     folder = tmp_path / "run"
     assert train(folder, *settings, "train.epochs=1").code == 0
     refused = train(folder, *settings)
     assert refused.code == 78
-    assert "name it in run.change=[train.epochs] if it is to change" in refused.output
+    assert "name it in run.change=[train.epochs] if the change is intended" in refused.output
     longer = train(folder, *settings, "run.change=[train.epochs]")
     assert longer.code == 0, longer.output
     assert "resuming at step 17 of 51" in longer.output
     assert list(longer.series("train/loss")) == list(range(1, 52))
-    assert train(folder, *settings).code == 0  # which is what it is from now on
+    assert train(folder, *settings).code == 0  # the new length is the run's from now on
 
 
-def test_what_a_run_is_cannot_be_changed_on_purpose(settings, tmp_path):
+def test_a_fixed_setting_cannot_change_even_on_purpose(settings, tmp_path):
     refused = train(tmp_path / "run", *settings, "run.change=[batch.lanes]")
     assert refused.code == 78
-    assert "run.change: batch.lanes cannot change in the life of a run" in refused.output
+    assert "run.change: batch.lanes cannot change during a run" in refused.output
 
 
 def tool(monkeypatch, *words: str) -> int:
@@ -145,21 +146,21 @@ def test_checkpoints_are_listed_and_shown(run_folder, uninterrupted, monkeypatch
     assert "    batch.lanes: 3" in shown
 
 
-def test_a_damaged_checkpoint_is_found_and_set_aside(run_folder, monkeypatch, capsys):
+def test_verify_finds_a_damaged_checkpoint_and_sets_it_aside(run_folder, monkeypatch, capsys):
     damaged = committed(run_folder / "checkpoints")[-1]
     data = next(damaged.glob("*.distcp"))
     os.truncate(data, 100)
     assert tool(monkeypatch, "verify", run_folder) == 78
     assert f"{damaged.name}: damaged: {data.name} has " in capsys.readouterr().out
     assert tool(monkeypatch, "prune", run_folder, "--keep", "1") == 78
-    assert "nothing was removed" in capsys.readouterr().err
+    assert "nothing removed: an older one may be needed" in capsys.readouterr().err
     assert tool(monkeypatch, "verify", run_folder, "--set-aside") == 78
     assert tool(monkeypatch, "verify", run_folder) == 0
     assert tool(monkeypatch, "list", run_folder) == 0
     assert f"set aside: {damaged.name}.bad: {data.name} has " in capsys.readouterr().out
 
 
-def test_pruning_keeps_the_newest_and_the_best_and_can_be_tried_first(run_folder, monkeypatch, capsys):
+def test_pruning_keeps_the_newest_and_the_best_and_has_a_dry_run(run_folder, monkeypatch, capsys):
     before = steps_kept(run_folder)
     assert tool(monkeypatch, "prune", run_folder, "--keep", "1", "--dry-run") == 0
     assert steps_kept(run_folder) == before
@@ -170,8 +171,8 @@ def test_pruning_keeps_the_newest_and_the_best_and_can_be_tried_first(run_folder
     )
 
 
-def test_a_folder_that_is_no_run_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_is_not_a_run_is_one_line(tmp_path, monkeypatch, capsys):
     assert tool(monkeypatch, "list", tmp_path) == 78
     assert capsys.readouterr().err == (
-        f"distrain: {tmp_path}: no folder of a run; give runs/NAME, which holds checkpoints/\n"
+        f"distrain: {tmp_path}: not the folder of a run; give runs/NAME, which contains checkpoints/\n"
     )

@@ -12,7 +12,7 @@ SHORT = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=3", "checkpo
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signals_raise_the_flag_and_name_themselves(tmp_path, number):
+def test_a_signal_sets_the_flag_and_is_named(tmp_path, number):
     with StopRequest(tmp_path) as stop:
         assert not stop
         os.kill(os.getpid(), number)
@@ -20,7 +20,7 @@ def test_signals_raise_the_flag_and_name_themselves(tmp_path, number):
         assert stop.reason == number.name
 
 
-def test_control_c_twice_ends_the_process_at_once(tmp_path):
+def test_control_c_twice_exits_at_once(tmp_path):
     program = (
         "import os, pathlib, signal, time\n"
         "from distrain.resilience.stopping import StopRequest\n"
@@ -30,8 +30,8 @@ def test_control_c_twice_ends_the_process_at_once(tmp_path):
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(60)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], timeout=50, cwd=tmp_path)
-    assert ended.returncode == 128 + signal.SIGINT
+    done = subprocess.run([sys.executable, "-c", program], timeout=50, cwd=tmp_path)
+    assert done.returncode == 128 + signal.SIGINT
 
 
 def test_control_c_saves_and_stops_a_run(on_dataset, tmp_path):
@@ -41,15 +41,15 @@ def test_control_c_saves_and_stops_a_run(on_dataset, tmp_path):
     training.signal_workers(signal.SIGINT)
     stopped = training.wait()
     assert stopped.code == 75, stopped.output
-    assert "stopped by SIGINT; all is saved" in stopped.output
+    assert "stopped by SIGINT; everything is saved" in stopped.output
     assert train(tmp_path / "run", *settings).digest == train(tmp_path / "other", *settings).digest
 
 
 @pytest.mark.slow
-def test_a_time_budget_saves_and_stops_and_the_next_start_has_it_again(on_dataset, tmp_path):
+def test_a_time_budget_saves_and_stops_and_applies_to_every_start(on_dataset, tmp_path):
     settings = (*SHORT, *on_dataset, "train.epochs=200", "train.max_minutes=0.1", "evaluate.every_epochs=300")
     first = train(tmp_path / "run", *settings, ranks=2)
-    assert "stopped by train.max_minutes=0.1; all is saved" in first.output
+    assert "stopped by train.max_minutes=0.1; everything is saved" in first.output
     done = max(first.series("train/loss"))
     second = train(tmp_path / "run", *settings)
     assert second.code == 75, second.output

@@ -1,10 +1,11 @@
-"""Starts real training processes, the way a user does."""
+"""Real training processes, started the way a user starts them."""
 
 import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import psutil
 
 from distrain.parallel.group import RELIABLE_RESTARTS
 
-# A network of 14 layers that trains at hundreds of steps a second on 8-pixel images.
+# A network of 14 layers that trains at hundreds of steps per second on 8-pixel images.
 SMALL = (
     "model.name=densenet_bc_10_4",
     "train.precision=fp32",
@@ -65,10 +66,10 @@ class Training:
         program: tuple[str, ...] = ("-m", "distrain"),
         host: tuple[str, ...] = (),
     ):
-        """`host`: a command that runs what follows it elsewhere."""
+        """`host` is a command prefix, such as one that runs the rest of the command in another namespace."""
         torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
-        alone = ranks == 1 and rendezvous == ("--standalone",)
-        start = [sys.executable] if alone else [sys.executable, *torchrun]
+        single = ranks == 1 and rendezvous == ("--standalone",)
+        start = [sys.executable] if single else [sys.executable, *torchrun]
         self.folder = folder
         self._log = folder.with_suffix(".log")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,17 +85,17 @@ class Training:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"no end after {timeout} s:\n{self.output}") from None
+            raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
         return Result(code, self.output, self.folder)
 
     def wait_for_step(self, step: int, timeout: float = 90) -> None:
-        """Return as soon as this step, or a later one, has been reported by this or an earlier start."""
+        """Return once this or an earlier start has reported this step or a later one."""
         deadline = time.monotonic() + timeout
         while True:
             reported = [entry["step"] for entry in read_metrics(self.folder)]
             if reported and max(reported) >= step:
                 return
-            assert self.process.poll() is None, f"ended before step {step}:\n{self.output}"
+            assert self.process.poll() is None, f"exited before step {step}:\n{self.output}"
             assert time.monotonic() < deadline, f"step {step} not reached:\n{self.output}"
             time.sleep(0.002)
 
@@ -102,7 +103,7 @@ class Training:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def kill(self) -> None:
-        """SIGKILL to the launcher and all ranks at once, as when a machine loses power."""
+        """Send SIGKILL to the launcher and all ranks at once, as if the machine lost power."""
         doomed = [psutil.Process(self.process.pid), *self.workers()]
         for process in doomed:
             process.suspend()
@@ -127,8 +128,21 @@ def train(folder: Path, *overrides: str, ranks: int = 1, **options) -> Result:
     return Training(folder, *overrides, ranks=ranks, **options).wait()
 
 
+def free_port() -> int:
+    """A port of this machine that no process listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def two_agents() -> tuple[str, ...]:
+    """Options of torchrun for two agents that rendezvous on this machine."""
+    endpoint = f"127.0.0.1:{free_port()}"
+    return ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "test")
+
+
 def environment() -> dict[str, str]:
-    """A user's environment, one computing thread for each process, and no tracking server of the tester's."""
+    """A user's environment, with one compute thread per process and without the developer's tracking server."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_TRACKING_URI": "", **RELIABLE_RESTARTS}
 
 
@@ -139,13 +153,13 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def readme_command(beginning: str) -> list[str]:
-    """The words of the one command in README that begins so, its continuation lines included."""
+    """The words of the only command in README that starts with `beginning`, including its continuation lines."""
     (found,) = re.findall(rf"^ +({re.escape(beginning)}(?:.*\\\n)*.*)$", README.read_text(), re.MULTILINE)
     return shlex.split(found.replace("\\\n", " "))
 
 
 def digest_on_one_node(folder: Path, *arguments: str, ranks: int) -> str:
-    """The digest of a run that `python -m launch local` takes to its end, a thread in each rank."""
+    """The final weights digest of a run of `python -m launch local`, with one thread per rank."""
     command = [sys.executable, "-m", "launch", "local", "--ranks", str(ranks), *arguments, f"run.dir={folder}"]
     done = subprocess.run(
         [*command, "run.name=run"], cwd=README.parent, capture_output=True, text=True, env=environment()

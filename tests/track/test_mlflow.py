@@ -1,4 +1,4 @@
-"""Against a real MLflow store, the embedded one that a run has by default."""
+"""Reports to a real MLflow store, the SQLite file that a run has by default."""
 
 import os
 import shlex
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from support.processes import SMALL, Training, train
+from support.processes import SMALL, Training, free_port, train
 
-# 102 steps with a checkpoint in between
+# 102 steps, with a checkpoint every 25
 LONGER = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=25")
 
 
 @pytest.fixture(scope="module")
 def restarted(on_dataset, tmp_path_factory):
-    """A run that was killed on its way and started again."""
+    """A run that was killed at step 60 or later and started again."""
     folder = tmp_path_factory.mktemp("runs") / "killed"
     training = Training(folder, *LONGER, *on_dataset, "track.uri=''", ranks=2)
     training.wait_for_step(60)
@@ -56,7 +56,7 @@ def test_validation_is_logged_once_per_epoch(client, run):
     assert [point.step for point in history] == [25, 51, 76, 102]
 
 
-def test_the_configuration_is_there_as_parameters_and_as_a_file_beside_the_curves(client, run):
+def test_the_configuration_is_logged_as_parameters_and_as_an_artifact_beside_the_curves(client, run):
     assert run.data.params["batch.lanes"] == "2"
     assert run.data.params["model.name"] == "densenet_bc_10_4"
     artifacts = {artifact.path: artifact.file_size for artifact in client.list_artifacts(run.info.run_id)}
@@ -64,12 +64,12 @@ def test_the_configuration_is_there_as_parameters_and_as_a_file_beside_the_curve
     assert min(artifacts.values()) > 500
 
 
-def test_the_end_of_a_run_says_how_to_see_it(restarted):
+def test_the_end_of_a_run_shows_how_to_view_it(restarted):
     assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
 
 
 @pytest.mark.slow
-def test_a_kill_while_the_database_is_made_leaves_no_half_made_one(on_dataset, tmp_path):
+def test_a_kill_while_the_database_is_created_leaves_no_incomplete_one(on_dataset, tmp_path):
     folder = tmp_path / "early"
     settings = (*LONGER, *on_dataset, "track.uri=''", "train.epochs=0.5")
     training = Training(folder, *settings)
@@ -80,19 +80,19 @@ def test_a_kill_while_the_database_is_made_leaves_no_half_made_one(on_dataset, t
     training.kill()
     result = train(folder, *settings)
     assert result.code == 0
-    assert "training goes on" not in result.output
+    assert "training continues" not in result.output
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (found,) = client.search_runs([client.get_experiment_by_name("distrain").experiment_id])
     assert found.info.status == "FINISHED"
 
 
-def test_a_dead_server_does_not_stop_training_and_gets_its_metrics_when_it_is_back(on_dataset, tmp_path):
+def test_an_unreachable_server_does_not_stop_training_and_gets_its_metrics_later(on_dataset, tmp_path):
     folder = tmp_path / "offline"
     settings = (*LONGER, *on_dataset, "train.epochs=1")
     result = train(folder, *settings, "track.uri=http://127.0.0.1:9")
     assert result.code == 0, result.output
-    assert "training goes on, metrics are kept" in result.output
-    assert "did not take everything" in result.output
+    assert "training continues, metrics are kept" in result.output
+    assert "has not received everything" in result.output
 
     assert train(folder, *settings, f"track.uri=sqlite:///{tmp_path}/back.db").code == 0
     client = MlflowClient(f"sqlite:///{tmp_path}/back.db")
@@ -101,11 +101,9 @@ def test_a_dead_server_does_not_stop_training_and_gets_its_metrics_when_it_is_ba
     assert {point.step: point.value for point in history} == result.series("train/loss")
 
 
-def test_the_command_that_is_shown_at_the_end_serves_the_run(restarted):
+def test_the_command_shown_at_the_end_serves_the_run(restarted):
     (line,) = [line for line in restarted.output.splitlines() if line.startswith("compare runs with: ")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     tool = Path(sys.executable).with_name("mlflow")
     words = shlex.split(line.removeprefix("compare runs with: mlflow "))
     server = subprocess.Popen([tool, *words, "--port", str(port), "--workers", "1"], start_new_session=True)

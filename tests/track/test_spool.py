@@ -17,7 +17,7 @@ def test_a_metric_is_recorded_once_per_step_across_restarts(tmp_path):
     assert [entry.step for entry in second.entries(2)] == [2, 3]
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped_and_the_step_recorded_again(tmp_path):
+def test_a_line_truncated_by_a_kill_is_dropped_and_its_step_recorded_again(tmp_path):
     path = tmp_path / "m.jsonl"
     Spool(path).append(1, {"loss": 3.0})
     whole = path.read_bytes()
@@ -28,7 +28,7 @@ def test_a_line_cut_short_by_a_kill_is_dropped_and_the_step_recorded_again(tmp_p
     assert [entry.step for entry in Spool(path).entries()] == [1, 2]
 
 
-def test_what_a_full_disk_refuses_is_written_when_there_is_room(tmp_path, caplog):
+def test_metrics_that_a_full_disk_rejects_are_written_once_there_is_room(tmp_path, caplog):
     spool = Spool(tmp_path / "metrics.jsonl")
     spool.append(1, {"a": 1.0})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
