@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distrain import __version__
-from distrain.checkpoint import Checkpointer, check_identity, newest_manifest
+from distrain.checkpoint import Checkpointer, check_identity, newest_manifest, read_best
 from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings
 from distrain.data.index import Index
 from distrain.data.loading.autotune import choose_loader
@@ -208,13 +208,15 @@ def open_run(session: Session) -> Iterator[Run]:
 
 
 def check_resumable(config: Config, train_index: Index, group: Group) -> None:
-    """Raises UserError, on every rank, if the run's newest checkpoint belongs to a run with other settings.
+    """Raises UserError, on every rank, if the newest checkpoint has other settings or the best one is unreadable.
 
     Called before anything is written, so that a refused start does not disturb the run that it would resume.
     """
 
     def check() -> None:
-        if (saved := newest_manifest(config.run.folder / "checkpoints")) is not None:
+        folder = config.run.folder / "checkpoints"
+        read_best(folder)  # an unreadable file is reported now rather than at the first validation
+        if (saved := newest_manifest(folder)) is not None:
             current = run_manifest(config, train_index)
             check_identity(saved, current, changeable_settings(config), config.run.change)
 

@@ -7,6 +7,7 @@ from distrain.checkpoint.files import (
     newest_manifest,
     newest_step,
     read,
+    read_best,
     verify,
     weights_digest,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "newest_manifest",
     "newest_step",
     "read",
+    "read_best",
     "verify",
     "weights_digest",
 ]

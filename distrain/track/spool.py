@@ -69,11 +69,16 @@ class Spool:
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The complete entries of a file, and their size in bytes."""
     entries: list[Entry] = []
-    complete = 0
+    complete = unreadable = 0
     if path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
-            entries.append(Entry(**json.loads(line)))
             complete += len(line)
+            try:
+                entries.append(Entry(**json.loads(line)))
+            except (ValueError, TypeError):  # a power loss may leave zeros
+                unreadable += 1
+    if unreadable:
+        log.warning("%s: skipped %d unreadable lines", path, unreadable)
     return entries, complete

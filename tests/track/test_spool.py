@@ -28,6 +28,16 @@ def test_a_line_truncated_by_a_kill_is_dropped_and_its_step_recorded_again(tmp_p
     assert [entry.step for entry in Spool(path).entries()] == [1, 2]
 
 
+def test_unreadable_lines_are_skipped(tmp_path, caplog):
+    path = tmp_path / "m.jsonl"
+    Spool(path).append(1, {"loss": 3.0})
+    path.write_bytes(path.read_bytes() + bytes(64) + b"\n[]\n")
+    spool = Spool(path)
+    spool.append(2, {"loss": 2.0})
+    assert f"{path}: skipped 2 unreadable lines" in caplog.text
+    assert [entry.step for entry in Spool(path).entries()] == [1, 2]
+
+
 def test_metrics_that_a_full_disk_rejects_are_written_once_there_is_room(tmp_path, caplog):
     spool = Spool(tmp_path / "metrics.jsonl")
     spool.append(1, {"a": 1.0})

@@ -1,0 +1,76 @@
+"""Checkpoints of older and newer releases are refused in one line and left as they are."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+from support.processes import train
+
+from distrain.checkpoint import MANIFEST, committed
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """The settings of a finished run with EMA and a padded crop, and its folder."""
+    chosen = (*settings, "train.epochs=0.5", "ema.decay=0.9")
+    result = train(tmp_path_factory.mktemp("runs") / "run", *chosen)
+    assert result.code == 0, result.output
+    return chosen, result.folder
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path) -> Path:
+    return shutil.copytree(finished[1], tmp_path / "run")
+
+
+def edit_manifests(run_folder: Path, edit) -> None:
+    for path in committed(run_folder / "checkpoints"):
+        manifest = json.loads((path / MANIFEST).read_text())
+        (path / MANIFEST).write_text(json.dumps(edit(manifest)))
+
+
+def as_format_1(manifest: dict) -> dict:
+    """A manifest as the first release wrote it."""
+    identity = {
+        key.replace("ema.", "average.").replace("augment.", "data."): value
+        for key, value in manifest["identity"].items()
+    }
+    return {"step": manifest["step"], "files": manifest["files"], "identity": identity}
+
+
+def as_format_3(manifest: dict) -> dict:
+    content = {key: value for key, value in manifest.items() if key != "crc32"} | {"format": 3}
+    return {**content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_older_run_is_refused_with_the_new_names_of_its_settings(finished, run_folder):
+    edit_manifests(run_folder, as_format_1)
+    before = contents(run_folder)
+    refused = train(run_folder, *finished[0])
+    assert refused.code == 78
+    assert len(refused.output.splitlines()) == 1
+    assert refused.output.startswith(
+        "distrain: this run was saved in state format 1, and this release reads format 2: continue it with the release "
+        "that started it, or start a new run with another run.name (average.decay is now ema.decay, "
+        "average.every_steps is now ema.every_steps, data.auto_augment is now augment.auto_augment, "
+    )
+    assert "data.crop is now augment.crop" in refused.output
+    assert contents(run_folder) == before
+
+
+def test_a_newer_run_is_refused_with_the_advice_to_upgrade(finished, run_folder):
+    edit_manifests(run_folder, as_format_3)
+    before = contents(run_folder)
+    refused = train(run_folder, *finished[0])
+    assert refused.code == 78
+    assert refused.output == (
+        "distrain: this run was saved in state format 3, and this release reads format 2: upgrade distrain, or start a "
+        "new run with another run.name\n"
+    )
+    assert contents(run_folder) == before
