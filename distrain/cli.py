@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distrain import __version__
-from distrain.arguments import AnyOrder
+from distrain.arguments import AnyOrder, add_run_arguments
 from distrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 TOOLS = {
     "models": ("distrain.models.cli", "list the networks, their cost and published accuracy"),
     "bench": ("distrain.bench.cli", "measure loaders and training steps against peers and limits"),
+    "launch": ("launch.cli", "start a run on one machine, many machines or a Slurm cluster"),
     "checkpoints": ("distrain.checkpoint.cli", "list, verify, show and prune the checkpoints of a run"),
     "soak": ("distrain.resilience.soak", "train under random faults and compare with an uninterrupted run"),
     "shards": ("distrain.data.cli", "build, fetch, index, verify and preview training data"),
@@ -51,8 +52,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command line and return the exit code. Raises UserError for mistakes in it."""
     if argv and argv[0] in TOOLS:
         module, summary = TOOLS[argv[0]]
-        kind = AnyOrder if argv[0] == "soak" else argparse.ArgumentParser  # the others have subcommands
-        parser = kind(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
+        parser = AnyOrder(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
         importlib.import_module(module).add_arguments(parser)
         args = parser.parse_args(argv[1:])
         return int(args.run(args))
@@ -69,8 +69,7 @@ def _train(argv: Sequence[str]) -> int:
         epilog=_EXAMPLES + tools + _EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of the run, such as configs/quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, such as train.epochs=5")
+    add_run_arguments(parser)
     parser.add_argument(
         "--print-config",
         action="store_true",

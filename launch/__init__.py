@@ -1,1 +1,1 @@
-"""From one command to many nodes: `python -m launch`, from a checkout."""
+"""The launcher: `distrain launch` starts a run on one machine, many machines or a Slurm cluster."""

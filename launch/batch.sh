@@ -1,7 +1,7 @@
-# Sourced by the scripts in slurm/ on the first node of a job, with CONFIG set: trains until the run is done, and puts
-# the job back into the queue when it is preempted or about to run out of time. README tells of the variables.
+# Sourced by the scripts in slurm/ on the first node of a job, with CONFIG set: trains until the run is done, and
+# requeues the job when it is preempted or about to reach its time limit. README lists the variables.
 #
-# shellcheck shell=bash disable=SC2153,SC2154  # CONFIG, RUN and the others come from outside
+# shellcheck shell=bash disable=SC2153,SC2154  # CONFIG, RUN and the others are set by the caller
 
 cd "$SLURM_SUBMIT_DIR" || exit 78
 RUN="${RUN:-runs/$(basename "$CONFIG" .yaml)}"
@@ -16,7 +16,7 @@ read -r -a extra <<<"${EXTRA:-}"
 arguments+=("${overrides[@]}" "${extra[@]}")
 
 mkdir -p "$RUN"
-folders="$PWD:$PWD" # that a container has to see
+folders="$PWD:$PWD" # mounted into a container
 for folder in "$RUN" ${DATA:+"$DATA"}; do
     folders+=",$(realpath "$folder"):$(realpath "$folder")"
 done
@@ -29,16 +29,14 @@ case "${CONTAINER:-}" in
 esac
 PYTHON="${PYTHON:-python}"
 if [ -z "${CONTAINER:-}" ] && [ ! -x "$PYTHON" ]; then
-    echo "launch: no $PYTHON in $PWD: install there first (README), or set PYTHON or CONTAINER" >&2
+    echo "launch: $PYTHON not found in $PWD: install there first (README), or set PYTHON or CONTAINER" >&2
     exit 78
 fi
 
-say() { echo "launch: $(date +%T) $*" >&2; }
-attempt() { sed -n 's/.*"attempt": \([0-9]*\).*/\1/p' "$RUN/attempt.json" 2>/dev/null; }
-ended_by() { sed -n 's/.*"end": "\([^"]*\)".*/\1/p' "$RUN/attempt.json" 2>/dev/null; }
+info() { echo "launch: $(date +%T) $*" >&2; }
 
-# What squeue says of the job in a format, or nothing if the controller does not answer for two minutes.
-job_is() {
+# Print a field of the job in squeue's format, or nothing if the controller does not answer for two minutes.
+job_field() {
     local tries
     for tries in 1 2 3 4 5 6; do
         squeue --noheader --jobs "$SLURM_JOB_ID" --format "$1" 2>/dev/null && return
@@ -46,7 +44,7 @@ job_is() {
     done
 }
 
-# Wait until a process has ended, however often a signal interrupts that. Sets code.
+# Wait for a process to exit, even when signals interrupt the wait. Sets code.
 await() {
     local again
     while :; do
@@ -54,16 +52,20 @@ await() {
         code=$?
         kill -0 "$1" 2>/dev/null || break
     done
-    if [ "$code" -gt 128 ]; then # it may have ended just as the signal came
+    if [ "$code" -gt 128 ]; then # it may have exited just as the signal arrived
         wait "$1" 2>/dev/null
         again=$?
         [ "$again" -eq 127 ] || code=$again
     fi
 }
 
-# Run `python -m launch node` on all nodes, with more options. Sets code.
-everywhere() {
-    # --overlap: a step that a dead node never reported the end of holds on to its share otherwise.
+# Run `python -m launch node` on all nodes, with these options added. Sets code.
+run_nodes() {
+    if [ -n "$asked" ]; then
+        code=75
+        return
+    fi
+    # --overlap: otherwise a step whose end a dead node never reported keeps its resources.
     srun --overlap --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
         --cpus-per-task="${SLURM_CPUS_ON_NODE:-1}" --cpu-bind=none --wait=60 "${pyxis[@]}" "${inside[@]}" \
         "$PYTHON" -m launch node --nodes "$nodes" --head "$(scontrol show hostnames "$hosts" | head -n 1)" \
@@ -73,32 +75,59 @@ everywhere() {
     step=
 }
 
-# Leave if the job has been cancelled, or if it was asked to stop and has its work saved.
-leave_if_asked() {
-    [ "$code" -eq 75 ] || [ -n "$asked" ] || [ "$(job_is %T)" != RUNNING ] || return 0
-    case "$(ended_by)" in
-        "stopped by file"*)
-            say "stopped by the file; submit again to go on"
-            exit 75
-            ;;
+# Ask the restart policy on this node, in the container if there is one. Signals are ignored, so that it answers.
+policy() (
+    trap '' USR1 TERM
+    if [ "${#pyxis[@]}" -gt 0 ]; then
+        inside=(srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" "${pyxis[@]}")
+    fi
+    for _ in 1 2 3; do
+        "${inside[@]}" "$PYTHON" -m launch.restart "$RUN" "$@" && return
+        sleep 5
+    done
+)
+
+# How to continue after the exit code in `code`. Sets decision, attempt and without_progress.
+decide() {
+    local answer stop="$asked"
+    case "$code" in
+        0 | 75 | 78) ;;
+        *) [ -n "$stop" ] || [ "$(job_field %T)" = RUNNING ] || stop=1 ;;
     esac
-    if [ "$(job_is %T)" = RUNNING ]; then
-        say "saved; back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+    answer="$(policy --code "$code" ${stop:+--stop-requested} --before "$attempt" \
+        --without-progress "$without_progress")"
+    if [ -z "$answer" ]; then
+        info "the restart policy could not run: see the error above"
+        exit "$code"
+    fi
+    read -r decision attempt without_progress <<<"$answer"
+}
+
+requeue() {
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 75
+}
+
+# Exit because the run was stopped, by whatever `decision` says.
+leave() {
+    if [ "$decision" = stopped ]; then
+        info "stopped by the stop file; submit the job again to continue"
+    elif [ "$(job_field %T)" = RUNNING ]; then
+        info "stopped after saving: requeued"
+        requeue
     else
-        say "cancelled, or taken away by Slurm: it is not for this script to go on"
+        info "not requeued: the job was cancelled, or Slurm requeues it"
     fi
     exit 75
 }
 
-# After a crash: the nodes that the job still has, which --no-kill makes fewer.
+# After a crash: the nodes the job still has, which are fewer if --no-kill kept it alive.
 count_nodes() {
-    hosts="$(job_is %N)"
-    nodes="$(job_is %D)"
+    hosts="$(job_field %N)"
+    nodes="$(job_field %D)"
     if [ "$nodes" -lt "${MIN_NODES:-1}" ]; then
-        say "$nodes nodes are left, fewer than MIN_NODES=$MIN_NODES: back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 75
+        info "$nodes nodes left, fewer than MIN_NODES=$MIN_NODES: requeued"
+        requeue
     fi
 }
 
@@ -106,44 +135,47 @@ asked=
 step=
 trap 'asked=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1 TERM
 job="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+attempt=0
+without_progress=0
 
 if [ "${DOCTOR:-1}" != 0 ]; then
-    everywhere --job "$job.doctor" --probe
-    if [ "$code" -eq 78 ]; then
-        say "not started: mend what is unfit, leave it out with sbatch --exclude, or set DOCTOR=0"
-        exit 78
-    fi
-    leave_if_asked
+    run_nodes --job "$job.doctor" --doctor
+    [ "$code" -ne 0 ] || code=1 # the hosts are healthy, but the run is not done
+    decide
+    case "$decision" in
+        user-error)
+            info "not started: fix the unhealthy hosts, exclude them with sbatch --exclude, or set DOCTOR=0"
+            exit 78
+            ;;
+        stopped | requeue) leave ;;
+    esac
 fi
 
 start=0
-fruitless=0
+attempt="$(policy)"
+attempt="${attempt:-0}"
+without_progress=0
 while :; do
     id="$job.$start"
-    before="$(attempt)"
-    say "start $id of $RUN on $hosts"
-    everywhere --job "$id"
-    case "$code" in
-        0)
-            say "done"
+    info "start $id of $RUN on $hosts"
+    run_nodes --job "$id"
+    decide
+    case "$decision" in
+        done)
+            info "done"
             exit 0
             ;;
-        78)
-            say "not started again: the message above names what to mend"
+        user-error)
+            info "not restarted: fix what the message above names"
             exit 78
             ;;
+        stopped | requeue) leave ;;
     esac
-    leave_if_asked
 
     find "$RUN/logs/$id" -name 'failed-*' 2>/dev/null | sort | head -n 1 | xargs -r cat >&2
-    if [ "$(attempt)" = "$before" ]; then
-        fruitless=$((fruitless + 1))
-        if [ "$fruitless" -eq 3 ]; then
-            say "3 starts in a row ended before training began: giving up"
-            exit 1
-        fi
-    else
-        fruitless=0
+    if [ "$decision" = give-up ]; then
+        info "giving up: $without_progress starts in a row crashed before training began"
+        exit 1
     fi
     count_nodes
     start=$((start + 1))

@@ -1,8 +1,8 @@
-# Sourced by the scripts that need a working installation: makes .venv once, with pinned versions, and enters it.
+# Sourced by scripts that need an installation: creates .venv with the pinned versions, once, and activates it.
 #
-#   prepare_environment [EXTRA]    EXTRA: dev, for tests and linters
+#   prepare_environment [EXTRA]    EXTRA: dev for tests and linters
 #
-# PYTHON names the interpreter to build it with; without it the newest of python3.13, 3.12, 3.11, python3 is taken.
+# PYTHON is the interpreter to create it with (default: the first of python3.13, python3.12, python3.11, python3).
 
 find_python() {
     local candidate
@@ -12,7 +12,7 @@ find_python() {
             return
         fi
     done
-    echo "distrain needs Python 3.11 or newer; install it, or name one: PYTHON=/path/to/python $0" >&2
+    echo "distrain needs Python 3.11 or newer; install it, or run: PYTHON=/path/to/python $0" >&2
     return 78
 }
 
@@ -23,14 +23,14 @@ prepare_environment() {
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         if [ ! -x .venv/bin/python ]; then
             python="$(find_python)" || return
-            echo "making .venv with $("$python" --version)"
+            echo "creating .venv with $("$python" --version)"
             if ! "$python" -m venv .venv; then
                 rm -rf .venv
-                echo "$python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
+                echo "$python cannot create virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2
                 return 78
             fi
         fi
-        echo "installing the pinned versions of docker/constraints.txt into .venv (about 7 GB, some minutes)"
+        echo "installing the pinned versions of docker/constraints.txt into .venv (about 7 GB, takes minutes)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             --constraint docker/constraints.txt --editable ".${extra:+[$extra]}" || return
         echo "$wanted" >"$stamp"

@@ -1,4 +1,4 @@
-"""Where the output of every rank goes."""
+"""Log files for the output of every rank."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Logs
 
 
 class RankLogs(DefaultLogsSpecs):
-    """Whole in FOLDER/NODE-RANK.out and .err, and on the screen too."""
+    """Writes each rank's output to FOLDER/NODE-RANK.out and .err, and to the console."""
 
     def __init__(self, folder: Path, node: str) -> None:
         super().__init__(log_dir=str(folder), tee=Std.ALL)
@@ -14,7 +14,7 @@ class RankLogs(DefaultLogsSpecs):
         self._node = node
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """Names for the ranks of this node; `envs` is the environment of each, by local rank."""
+        """The log files of this node's ranks; `envs` maps a local rank to its environment."""
         out, err, errors = {}, {}, {}
         for local, environment in envs.items():
             stem = f"{self._folder}/{self._node}-{environment['RANK']}"

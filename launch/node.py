@@ -1,7 +1,7 @@
-"""`python -m launch node`: one node's processes, in a job that somebody starts on all its nodes.
+"""`launch node`: run the ranks of one node. The launcher or srun starts it on every node of a job.
 
-torchrun's agent runs inside this process, so that the ranks' own exit codes get out, and so that no signal ends it:
-what asks the job to stop is passed on to the ranks, and they save and end.
+torchrun's agent runs in this process, so that the ranks' exit codes are not lost and a signal does not end the agent:
+a stop signal is forwarded to the ranks, which save and exit.
 """
 
 import argparse
@@ -18,65 +18,75 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distrain.errors import EXIT_STOPPED, EXIT_USER, UserError
-from launch.place import Place, count_ranks, variables
+import psutil
 
-NAME = "DISTRAIN_HOST"  # what this node is called, for its ranks
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_JOIN_S = {"distrain": 600, "launch.probe": 60}  # for all nodes to be there
-_LAST_LINES = 20
-_RANK_PREFIX = re.compile(r"^\[rank\d+\]: ")  # torch puts it before the lines of a traceback
+from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
+from launch.node_env import Node, count_ranks, rank_variables
+from launch.restart import EXIT_CRASH
+
+HOST_VARIABLE = "DISTRAIN_HOST"  # tells the ranks the name of their node
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_RENDEZVOUS_TIMEOUT_S = {"distrain": 600, "launch.doctor": 60}
+_TAIL_LINES = 20
+_RANK_PREFIX = re.compile(r"^\[rank\d+\]: ")  # torch prefixes the lines of a traceback
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     env = os.environ
-    parser.add_argument("--nodes", type=int, default=int(env.get("SLURM_NNODES", 1)), help="of the job")
-    parser.add_argument("--node", type=int, default=int(env.get("SLURM_NODEID", 0)), help="this one's number, from 0")
-    parser.add_argument("--head", default="127.0.0.1", help="host name or address of node 0")
-    parser.add_argument("--job", default="job", help="names this start of the job; the same on all nodes")
-    parser.add_argument("--ranks", type=int, help="processes on this node (default: one per GPU, or 1)")
-    parser.add_argument("--name", default=socket.gethostname(), help="of this node, in front of every line")
-    parser.add_argument("--logs", type=Path, help="folder for the full output of every rank")
-    parser.add_argument("--probe", action="store_true", help="examine the hosts instead of training on them")
-    parser.add_argument("--attended", action="store_true", help="stop when standard input says so, or ends")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of python -m distrain, after --")
+    parser.description = "Run the ranks of one node of a job."
+    parser.add_argument(
+        "--nodes", type=int, default=int(env.get("SLURM_NNODES", 1)), metavar="N", help="nodes of the job"
+    )
+    parser.add_argument(
+        "--node-rank", type=int, default=int(env.get("SLURM_NODEID", 0)), metavar="K", help="rank of this node, from 0"
+    )
+    parser.add_argument("--head", default="127.0.0.1", metavar="HOST", help="host name or address of node 0")
+    parser.add_argument("--job", default="job", metavar="ID", help="id of this start of the job, equal on all nodes")
+    parser.add_argument("--ranks", type=int, metavar="M", help="processes on this node (default: one per GPU, or 1)")
+    parser.add_argument(
+        "--name", default=socket.gethostname(), help="name of this node, which prefixes every line of output"
+    )
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="folder for the output of every rank")
+    parser.add_argument("--doctor", action="store_true", help="check the hosts instead of training")
+    parser.add_argument("--watch-stdin", action="store_true", help="stop at a line or the end of standard input")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="after --: the arguments of distrain")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or every host without reverse DNS is a warning
-    place = Place(args.node, args.nodes, args.head, args.job)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise torch warns about hosts without reverse DNS
+    node = Node(args.node_rank, args.nodes, args.head, args.job)
     ranks = args.ranks or count_ranks()
-    os.environ.update({**variables(place, ranks), NAME: args.name})
-    logs = make_folder(args.logs.resolve() / args.job) if args.logs else None
+    os.environ.update({**rank_variables(node, ranks), HOST_VARIABLE: args.name})
+    logs = create_log_folder(args.logs.resolve() / args.job) if args.logs else None
     requests = StopRequests()
-    if args.attended:
+    if args.watch_stdin:
         threading.Thread(target=requests.watch_stdin, daemon=True).start()
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
-    program = ["launch.probe" if args.probe else "distrain", *arguments]
-    return supervise(place, ranks, args.name, logs, program, requests)
+    program = ["launch.doctor" if args.doctor else "distrain", *arguments]
+    return run_ranks(node, ranks, args.name, logs, program, requests)
 
 
-def supervise(
-    place: Place, ranks: int, name: str, logs: Path | None, program: list[str], requests: "StopRequests"
+def run_ranks(
+    node: Node, ranks: int, name: str, logs: Path | None, program: list[str], requests: "StopRequests"
 ) -> int:
-    """Run the ranks until they end. Returns 0, 75 or 78 as they do, 1 for a crash."""
+    """Run the ranks until they exit. Returns 0, 75 or 78 if they do, 1 for a crash."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from launch.logs import RankLogs
 
-    logging.disable(logging.ERROR)  # we report failures ourselves, and each of torch's loggers has its own level
+    logging.disable(logging.ERROR)  # failures are reported below, and each of torch's loggers has its own level
     config = LaunchConfig(
-        min_nodes=place.nodes,
-        max_nodes=place.nodes,
+        min_nodes=node.count,
+        max_nodes=node.count,
         nproc_per_node=ranks,
-        run_id=place.job,
+        run_id=node.job,
         role="distrain",
         rdzv_backend="static",
-        rdzv_endpoint=f"{place.head}:{place.port}",
-        rdzv_configs={"rank": place.node, "timeout": _JOIN_S[program[0]]},
+        rdzv_endpoint=f"{node.head}:{node.port}",
+        rdzv_configs={"rank": node.rank, "timeout": _RENDEZVOUS_TIMEOUT_S[program[0]]},
         max_restarts=0,
         log_line_prefix_template=f"{name}:${{rank}} ",
         logs_specs=RankLogs(logs, name) if logs else DefaultLogsSpecs(tee=Std.ALL),
@@ -87,69 +97,63 @@ def supervise(
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
-        if code == EXIT_STOPPED or (requests.came and code in (-signal.SIGTERM, -signal.SIGUSR1)):
+        if code == EXIT_STOPPED or (requests.received and code in (-signal.SIGTERM, -signal.SIGUSR1)):
             return EXIT_STOPPED
         if code == EXIT_USER:
             return EXIT_USER
-        report(name, rank, failure, logs)
-        return 1
-    except RuntimeError as error:  # torch's own: nobody at the head, a port taken
+        report_failure(name, rank, failure, logs)
+        return EXIT_CRASH
+    except RuntimeError as error:  # from torch: the head does not answer, or its port is in use
         print(f"launch: {name}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+        return EXIT_CRASH
+    return EXIT_DONE
 
 
-def make_folder(path: Path) -> Path:
-    """Raises UserError if it cannot be made."""
+def create_log_folder(path: Path) -> Path:
+    """Create the folder and return it. Raises UserError if it cannot be created."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot hold the logs: {error.strerror}; set run.dir elsewhere") from error
+        raise UserError(f"{path}: cannot create the log folder: {error.strerror}; set run.dir elsewhere") from error
     return path
 
 
-def report(name: str, rank: int, failure: Any, logs: Path | None) -> None:
-    """Write down the first failure on this node, in a file whose name sorts by time."""
+def report_failure(name: str, rank: int, failure: Any, logs: Path | None) -> None:
+    """Write the first failure on this node to a file whose name sorts by time, or to stderr without `logs`."""
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    text = f"rank {rank} on {name} (process {failure.pid}) ended with {how}"
+    text = f"rank {rank} on {name} (pid {failure.pid}) ended with {how}"
     if logs is None:
         print(f"launch: {text}", file=sys.stderr, flush=True)
         return
-    last = tail_traceback(logs / f"{name}-{rank}.err")
+    tail = tail_traceback(logs / f"{name}-{rank}.err")
     when = f"{failure.timestamp}.{time.time_ns() % 10**9:09d}"
-    (logs / f"failed-{when}-{name}.txt").write_text(f"{text}{':' if last else ''}\n{last}")
+    (logs / f"failed-{when}-{name}.txt").write_text(f"{text}{':' if tail else ''}\n{tail}")
 
 
 def tail_traceback(path: Path) -> str:
-    """The last traceback in a log, or its last lines."""
+    """The last traceback in a log, or its last lines if there is none."""
     text = path.read_text(errors="replace") if path.exists() else ""
     lines = [_RANK_PREFIX.sub("", line) for line in text.splitlines()]
     starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    kept = lines[starts[-1] :] if starts else lines[-_LAST_LINES:]
-    return "".join(f"{line}\n" for line in kept)
+    tail = lines[starts[-1] :] if starts else lines[-_TAIL_LINES:]
+    return "".join(f"{line}\n" for line in tail)
 
 
 class StopRequests:
-    """Passes on to the ranks what asks this process to stop: as SIGTERM, at which they save and end."""
+    """Forwards stop signals to the ranks as SIGTERM, at which they save and exit."""
 
     def __init__(self) -> None:
-        self.came = False
-        for number in _STOPPING:
+        self.received = False
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def watch_stdin(self) -> None:
-        """Whoever holds its other end asks for a stop by a line, or by letting go."""
+        """Request a stop once standard input yields a line or is closed, as when the launcher dies."""
         sys.stdin.readline()
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.came = True
-        for pid in children():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-
-
-def children() -> list[int]:
-    """Process ids of this process's children, whichever of its threads started them."""
-    tasks = Path("/proc/self/task").iterdir()
-    return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+        self.received = True
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained network: installs, fetches CIFAR-10, trains on two processes.
-# Run it again after a kill and it goes on where it was. Arguments change the run: train.epochs=10 run.name=longer
+# From a fresh clone to a trained network: install, fetch CIFAR-10, train on two processes.
+# Run it again to resume after an interruption. Arguments are settings: train.epochs=10 run.name=longer
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 prepare_environment
 
 python -m distrain shards fetch cifar10 --out data/cifar10
-# A mistake in the arguments is told here, in one line and with its own exit code.
+# Report a mistake in the arguments in one line with its own exit code; torchrun would not.
 python -m distrain --config configs/quickstart.yaml "$@" --print-config >/dev/null
 
 ranks="$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')"

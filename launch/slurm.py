@@ -1,24 +1,29 @@
-"""`python -m launch slurm`: a batch script made from a configuration, and submitted."""
+"""`launch slurm`: generate a batch script for a configuration and submit it."""
 
 import argparse
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from distrain import config
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, UserError
 
+_BATCH = Path("launch") / "batch.sh"
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", metavar="N", help="how many, or MIN-MAX (default: as many as the lanes ask for)")
-    parser.add_argument("--gpus", type=int, default=8, metavar="M", help="on each node (default 8)")
-    parser.add_argument("--partition", metavar="NAME", help="where to queue (default: the cluster's)")
-    parser.add_argument("--account", metavar="NAME", help="whom to bill (default: yours)")
-    parser.add_argument("--time", default="24:00:00", metavar="LIMIT", help="after which it is requeued (24:00:00)")
-    parser.add_argument("--image", metavar="IMAGE", help="container: a .sif file for Apptainer, or else for Pyxis")
-    parser.add_argument("--dry-run", action="store_true", help="print the script and do not submit it")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", metavar="N", help="number of nodes, or MIN-MAX (default: one lane per GPU)")
+    parser.add_argument("--gpus", type=int, default=8, metavar="M", help="GPUs per node (default 8)")
+    parser.add_argument("--partition", metavar="NAME", help="partition (default: the cluster's)")
+    parser.add_argument("--account", metavar="NAME", help="account to charge (default: yours)")
+    parser.add_argument(
+        "--time", default="24:00:00", metavar="LIMIT", help="time limit, at which it is requeued (default 24:00:00)"
+    )
+    parser.add_argument("--image", metavar="IMAGE", help="container image: a .sif file for Apptainer, else for Pyxis")
+    parser.add_argument("--dry-run", action="store_true", help="print the script, do not submit it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,19 +37,17 @@ def run(args: argparse.Namespace) -> int:
         print(script, end="")
         return EXIT_DONE
     if shutil.which("sbatch") is None:
-        raise UserError("no sbatch here: run this where jobs are submitted, or see the script with --dry-run")
-    if not Path("launch/batch.sh").is_file():
-        raise UserError("run this in the checkout: the job needs launch/batch.sh in the folder it is submitted from")
+        raise UserError("sbatch not found: run this on a login node, or print the script with --dry-run")
     done = subprocess.run(["sbatch"], input=script, text=True, capture_output=True)
     if done.returncode:
         raise UserError(f"sbatch: {done.stderr.strip()}")
     job = done.stdout.split()[-1]
-    print(f"job {job} will train {settings.run.folder}: tail -f {settings.run.name}-{job}.log")
+    print(f"submitted job {job} to train {settings.run.folder}: tail -f {settings.run.name}-{job}.log")
     return EXIT_DONE
 
 
 def render(args: argparse.Namespace, settings: Config) -> str:
-    """A script like those in slurm/. A sbatch that reads it from its standard input gives it the folder it is in."""
+    """A batch script like those in slurm/."""
     nodes = args.nodes or str(-(-settings.batch.lanes // args.gpus))
     options = {
         "job-name": settings.run.name,
@@ -73,5 +76,11 @@ def render(args: argparse.Namespace, settings: Config) -> str:
         lines.append(f"CONTAINER={shlex.quote(args.image)}")
     if args.overrides:
         lines.append(f"overrides=({shlex.join(args.overrides)})")
-    lines += [f"CONFIG={shlex.quote(args.config)}", '. "$SLURM_SUBMIT_DIR/launch/batch.sh"']
+    lines.append(f"CONFIG={shlex.quote(args.config)}")
+    if _BATCH.is_file():  # submitted from a checkout
+        lines.append(f'. "$SLURM_SUBMIT_DIR/{_BATCH}"')
+    else:
+        if not args.image:
+            lines.append(f'PYTHON="${{PYTHON:-{sys.executable}}}"')
+        lines.append(f". {shlex.quote(str(Path(__file__).with_name(_BATCH.name)))}")
     return "\n".join(lines) + "\n"

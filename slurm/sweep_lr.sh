@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One learning rate in each task of the array, two tasks at a time, each a run of its own: runs/regnety_400mf-0 to -3.
+# One learning rate per array task, two tasks at a time; each is a separate run: runs/regnety_400mf-0 to -3.
 #SBATCH --job-name=sweep_lr
 #SBATCH --array=0-3%2
 #SBATCH --nodes=1

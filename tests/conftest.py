@@ -1,5 +1,4 @@
 import os
-import sys
 from pathlib import Path
 
 import hypothesis
@@ -10,7 +9,6 @@ from support.synthetic import write_split
 
 from distrain.parallel.group import Group
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the launcher, which is not installed
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is not a failure

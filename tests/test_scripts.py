@@ -1,4 +1,4 @@
-"""What is not Python: shell scripts, the image, the services beside it."""
+"""Shell scripts, batch scripts, the Docker image and the services of docker/compose.yaml."""
 
 import os
 import shlex
@@ -34,7 +34,7 @@ def test_the_image_passes_hadolint():
     assert lint("hadolint", "docker/Dockerfile") == ""
 
 
-def test_the_image_gets_all_that_is_copied_into_it_and_nothing_is_forgotten():
+def test_the_docker_context_is_exactly_what_the_dockerfile_copies():
     lines = (REPOSITORY / "docker" / "Dockerfile").read_text().splitlines()
     copied = {word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]}
     allowed = {
@@ -47,13 +47,13 @@ def test_the_image_gets_all_that_is_copied_into_it_and_nothing_is_forgotten():
 
 
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.parts[0] == "slurm"], ids=str)
-def test_batch_scripts_train_a_configuration_that_exists(script):
+def test_every_batch_script_trains_an_existing_configuration(script):
     (config,) = [line for line in (REPOSITORY / script).read_text().splitlines() if line.startswith("CONFIG=")]
     assert (REPOSITORY / config.removeprefix("CONFIG=")).is_file()
 
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("[!b]*.yaml")), ids=lambda path: path.name)
-def test_every_recipe_is_a_run(config, monkeypatch, capsys):
+def test_every_configuration_is_valid(config, monkeypatch, capsys):
     from distrain.__main__ import main
 
     monkeypatch.setattr("sys.argv", ["distrain", "--config", str(config), "--print-config"])
@@ -62,20 +62,20 @@ def test_every_recipe_is_a_run(config, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_tracking_server_answers_by_the_name_that_the_trainer_knows(tmp_path):
+def test_the_tracking_server_answers_under_the_host_name_that_the_trainer_uses(tmp_path):
     services = yaml.safe_load((REPOSITORY / "docker" / "compose.yaml").read_text())["services"]
     uri = services["trainer"]["environment"]["MLFLOW_TRACKING_URI"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
     words = shlex.join(services["mlflow"]["command"])
-    for there, here in (
+    for original, replacement in (
         ("0.0.0.0", "127.0.0.1"),
         ("5000", port),
         ("/database", str(tmp_path)),
         ("/artifacts", f"{tmp_path}/artifacts"),
     ):
-        words = words.replace(there, here)
+        words = words.replace(original, replacement)
     command = shlex.split(words)
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
     with subprocess.Popen(
@@ -83,17 +83,17 @@ def test_the_tracking_server_answers_by_the_name_that_the_trainer_knows(tmp_path
     ) as server:
         try:
             deadline = time.monotonic() + 120
-            while not answers(int(port)):
+            while not is_listening(int(port)):
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
             name = uri.removeprefix("http://").replace("5000", port)
-            question = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
-            with urllib.request.urlopen(urllib.request.Request(question, headers={"Host": name})) as answer:
-                assert b"Default" in answer.read()
+            url = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
+            with urllib.request.urlopen(urllib.request.Request(url, headers={"Host": name})) as response:
+                assert b"Default" in response.read()
         finally:
             os.killpg(server.pid, 9)
 
 
-def answers(port: int) -> bool:
+def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0

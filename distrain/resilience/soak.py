@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distrain import config
+from distrain.arguments import add_run_arguments, run_arguments
 from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.parallel.group import RELIABLE_RESTARTS
@@ -42,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoints, in every phase and on every rank. Then compare the weights with those of an uninterrupted run of "
         "the same configuration. An interrupted soak resumes when the same command is run again."
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
+    add_run_arguments(parser)
     parser.add_argument("--faults", type=int, default=25, metavar="N", help="number of faults (default 25)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the random faults (default 0)")
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes, one per GPU (default 2)")
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     faults = draw_faults(args.seed, args.faults, steps, args.ranks)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(f"{steps:,} steps on {args.ranks} ranks without faults, then with {args.faults}")
-    base = [*(["--config", args.config] if args.config else []), *args.overrides]
+    base = run_arguments(args)
     name = f"{settings.run.name}-soak"
     digests = {
         "uninterrupted": _train([*base, f"run.name={name}-uninterrupted"], args.ranks),

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ as they are, on a real Slurm. Each run ends in the weights of one that nothing happened to."""
+"""The unmodified scripts of slurm/ on a real Slurm. Each run ends in the weights of an uninterrupted one."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from support.simulated_hosts import Cluster
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPT = "regnety_16gf.sh"
-# 203 samples in steps of 16: 24 epochs are 304 steps.
+# 24 epochs of 203 samples, 16 per step, are 304 steps.
 SETTINGS = (
     *SMALL, "batch.lanes=4", "batch.per_lane=4", "train.epochs=24", "checkpoint.every_steps=20", "augment.lighting=0",
     "evaluate.every_epochs=8", "resilience.patience=6", "optimizer.weight_decay=0",
@@ -20,7 +20,7 @@ STEPS = 304
 
 
 class Run:
-    """A run of the tests' small network, where a job's `RUN` says."""
+    """A run of the small test network in the folder that is a job's `RUN`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def causes(self) -> list[str]:
-        """Why each attempt but the last ended."""
+        """Why each attempt except the last one ended."""
         return [entry["cause"] for entry in self.attempts if entry["cause"]]
 
     @property
@@ -66,14 +66,14 @@ def extra(on_dataset) -> str:
 
 @pytest.fixture(scope="module")
 def uninterrupted(extra, dataset, tmp_path_factory) -> str:
-    """The digest of the same run on as many ranks, where nothing happens."""
+    """The weights digest of the same run on the same number of ranks, uninterrupted."""
     data = (f"data.train={dataset}/train.parquet", f"data.val={dataset}/val.parquet")
     arguments = ("--config", "configs/regnety_16gf.yaml", *extra.split(), *data)
-    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *arguments, ranks=4)
+    return digest_on_one_node(tmp_path_factory.mktemp("uninterrupted"), *arguments, ranks=4)
 
 
 def submit(cluster: Cluster, run: Run, extra: str, dataset: Path, *options: str, doctor: str = "0") -> str:
-    """On two nodes of two make-believe GPUs, unless the options say otherwise."""
+    """Submit on two nodes with two simulated GPUs each; `options` override that."""
     variables = {"RUN": str(run.folder), "EXTRA": extra, "DATA": str(dataset), "DOCTOR": doctor}
     return cluster.submit(SCRIPT, run.log, "--nodes=2", "--gpus-per-node=2", *options, **variables)
 
@@ -84,7 +84,7 @@ def test_two_nodes_train_one_run(run, extra, dataset, uninterrupted):
         job = submit(cluster, run, extra.replace("track.uri=none", f"track.uri={database}"), dataset, doctor="1")
         cluster.wait_for(job, "COMPLETED")
     assert run.digest == uninterrupted
-    assert "all 2 hosts are fit" in run.output
+    assert "all 2 hosts are healthy" in run.output
     logs = run.folder / "logs" / f"{job}.0.0"
     assert {path.stem for path in logs.glob("*.out")} == {"n1-0", "n1-1", "n2-2", "n2-3"}
     assert "done: top-1" in (logs / "n1-0.out").read_text()
@@ -97,7 +97,7 @@ def test_two_nodes_train_one_run(run, extra, dataset, uninterrupted):
     assert reported.data.metrics["train/loss"] > 0
 
 
-def test_a_preempted_job_saves_and_goes_on_when_it_is_its_turn_again(run, extra, dataset, uninterrupted):
+def test_a_preempted_job_saves_is_requeued_and_resumes(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(30)
@@ -132,7 +132,7 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(run, extra, dataset, unin
         run.wait_for_step(30)
         cluster.head("scancel", job)
         cluster.wait_for(job, "CANCELLED")
-        time.sleep(8)  # longer than a requeued job is held back
+        time.sleep(8)  # longer than Slurm delays a requeued job
         assert cluster.state(job) == "CANCELLED"
         again = submit(cluster, run, extra, dataset)
         cluster.wait_for(again, "COMPLETED")
@@ -140,7 +140,7 @@ def test_a_cancelled_job_stays_cancelled_and_has_saved(run, extra, dataset, unin
     assert run.attempts[-1]["lost_steps"] == 0
 
 
-def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_is(run, extra, dataset, uninterrupted):
+def test_a_killed_rank_is_reported_and_the_job_restarts_on_its_nodes(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
@@ -155,7 +155,7 @@ def test_a_killed_rank_is_named_and_the_job_goes_on_where_it_is(run, extra, data
 
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["batch-host", "worker-host"])
-def test_a_node_that_dies_is_replaced_by_a_spare(run, extra, dataset, uninterrupted, lost):
+def test_a_dead_node_is_replaced_by_a_spare(run, extra, dataset, uninterrupted, lost):
     with Cluster(3) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
@@ -168,7 +168,7 @@ def test_a_node_that_dies_is_replaced_by_a_spare(run, extra, dataset, uninterrup
     assert run.attempts[-1]["lost_steps"] <= 20 + 1
 
 
-def test_without_a_spare_it_goes_on_with_fewer_nodes(run, extra, dataset):
+def test_without_a_spare_the_run_continues_on_fewer_nodes(run, extra, dataset):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset, "--no-kill")
         run.wait_for_step(50)
@@ -181,36 +181,36 @@ def test_without_a_spare_it_goes_on_with_fewer_nodes(run, extra, dataset):
     assert steps == list(range(1, STEPS + 1))
 
 
-def test_a_survivor_behind_a_cut_cable_cannot_overwrite_what_has_taken_over(run, extra, dataset, tmp_path):
-    longer = f"{extra} train.epochs=100"  # for Slurm takes half a minute to notice and start anew
+def test_a_disconnected_survivor_cannot_overwrite_a_newer_attempt(run, extra, dataset, tmp_path):
+    longer = f"{extra} train.epochs=100"  # Slurm takes half a minute to notice and restart the job
     with Cluster(2) as cluster:
-        alone = Run(tmp_path / "alone")
-        cluster.wait_for(submit(cluster, alone, longer, dataset, "--nodes=1"), "COMPLETED")
+        reference = Run(tmp_path / "reference")
+        cluster.wait_for(submit(cluster, reference, longer, dataset, "--nodes=1"), "COMPLETED")
 
         job = submit(cluster, run, longer, dataset, "--nodes=1")
         run.wait_for_step(20)
-        (cut,) = cluster.hosts(job)
-        cluster.cut(cut)
+        (lost,) = cluster.hosts(job)
+        cluster.disconnect(lost)
         cluster.wait_for(job, "COMPLETED")
-        assert cluster.hosts(job) != [cut]
+        assert cluster.hosts(job) != [lost]
         errors = "".join(path.read_text() for path in run.folder.glob(f"logs/{job}.0.0/*.err"))
     assert "has taken over" in errors
-    assert run.digest == alone.digest
+    assert run.digest == reference.digest
 
 
-def test_a_network_that_is_away_for_a_moment_costs_nothing(run, extra, dataset, uninterrupted):
+def test_a_short_network_outage_costs_no_work(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
-        cluster.cut("n2")
+        cluster.disconnect("n2")
         time.sleep(1.5)
-        cluster.heal("n2")
+        cluster.restore("n2")
         cluster.wait_for(job, "COMPLETED")
     assert run.digest == uninterrupted
     assert run.causes == []
 
 
-def test_a_controller_that_is_started_again_costs_nothing(run, extra, dataset, uninterrupted):
+def test_a_restarted_controller_costs_no_work(run, extra, dataset, uninterrupted):
     with Cluster(2) as cluster:
         job = submit(cluster, run, extra, dataset)
         run.wait_for_step(50)
@@ -220,7 +220,7 @@ def test_a_controller_that_is_started_again_costs_nothing(run, extra, dataset, u
     assert run.causes == []
 
 
-def test_a_sweep_is_an_array_with_a_run_for_each_learning_rate(tmp_path, extra, dataset):
+def test_a_sweep_is_a_job_array_with_one_run_per_learning_rate(tmp_path, extra, dataset):
     extra = extra.replace("optimizer.lr=0.05", "") + " train.epochs=2"
     with Cluster(2) as cluster:
         job = cluster.submit(
@@ -233,7 +233,7 @@ def test_a_sweep_is_an_array_with_a_run_for_each_learning_rate(tmp_path, extra, 
         assert f"lr: {rate}" in (tmp_path / f"run-{task}" / "config.yaml").read_text()
 
 
-def test_a_mistake_ends_the_job_and_is_not_tried_again(run, extra, dataset):
+def test_a_user_error_ends_the_job_without_a_restart(run, extra, dataset):
     with Cluster(2) as cluster:
         job = submit(cluster, run, f"{extra} model.num_classes=10", dataset)
         cluster.wait_for(job, "FAILED")

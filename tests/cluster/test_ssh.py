@@ -1,4 +1,4 @@
-"""`launch ssh` and `launch doctor` on hosts that a real sshd lets in."""
+"""`launch ssh` and `launch doctor` on hosts with a real sshd."""
 
 import json
 import subprocess
@@ -22,12 +22,12 @@ pytestmark = [
 @pytest.fixture
 def cluster(tmp_path) -> Iterator[Cluster]:
     with Cluster(4) as cluster:
-        open_doors(cluster, tmp_path / "ssh")
+        set_up_ssh(cluster, tmp_path / "ssh")
         yield cluster
 
 
-def open_doors(cluster: Cluster, keys: Path) -> None:
-    """Let root of every machine in everywhere else by one key, which all have in their own /root/.ssh."""
+def set_up_ssh(cluster: Cluster, keys: Path) -> None:
+    """Let root log in from every machine to every other with one key, mounted at /root/.ssh."""
     keys.mkdir()
     for name in ("id_ed25519", "host"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
@@ -49,7 +49,7 @@ def start_sshd(cluster: Cluster, node: str, keys: Path, *options: str) -> None:
 
 
 def launch(cluster: Cluster, *words: str) -> "subprocess.CompletedProcess[str]":
-    """On the head."""
+    """Run the launcher on the head."""
     return subprocess.run(
         [SCRIPT, "exec", sys.executable, "-m", "launch", *words],
         cwd=REPOSITORY, capture_output=True, text=True, env={**environment(), "MC_DIR": str(cluster.folder)},
@@ -58,7 +58,7 @@ def launch(cluster: Cluster, *words: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def settings(on_dataset) -> tuple[str, ...]:
-    # For two ranks on each host, which then have a thread each here: sums depend on the number of threads too.
+    # For two ranks per host with one thread each on two cores: sums depend on the number of threads.
     return (
         *SMALL, *on_dataset, "batch.lanes=6", "batch.per_lane=4", "train.epochs=12", "checkpoint.every_steps=20",
         "evaluate.every_epochs=4", "resilience.patience=6",
@@ -67,22 +67,22 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory) -> str:
-    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=6)
+    return digest_on_one_node(tmp_path_factory.mktemp("uninterrupted"), *settings, ranks=6)
 
 
-def test_three_hosts_train_one_run_and_go_on_after_a_crash(cluster, settings, uninterrupted, tmp_path):
+def test_three_hosts_train_one_run_and_restart_after_a_crash(cluster, settings, uninterrupted, tmp_path):
     words = ("ssh", "--hosts", "n1,n2,n3", "--ranks", "2", f"run.dir={tmp_path}", "run.name=run", *settings)
     done = launch(cluster, *words, "resilience.faults=[sigkill@train.step:40/2]")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "all 3 hosts are fit" in done.stdout
+    assert "all 3 hosts are healthy" in done.stdout
     assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted
     assert "rank 2 on n2" in done.stderr
     assert "launch: starting again on n1, n2, n3" in done.stderr
 
 
-def test_a_lost_host_is_left_out_if_that_is_allowed(cluster, settings, tmp_path):
+def test_with_min_nodes_the_run_continues_without_a_lost_host(cluster, settings, tmp_path):
     words = ("ssh", "--no-doctor", "--hosts", "n1,n2,n3", "--min-nodes", "2", f"run.dir={tmp_path}", "run.name=run")
-    settings = (*settings, "train.epochs=30")  # for the host to be lost in the middle of it
+    settings = (*settings, "train.epochs=30")  # so that the host is lost in the middle of the run
     command = [SCRIPT, "exec", sys.executable, "-m", "launch", *words, *settings]
     variables = {**environment(), "MC_DIR": str(cluster.folder)}
     with subprocess.Popen(
@@ -100,7 +100,7 @@ def test_a_lost_host_is_left_out_if_that_is_allowed(cluster, settings, tmp_path)
     assert len(attempts) == 2
 
 
-def test_the_doctor_names_every_unfit_host_with_a_mocked_clock(cluster, settings, tmp_path):
+def test_the_doctor_names_every_unhealthy_host_with_a_mocked_clock(cluster, settings, tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     cluster.on(
@@ -111,19 +111,19 @@ def test_the_doctor_names_every_unfit_host_with_a_mocked_clock(cluster, settings
     other.write_text(f"{(REPOSITORY / 'distrain' / 'errors.py').read_text()}\n")
     cluster.on("n3", "mount", "--bind", str(other), str(REPOSITORY / "distrain" / "errors.py"))
     cluster.on("n4", "pkill", "sshd")
-    # One kernel has one clock: Python's is made to differ instead.
-    (tmp_path / "sitecustomize.py").write_text("import time\nhere = time.time\ntime.time = lambda: here() + 30\n")
+    # All hosts share the kernel's clock: shift Python's instead.
+    (tmp_path / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 30\n")
     start_sshd(cluster, "n4", tmp_path / "ssh", f"SetEnv=PYTHONPATH={tmp_path}")
 
     words = ("--hosts", "n1,n2,n3,n4", f"run.dir={tmp_path}", "run.name=run", f"download.cache={cache}", *settings)
     done = launch(cluster, "doctor", *words)
     assert done.returncode == 78, done.stdout + done.stderr
-    unfit = [line.partition("unfit: ")[2] for line in done.stdout.splitlines() if "unfit: " in line]
-    assert any(line.startswith("n2: slow network") for line in unfit)
-    assert any(line.startswith("n3: cache_write_gbps: ") and "No space left" in line for line in unfit)
-    assert any(line.startswith("n3: other code") for line in unfit)
-    assert any(line.startswith("n4: clock is +30.0 s off") for line in unfit)
-    assert not any(line.startswith("n1") for line in unfit)
+    unhealthy = [line.partition("unhealthy: ")[2] for line in done.stdout.splitlines() if "unhealthy: " in line]
+    assert any(line.startswith("n2: slow network") for line in unhealthy)
+    assert any(line.startswith("n3: cache_write_rate: ") and "No space left" in line for line in unhealthy)
+    assert any(line.startswith("n3: different code") for line in unhealthy)
+    assert any(line.startswith("n4: clock is +30.0 s off") for line in unhealthy)
+    assert not any(line.startswith("n1") for line in unhealthy)
     assert not (tmp_path / "run" / "attempt.json").exists()
 
 

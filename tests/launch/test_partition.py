@@ -1,4 +1,4 @@
-"""Two nodes with a network between them that can be cut: network namespaces, joined by one cable."""
+"""Two nodes in network namespaces, with a network between them that can be disconnected."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from support.processes import SMALL, digest_on_one_node, environment, read_metri
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2, to make network namespaces"
+        os.geteuid() != 0 or shutil.which("ip") is None, reason="needs root and iproute2 to create network namespaces"
     ),
 ]
 
@@ -23,7 +23,7 @@ ADDRESSES = {"a": "10.99.0.1", "b": "10.99.0.2"}
 
 
 class Hosts:
-    """`a` and `b`, each with an address that the other reaches."""
+    """Hosts `a` and `b`, which reach each other."""
 
     def __init__(self) -> None:
         self.names = {host: f"distrain-{os.getpid()}-{host}" for host in ADDRESSES}
@@ -35,7 +35,7 @@ class Hosts:
             for device in ("lo", "eth0"):
                 ip("-n", self.names[host], "link", "set", device, "up")
 
-    def cable(self, state: str) -> None:
+    def set_link(self, state: str) -> None:
         ip("-n", self.names["b"], "link", "set", "eth0", state)
 
     def processes(self) -> list[psutil.Process]:
@@ -50,7 +50,7 @@ class Hosts:
 
 
 class Nodes:
-    """`python -m launch node` on both hosts, for one start of a run."""
+    """`launch node` on both hosts, for one start of a run."""
 
     def __init__(self, hosts: Hosts, folder: Path, settings: tuple[str, ...], job: str) -> None:
         self._log = folder.with_suffix(f".{job}.log")
@@ -60,8 +60,8 @@ class Nodes:
                 self.processes[host] = subprocess.Popen(
                     [
                         "ip", "netns", "exec", hosts.names[host], sys.executable, "-m", "launch", "node",
-                        "--nodes", "2", "--node", str(number), "--head", ADDRESSES["a"], "--job", job, "--name", host,
-                        "--",
+                        "--nodes", "2", "--node-rank", str(number), "--head", ADDRESSES["a"], "--job", job,
+                        "--name", host, "--",
                         f"run.dir={folder.parent}", f"run.name={folder.name}", *settings,
                     ],
                     stdout=log, stderr=subprocess.STDOUT, env=environment(),
@@ -97,7 +97,7 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory) -> str:
-    return digest_on_one_node(tmp_path_factory.mktemp("undisturbed"), *settings, ranks=2)
+    return digest_on_one_node(tmp_path_factory.mktemp("uninterrupted"), *settings, ranks=2)
 
 
 def wait_for_step(folder: Path, step: int, nodes: Nodes) -> None:
@@ -108,7 +108,7 @@ def wait_for_step(folder: Path, step: int, nodes: Nodes) -> None:
 
 
 def finish(hosts: Hosts, folder: Path, settings: tuple[str, ...], uninterrupted: str) -> None:
-    """The same again goes on, and ends in the same weights, with nothing left of either start."""
+    """The same command resumes and ends in the same weights, and neither start leaves a process running."""
     nodes = Nodes(hosts, folder, settings, "again")
     assert nodes.wait() == [0, 0], nodes.output
     assert nodes.output.strip().rpartition("weights ")[2] == uninterrupted
@@ -116,20 +116,20 @@ def finish(hosts: Hosts, folder: Path, settings: tuple[str, ...], uninterrupted:
     assert hosts.processes() == []
 
 
-def test_a_cut_cable_ends_both_sides_and_the_run_goes_on_when_it_is_mended(hosts, settings, uninterrupted, tmp_path):
-    folder = tmp_path / "cut"
+def test_a_network_partition_ends_both_sides_and_the_run_resumes_after_it(hosts, settings, uninterrupted, tmp_path):
+    folder = tmp_path / "partition"
     nodes = Nodes(hosts, folder, settings, "first")
     wait_for_step(folder, 25, nodes)
-    hosts.cable("down")
+    hosts.set_link("down")
     assert nodes.wait() == [1, 1], nodes.output
     assert "has not moved for 5 s" in nodes.output
     assert hosts.processes() == []
-    hosts.cable("up")
+    hosts.set_link("up")
     finish(hosts, folder, settings, uninterrupted)
 
 
 @pytest.mark.parametrize("host", ["a", "b"])
-def test_a_lost_agent_leaves_no_process_behind_on_either_side(hosts, settings, uninterrupted, tmp_path, host):
+def test_a_killed_agent_leaves_no_process_running_on_either_side(hosts, settings, uninterrupted, tmp_path, host):
     folder = tmp_path / "lost"
     nodes = Nodes(hosts, folder, settings, "first")
     wait_for_step(folder, 25, nodes)

@@ -12,12 +12,12 @@ def launch(*words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run([sys.executable, "-m", "launch", *words], capture_output=True, text=True, env=environment())
 
 
-def test_the_script_asks_for_as_many_nodes_as_the_lanes_need():
+def test_the_script_requests_as_many_nodes_as_the_lanes_need():
     words = ("--dry-run", "--gpus", "4", "--partition", "gpu", "--account", "us", "--time", "2:00:00")
     done = launch(*COMMAND, *words, "--image", "/images/distrain.sif", "train.epochs=30", "augment.crop_scale=[0.1, 1]")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    # 32 lanes on nodes of 4.
+    # 32 lanes, 4 GPUs per node.
     for option in ("nodes=8", "gpus-per-node=4", "partition=gpu", "account=us", "time=2:00:00", "requeue"):
         assert f"#SBATCH --{option}" in lines
     assert "RUN=runs/regnety_16gf" in lines
@@ -25,7 +25,7 @@ def test_the_script_asks_for_as_many_nodes_as_the_lanes_need():
     assert "overrides=(train.epochs=30 'augment.crop_scale=[0.1, 1]')" in lines
 
 
-def test_the_scripts_that_are_there_ask_for_what_it_would_write():
+def test_the_scripts_in_slurm_have_the_options_that_it_generates():
     done = launch(*COMMAND, "--dry-run")
     script = Path("slurm/regnety_16gf.sh").read_text()
     shipped = [line for line in script.splitlines() if line.startswith("#SBATCH")]
@@ -40,7 +40,7 @@ def test_the_scripts_that_are_there_ask_for_what_it_would_write():
         ((*COMMAND, "train.epoch=3"), "did you mean train.epochs?"),
     ],
 )
-def test_mistakes_are_told_in_one_line(words, message):
+def test_mistakes_are_reported_in_one_line(words, message):
     done = launch(*words)
     assert done.returncode == 78
     assert message in done.stderr

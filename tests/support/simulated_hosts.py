@@ -1,4 +1,4 @@
-"""A Slurm cluster of several nodes on this machine, each in namespaces of its own; see minicluster.sh."""
+"""A Slurm cluster of several nodes on this machine, each in separate namespaces; see minicluster.sh."""
 
 import os
 import re
@@ -11,25 +11,25 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("minicluster.sh")
 REPOSITORY = Path(__file__).parents[2]
-_ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+_FINAL_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 
 
 def why_not() -> str | None:
-    """What this machine lacks to play a cluster, if anything."""
+    """What this machine lacks to simulate a cluster, if anything."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [program for program in _PROGRAMS if shutil.which(program, path=path) is None]
     if os.geteuid() != 0:
-        return "needs root, to make namespaces"
+        return "needs root to create namespaces"
     return f"needs {', '.join(missing)} (see the top of {SCRIPT.name})" if missing else None
 
 
 class Cluster:
-    """Nodes n1, n2, ... and a head. A context manager that starts them and leaves nothing behind."""
+    """Nodes n1, n2, ... and a head. A context manager that starts them and cleans up everything."""
 
     def __init__(self, nodes: int) -> None:
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
-        self.folder = Path(tempfile.mkdtemp(prefix="mc-", dir="/tmp"))  # a short path: it holds sockets
+        self.folder = Path(tempfile.mkdtemp(prefix="mc-", dir="/tmp"))  # a short path, because it holds sockets
 
     def __enter__(self) -> "Cluster":
         self._call("up", str(len(self.nodes)))
@@ -40,37 +40,38 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def head(self, *words: str, **variables: str) -> str:
-        """Run a command where users log in; return what it printed."""
+        """Run a command on the login node; return its output."""
         return self._call("exec", *words, **variables)
 
     def on(self, node: str, *words: str) -> str:
         return self._call("on", node, *words)
 
-    def crop(self, node: str) -> None:
-        """Pull its cable; its processes go on."""
-        self._call("cut-node", node)
+    def disconnect(self, node: str) -> None:
+        """Disconnect it from the network; its processes keep running."""
+        self._call("disconnect-node", node)
 
     def kill(self, node: str) -> None:
-        """Its power fails."""
+        """Simulate a power failure."""
         self._call("kill-node", node)
 
-    def heal(self, node: str) -> None:
-        self._call("heal-node", node)
+    def restore(self, node: str) -> None:
+        """Reconnect or boot it, and wait until Slurm may use it."""
+        self._call("restore-node", node)
 
     def restart_controller(self) -> None:
         self._call("restart-head")
 
     def submit(self, script: str, log: Path, *options: str, **variables: str) -> str:
-        """sbatch a script of slurm/, as it is. Returns the job's number."""
+        """Submit an unmodified script of slurm/. Returns the job id."""
         variables = {"PYTHON": sys.executable, **variables}
-        said = self.head("sbatch", f"--output={log}", *options, str(REPOSITORY / "slurm" / script), **variables)
-        return said.split()[-1]
+        output = self.head("sbatch", f"--output={log}", *options, str(REPOSITORY / "slurm" / script), **variables)
+        return output.split()[-1]
 
     def state(self, job: str) -> str:
         return self._field(job, "JobState")
 
     def hosts(self, job: str) -> list[str]:
-        """Where a job runs, the host of its batch script first."""
+        """The nodes of a job, the one with its batch script first."""
         return self.head("scontrol", "show", "hostnames", self._field(job, "NodeList")).split()
 
     def restarts(self, job: str) -> int:
@@ -80,14 +81,14 @@ class Cluster:
         """Return once the job is in one of these states."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
-            late = time.monotonic() > deadline or state in _ENDS
-            assert not late, f"job {job} is {state}, not {states}:\n{Path(self._field(job, 'StdOut')).read_text()}"
+            failed = time.monotonic() > deadline or state in _FINAL_STATES
+            assert not failed, f"job {job} is {state}, not {states}:\n{Path(self._field(job, 'StdOut')).read_text()}"
             time.sleep(0.3)
         return state
 
     def _field(self, job: str, name: str) -> str:
         shown = ""
-        for _ in range(20):  # the controller may be starting again
+        for _ in range(20):  # the controller may be restarting
             try:
                 shown = self.head("scontrol", "show", "job", job)
                 break
@@ -111,5 +112,5 @@ class Cluster:
 
 
 def environment() -> dict[str, str]:
-    """A user's, without what the tester's own session has set up."""
+    """A user's environment, without variables of the developer's session."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "MLFLOW_", "OMP_"))}

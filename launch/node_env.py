@@ -1,4 +1,4 @@
-"""Where a node stands among the nodes of a job, and what its processes have to know of the machine."""
+"""A node's rank in a job, and the environment variables of its processes."""
 
 import fcntl
 import os
@@ -8,28 +8,30 @@ import zlib
 from dataclasses import dataclass
 
 _SIOCGIFADDR = 0x8915  # netdevice(7)
-_FIRST_PORT, _PORTS = 20000, 12000  # below those that Linux gives to clients
+_FIRST_PORT, _PORTS = 20000, 12000  # below Linux's ephemeral ports
 
 
 @dataclass(frozen=True)
-class Place:
+class Node:
     """One node of a job."""
 
-    node: int
-    nodes: int
+    rank: int
+    """From 0 to `count` - 1."""
+    count: int
+    """Nodes of the job."""
     head: str
-    """Host name or address of node 0, where all meet."""
+    """Host name or address of node 0, where the nodes rendezvous."""
     job: str
-    """Names this start of the job, so that processes of an earlier one are not met."""
+    """Identifies this start of the job, so that processes of an earlier start cannot join."""
 
     @property
     def port(self) -> int:
-        """Where node 0 listens: the same on all nodes, another for every start."""
+        """The port node 0 listens on: the same on all nodes, different for every start."""
         return _FIRST_PORT + zlib.crc32(self.job.encode()) % _PORTS
 
 
 def count_ranks() -> int:
-    """Processes that this node should run: one for each GPU that it may use; 1 without any."""
+    """The default number of processes on this node: one per visible GPU, or 1."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return max(1, len([device for device in visible.split(",") if device.strip()]))
     import torch
@@ -37,34 +39,34 @@ def count_ranks() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def variables(place: Place, ranks: int) -> dict[str, str]:
-    """Environment for this node's processes. What the user has set is not touched."""
+def rank_variables(node: Node, ranks: int) -> dict[str, str]:
+    """Environment variables for the `ranks` processes of this node, except those the user has set."""
     found = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         "NCCL_DEBUG": "WARN",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
     }
-    if place.nodes > 1 and (interface := interface_towards(place)) is not None:
+    if node.count > 1 and (interface := find_interface(node)) is not None:
         found |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     return {name: value for name, value in found.items() if name not in os.environ}
 
 
-def interface_towards(place: Place) -> str | None:
-    """The network interface over which this node and the head reach each other.
+def find_interface(node: Node) -> str | None:
+    """The network interface through which this node and the head reach each other; None if that is not clear.
 
-    Left alone, gloo takes the one its own host name stands for, and that is often loopback.
+    By default gloo uses the interface that the host's own name resolves to, which is often loopback.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((place.head, place.port))  # sends nothing: asks the kernel for the route
+            probe.connect((node.head, node.port))  # sends nothing, but makes the kernel choose a route
             address = probe.getsockname()[0]
         except OSError:
             return None
     by_address = {_address_of(name): name for _, name in socket.if_nameindex()}
-    if address.startswith("127.") and not place.head.startswith(("127.", "localhost")):
-        # The head's own name stands for loopback, as Debian sets it up; the others cannot reach it there.
-        outward = [name for found, name in by_address.items() if found and not found.startswith("127.")]
-        return outward[0] if len(outward) == 1 else None
+    if address.startswith("127.") and not node.head.startswith(("127.", "localhost")):
+        # Debian resolves the head's own name to loopback, where the other nodes cannot reach it.
+        external = [name for found, name in by_address.items() if found and not found.startswith("127.")]
+        return external[0] if len(external) == 1 else None
     return by_address.get(address)
 
 

@@ -1,0 +1,148 @@
+"""The command line of the launcher: `distrain launch COMMAND` or `python -m launch COMMAND`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from distrain import config
+from distrain.arguments import AnyOrder, add_run_arguments, run_arguments
+from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from launch import node, slurm
+from launch.job import Host, Job, read_hosts
+from launch.node_env import count_ranks
+
+_DESCRIPTION = "Start a run on one machine, many machines or a Slurm cluster."
+
+_SSH = (
+    "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",
+    "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3",
+)  # fmt: skip
+
+_EXIT_CODES = """\
+exit codes: 0 done; 75 stopped on request, everything saved: run it again to continue; 78 a mistake that the message
+names; else the launcher gave up. After a crash it starts the run again from the last checkpoint."""
+
+
+def main() -> int:
+    """Parse the command line of `python -m launch`, run it and return the exit code."""
+    parser = AnyOrder(prog="python -m launch", description=_DESCRIPTION)
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(f"launch: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the commands local, ssh, slurm, doctor and node."""
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=AnyOrder)
+    local = commands.add_parser(
+        "local",
+        help="train on this machine",
+        description="Train on this machine. --nodes N simulates N nodes, which share its cores and GPUs.",
+        epilog=_EXIT_CODES,
+    )
+    local.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes to simulate (default 1)")
+    _add_training(local)
+    local.set_defaults(run=run_local)
+
+    ssh = commands.add_parser(
+        "ssh",
+        help="train on hosts reachable by ssh",
+        description="Train on hosts that ssh reaches without a password. The working directory, the Python "
+        "environment, the data and run.dir must have the same paths on all hosts, and run.dir must be shared.",
+        epilog=_EXIT_CODES,
+    )
+    _add_hosts(ssh)
+    ssh.add_argument(
+        "--min-nodes",
+        type=int,
+        metavar="N",
+        help="after losing hosts, continue with at least N (default: wait until all are back)",
+    )
+    ssh.add_argument("--no-doctor", action="store_true", help="skip the health check of the hosts")
+    _add_training(ssh)
+    ssh.set_defaults(run=run_ssh)
+
+    batch = commands.add_parser(
+        "slurm",
+        help="submit a job to a Slurm cluster",
+        description="Submit a batch job that trains a configuration. It is requeued when it is preempted or reaches "
+        "its time limit, and ends when the run is done. README lists the environment variables it reads.",
+    )
+    slurm.add_arguments(batch)
+    add_run_arguments(batch)
+    batch.set_defaults(run=slurm.run)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check the hosts of a run before it starts",
+        description="Compare hosts: cores or GPUs, drivers, the network between them, clocks, disks, access to the "
+        "data, and whether they have the same code and configuration. Prints every unhealthy host with the reason.",
+        epilog="exit codes: 0 all hosts are healthy; 78 at least one is not; else the check failed",
+    )
+    _add_hosts(doctor)
+    doctor.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="without hosts: nodes to simulate on this machine (default 1)"
+    )
+    _add_training(doctor)
+    doctor.set_defaults(run=run_doctor)
+
+    node.add_arguments(
+        commands.add_parser("node", help="run the ranks of one node; the other commands start this on every node")
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, metavar="M", help="processes per node (default: one per GPU, or 1)")
+    add_run_arguments(parser)
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hosts", metavar="A,B,...", help="host names; the ranks rendezvous on the first")
+    parser.add_argument("--hostfile", type=Path, metavar="FILE", help="file with one host name per line")
+
+
+def simulated_hosts(nodes: int, ranks: int | None) -> list[Host]:
+    """Hosts that are all this machine and share its cores. Raises UserError for numbers below 1."""
+    if nodes < 1 or (ranks is not None and ranks < 1):
+        raise UserError("--nodes and --ranks must be at least 1")
+    threads = max(1, len(os.sched_getaffinity(0)) // (nodes * (ranks or count_ranks())))
+    variables = {"OMP_NUM_THREADS": str(threads)}
+    return [Host(f"node{number}", "127.0.0.1", variables=variables) for number in range(nodes)]
+
+
+def ssh_hosts(args: argparse.Namespace) -> list[Host]:
+    """The hosts of --hosts or --hostfile, with or without USER@. Raises UserError if there are none."""
+    names = read_hosts(args.hosts, args.hostfile)
+    return [Host(name, name.rpartition("@")[2], command=(*_SSH, name)) for name in names]
+
+
+def run_local(args: argparse.Namespace) -> int:
+    hosts = simulated_hosts(args.nodes, args.ranks)
+    settings = config.load(args.config, args.overrides)
+    config.check_ranks(settings, args.nodes * (args.ranks or count_ranks()))
+    with Job(settings, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
+        return job.run()
+
+
+def run_ssh(args: argparse.Namespace) -> int:
+    hosts = ssh_hosts(args)
+    min_hosts = args.min_nodes or len(hosts)
+    if not 1 <= min_hosts <= len(hosts):
+        raise UserError(f"--min-nodes {min_hosts} must be between 1 and the number of hosts, {len(hosts)}")
+    settings = config.load(args.config, args.overrides)
+    with Job(settings, hosts, args.ranks, run_arguments(args), min_hosts) as job:
+        if not args.no_doctor and (code := job.check_hosts()) != EXIT_DONE:
+            return code
+        return job.run()
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    hosts = ssh_hosts(args) if args.hosts or args.hostfile else simulated_hosts(args.nodes, args.ranks)
+    settings = config.load(args.config, args.overrides)
+    with Job(settings, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
+        return job.check_hosts()

@@ -1,0 +1,216 @@
+"""A run on several hosts, controlled from one terminal: started on all, restarted after crashes, and stopped."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from distrain.config import Config
+from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
+from launch.restart import EXIT_CRASH, Decision, combine_exit_codes, decide, read_attempt
+
+_EXIT_SSH = 255  # ssh lost the connection to the host or could not connect
+_GRACE_S = 20.0  # for the other nodes to exit after one has failed
+_POLL_S = 10.0  # between attempts to reach a lost host
+
+_EXIT_CODES = {
+    Decision.DONE: EXIT_DONE,
+    Decision.USER_ERROR: EXIT_USER,
+    Decision.STOPPED: EXIT_STOPPED,
+    Decision.REQUEUE: EXIT_STOPPED,  # by the user
+    Decision.GIVE_UP: EXIT_CRASH,
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine, real or simulated."""
+
+    name: str
+    address: str
+    command: tuple[str, ...] = ()
+    """Prefix of a shell command that runs there; empty for this machine."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Environment variables of its processes."""
+
+    def start(self, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+        """Start `launch node` there, in the working directory. It stops when its standard input is closed."""
+        settings = [f"{name}={value}" for name, value in self.variables.items()]
+        words = ["env", *settings, sys.executable, "-m", "launch", "node", "--watch-stdin", *arguments]
+        if self.command:
+            words = [*self.command, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"]
+        return subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def is_reachable(self) -> bool:
+        if not self.command:
+            return True
+        done = subprocess.run([*self.command, "true"], stdin=subprocess.DEVNULL, capture_output=True)
+        return done.returncode == 0
+
+
+class Job:
+    """One run on some hosts until it is done. A context manager that leaves no process running on them."""
+
+    def __init__(
+        self, settings: Config, hosts: Sequence[Host], ranks: int | None, arguments: Sequence[str], min_hosts: int
+    ) -> None:
+        """`ranks` per host (None: one per GPU, or 1); at least `min_hosts` are needed after losing hosts.
+
+        `arguments` are those of `python -m distrain`.
+        """
+        self._folder = settings.run.folder
+        self._hosts = list(hosts)
+        self._ranks = ranks
+        self._arguments = list(arguments)
+        self._min_hosts = min_hosts
+        self._id = str(int(time.time()))
+        self._stop_signals = 0
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self._nodes.values():
+            process.kill()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def check_hosts(self) -> int:
+        """Check the health of the hosts. Returns 0 if all are healthy, 78 if one is not, 1 if the check failed."""
+        return combine_exit_codes(self._start(self._hosts, f"{self._id}-doctor", "--doctor").values())
+
+    def run(self) -> int:
+        """Start the run, and again after every crash, until it is done. Returns 0, 75, 78, or 1 for giving up."""
+        number, without_progress = 0, 0
+        hosts = self._hosts
+        while True:
+            before = read_attempt(self._folder).number
+            code = combine_exit_codes(self._start(hosts, f"{self._id}-{number}").values())
+            after = read_attempt(self._folder)
+            decision, without_progress = decide(code, self._stop_signals > 0, before, after, without_progress)
+            if decision == Decision.GIVE_UP:
+                info(f"giving up: {without_progress} starts in a row crashed before training began")
+            if decision != Decision.START_AGAIN:
+                return _EXIT_CODES[decision]
+            if (hosts := self._wait_for_hosts()) == []:
+                return EXIT_STOPPED
+            number += 1
+            info(f"starting again on {', '.join(host.name for host in hosts)}")
+
+    def _start(self, hosts: Sequence[Host], job: str, *options: str) -> dict[str, int]:
+        """Start all nodes and wait until they exit. Returns each host's exit code."""
+        logs = self._folder / "logs"
+        for rank, host in enumerate(hosts):
+            ranks = ["--ranks", str(self._ranks)] if self._ranks else []
+            self._nodes[host.name] = host.start(
+                [
+                    "--nodes", str(len(hosts)), "--node-rank", str(rank), "--head", hosts[0].address, "--job", job,
+                    "--name", host.name, "--logs", str(logs.resolve()), *ranks, *options, "--", *self._arguments,
+                ]
+            )  # fmt: skip
+        readers = [threading.Thread(target=copy_output, args=(process,)) for process in self._nodes.values()]
+        for reader in readers:
+            reader.start()
+        codes = self._wait()
+        for reader in readers:
+            reader.join(timeout=5)
+        self._nodes.clear()
+        if (text := first_failure(logs / job)) is not None:
+            print(text, file=sys.stderr, flush=True)
+        return codes
+
+    def _wait(self) -> dict[str, int]:
+        """Wait until all nodes have exited; after one has failed, kill the others once the grace period is over."""
+        codes: dict[str, int] = {}
+        deadline = float("inf")
+        while len(codes) < len(self._nodes):
+            for name, process in self._nodes.items():
+                if name not in codes and (code := process.poll()) is not None:
+                    codes[name] = code
+                    if code == _EXIT_SSH:
+                        info(f"lost {name}")
+                    if code != 0:
+                        deadline = min(deadline, time.monotonic() + _GRACE_S)
+            if time.monotonic() > deadline:
+                for name, process in self._nodes.items():
+                    if name not in codes:
+                        info(f"{name} is still running {_GRACE_S:.0f} s after another node failed: killed")
+                        process.kill()
+                deadline = float("inf")
+            time.sleep(0.05)
+        return codes
+
+    def _wait_for_hosts(self) -> list[Host]:
+        """The hosts to continue on: all that are reachable, once there are enough. Empty if asked to stop."""
+        reported = False
+        while not self._stop_signals:
+            reachable = [host for host in self._hosts if host.is_reachable()]
+            if len(reachable) >= self._min_hosts:
+                return reachable
+            if not reported:
+                lost = ", ".join(host.name for host in self._hosts if host not in reachable)
+                info(f"waiting for {lost}; use --min-nodes {len(reachable)} to continue without")
+                reported = True
+            time.sleep(_POLL_S)
+        return []
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signals += 1
+        for process in self._nodes.values():
+            if self._stop_signals > 1:
+                process.kill()
+            elif process.stdin is not None:
+                process.stdin.close()
+        if self._stop_signals == 1:
+            info("stopping after saving; repeat the signal (Ctrl-C) to kill")
+
+
+def first_failure(logs: Path) -> str | None:
+    """The report of the rank that failed first in one start of a job; None if none crashed."""
+    reports = sorted(logs.glob("failed-*.txt"))
+    return reports[0].read_text().rstrip() if reports else None
+
+
+def copy_output(process: "subprocess.Popen[bytes]") -> None:
+    """Print a node's output line by line; each line already has its rank as a prefix."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+
+
+def info(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)
+
+
+def read_hosts(hosts: str | None, file: Path | None) -> list[str]:
+    """Host names from `a,b,c`, or from a file with one per line; like MPI's, it may have slots and # comments.
+
+    Raises UserError if there are none or duplicates.
+    """
+    if file is not None:
+        try:
+            lines = [line.partition("#")[0].split() for line in file.read_text().splitlines()]
+        except OSError as error:
+            raise UserError(f"--hostfile {file}: {error.strerror}") from error
+        names = [words[0] for words in lines if words]
+    else:
+        names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
+    if not names:
+        raise UserError("no hosts: set --hosts a,b or --hostfile FILE")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"duplicate hosts: {', '.join(duplicates)}")
+    return names

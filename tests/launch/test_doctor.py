@@ -1,0 +1,44 @@
+import pytest
+
+from launch.doctor import find_unhealthy
+
+HEALTHY = {
+    "errors": [], "code": "c0de", "config": "c0f1", "data": "da7a", "torch": "2.14.1", "ranks": 8, "gpus": 8,
+    "gpu": "NVIDIA H100", "driver": "580.65", "nccl": "2.29", "gmacs": 300_000.0, "gpu_used": 0.01, "clock_s": 0.001,
+    "link_rate": 12e9, "all_reduce_rate": 40e9, "run_free": 900 * 10**9, "run_write_rate": 1e9,
+    "cache_free": 900 * 10**9, "cache_write_rate": 2e9,
+}  # fmt: skip
+
+
+def check_with_third(**changes: object) -> dict[str, list[str]]:
+    """The unhealthy ones of four hosts, of which the third has these changes."""
+    return find_unhealthy(
+        [{**HEALTHY, **(changes if number == 2 else {}), "host": f"n{number}"} for number in range(4)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"driver": "550.54"}, "different driver: 550.54, other hosts have 580.65"),
+        ({"gpus": 7, "ranks": 7}, "different gpus: 7, other hosts have 8"),
+        ({"nccl": "2.20"}, "different nccl: 2.20, other hosts have 2.29"),
+        ({"config": "other"}, "different config: other, other hosts have c0f1"),
+        ({"gmacs": 100_000.0}, "slow GPU: 100,000 GMAC/s, the median is 300,000"),
+        ({"gpu_used": 0.4}, "other processes use 40% of a GPU's memory"),
+        ({"clock_s": -3.0}, "clock is -3.0 s off"),
+        ({"link_rate": 1e7}, "slow network: 10.0 MB/s"),
+        ({"run_free": 2 * 10**8}, "disk almost full: run folder has 200.0 MB free"),
+        ({"cache_write_rate": 2e6}, "slow disk: cache folder writes 2.0 MB/s"),
+        ({"errors": ["data: no such file"]}, "data: no such file"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_an_unhealthy_host_is_named_with_the_reason(changes, reason):
+    found = check_with_third(**changes)
+    assert list(found) == ["n2"]
+    assert reason in found["n2"]
+
+
+def test_equal_hosts_are_healthy():
+    assert check_with_third() == {}
