@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from distrain import config
-from distrain.arguments import check_writable
+from distrain.arguments import add_run_arguments, check_writable
 from distrain.bench.step import distrain_candidate
 from distrain.bench.step_cli import UNUSED_SETTINGS
 from distrain.checkpoint import Checkpointer
@@ -40,8 +40,7 @@ def add_command(commands: Any) -> None:
         description="Train on synthetic images in one process, save a checkpoint in every round, and compare the "
         "time that training stalls with the duration of a step.",
     )
-    checkpoint.add_argument("--config", metavar="FILE", help="YAML configuration of a run")
-    checkpoint.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override it")
+    add_run_arguments(checkpoint)
     checkpoint.add_argument("--rounds", type=int, default=5, metavar="N", help="checkpoints to save (default 5)")
     checkpoint.add_argument("--folder", type=Path, metavar="DIR", help="parent of the temporary output folder")
     checkpoint.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from distrain import config, models
-from distrain.arguments import check_writable
+from distrain.arguments import add_run_arguments, check_writable
 from distrain.bench.rounds import Rate, ratio
 from distrain.bench.step import BARE, PLAIN_DDP, StepBenchmark
 from distrain.config import Config
@@ -43,8 +43,7 @@ def add_command(commands: Any) -> None:
         "and distrain in variants of one configuration, interleaved. Memory is measured in a separate process group "
         "per candidate.",
     )
-    step.add_argument("--config", metavar="FILE", help="YAML configuration of a run")
-    step.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as model.name=regnety_4gf")
+    add_run_arguments(step)
     step.add_argument("--ranks", type=int, default=1, metavar="N", help="processes, one per GPU (default 1)")
     step.add_argument(
         "--vary",

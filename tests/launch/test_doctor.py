@@ -1,4 +1,8 @@
+import subprocess
+import sys
+
 import pytest
+from support.processes import SMALL, environment
 
 from launch.doctor import find_unhealthy
 
@@ -42,3 +46,12 @@ def test_an_unhealthy_host_is_named_with_the_reason(changes, reason):
 
 def test_equal_hosts_are_healthy():
     assert check_with_third() == {}
+
+
+def test_a_path_with_an_equals_sign_is_a_configuration_and_not_an_override(on_dataset, tmp_path):
+    path = tmp_path / "lr=0.1.yaml"
+    path.write_text("run: {name: run}")
+    command = [sys.executable, "-m", "launch", "doctor", "--ranks", "1", f"run.dir={tmp_path}", "--config", str(path)]
+    done = subprocess.run([*command, *SMALL, *on_dataset], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all 1 hosts are healthy" in done.stdout

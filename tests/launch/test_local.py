@@ -115,6 +115,7 @@ def test_a_run_that_never_begins_training_is_given_up(settings, tmp_path):
     ("words", "message"),
     [
         (("local", "--nodes", "0"), "--nodes and --ranks must be at least 1"),
+        (("local", "batch.lanes=4", "--nodes", "0"), "--nodes and --ranks must be at least 1"),
         (("local", "--nodes", "3", "--ranks", "3"), "batch.lanes=4 does not fit 9 ranks"),
         (("local", "batch.lane=4"), "did you mean batch.lanes?"),
         (("ssh",), "no hosts: set --hosts a,b or --hostfile FILE"),

@@ -8,8 +8,9 @@ from support.processes import environment
 COMMAND = ("slurm", "--config", "configs/regnety_16gf.yaml")
 
 
-def launch(*words: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-m", "launch", *words], capture_output=True, text=True, env=environment())
+def launch(*words: str, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "launch", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment())
 
 
 def test_the_script_requests_as_many_nodes_as_the_lanes_need():
@@ -30,6 +31,14 @@ def test_the_scripts_in_slurm_have_the_options_that_it_generates():
     script = Path("slurm/regnety_16gf.sh").read_text()
     shipped = [line for line in script.splitlines() if line.startswith("#SBATCH")]
     assert [line for line in done.stdout.splitlines() if line.startswith("#SBATCH")] == shipped
+
+
+def test_outside_of_a_checkout_the_script_uses_the_installed_launcher(tmp_path):
+    done = launch("slurm", "--dry-run", "--config", str(Path(COMMAND[2]).resolve()), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *_, python, sourced = done.stdout.splitlines()
+    assert python == f'PYTHON="${{PYTHON:-{sys.executable}}}"'
+    assert Path(sourced.removeprefix(". ")) == Path("launch/batch.sh").resolve()
 
 
 @pytest.mark.parametrize(
