@@ -1,20 +1,34 @@
-"""The commands in README work as written there."""
+"""The commands in README work as written there, and what the documentation names exists."""
 
 import re
 import shlex
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from support.processes import README, SMALL, environment, readme_command
 
 from distrain.__main__ import main
+from distrain.config.renamed import RENAMED_KEYS
 from distrain.errors import EXIT_DONE
 
 EXTRA = {"parallel.offload=true": ["parallel.strategy=zero1"]}
 ROOT = Path(__file__).parents[1]
 TEXT = README.read_text()
+CONTRIBUTOR = ROOT / "distrain" / "README.md"
+DOCUMENTS = [README, CONTRIBUTOR, ROOT / "distrain" / "data" / "README.md", *sorted(ROOT.glob(".github/**/*.md"))]
+WRITTEN_BY_A_RUN = ("config.yaml", "decisions.json", "manifest.json", "checkpoints/", "stacks/", "runs/")
+
+
+def paths_named_in(text: str) -> set[str]:
+    """Names and patterns of files, and folders that end in a slash or lie in tests/."""
+    files = re.findall(
+        r"(?<![\w/:.-])(?:\.{1,2}/)?\.?\w[\w./*-]*\.(?:py|sh|ya?ml|md|json|txt)\b(?!\.\w)|\bdocker/\w+", text
+    )
+    folders = re.findall(r"`((?:\.\./)?\w[\w./-]*/|tests/[\w/]+)`", text)
+    return {path for path in (*files, *folders) if not path.startswith(WRITTEN_BY_A_RUN)}
 
 
 def run(words: list[str]) -> str:
@@ -69,8 +83,39 @@ def test_the_benchmark_of_steps_runs():
 
 
 def test_the_options_of_the_table_exist(monkeypatch):
-    table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("## Ways to run")]
+    table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("Settings of older")]
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
     assert len(overrides) == 7
     words = [word for override in overrides for word in override.split()]
     assert is_accepted(monkeypatch, *words, "train.epochs=9")
+
+
+def test_the_table_of_renamed_settings_is_complete():
+    table = TEXT[TEXT.index("| before | now |") : TEXT.index("## Ways to run")]
+    rows = [re.findall(r"`([a-z_]+\.[a-z_*]+)", row) for row in table.splitlines()]
+    for before, now in RENAMED_KEYS.items():
+        (row,) = [row for row in rows if any(fnmatch(before, name) for name in row)]
+        section = now.partition(".")[0]
+        assert now in row or f"{section}.*" in row
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_path_that_the_documentation_names_exists(document):
+    named = paths_named_in(document.read_text())
+    bases = [document.parent, ROOT, ROOT / "distrain", ROOT / "configs"]
+    assert [path for path in sorted(named) if not any(any(base.glob(path)) for base in bases)] == []
+
+
+def test_the_files_to_change_have_the_names_that_the_contributors_table_gives():
+    table = CONTRIBUTOR.read_text().partition("## Where to change what")[2].partition("## Glossary")[0]
+    checked = 0
+    for row in table.splitlines():
+        text = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            if "/" in name or name.endswith(".py"):
+                path = CONTRIBUTOR.parent / name
+                text = "".join(map(Path.read_text, sorted(path.glob("*.py") if path.is_dir() else [path])))
+            else:
+                assert all(re.search(rf"\b{word}\b", text) for word in name.split(".")), row
+                checked += 1
+    assert checked > 20
