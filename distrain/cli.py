@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command line and return the exit code. Raises UserError for mistakes in it."""
     if argv and argv[0] in TOOLS:
         module, summary = TOOLS[argv[0]]
-        parser = AnyOrder(prog=f"distrain {argv[0]}", description=summary.capitalize() + ".")
+        parser = AnyOrder(prog=f"distrain {argv[0]}", description=f"{summary[0].upper()}{summary[1:]}.")
         importlib.import_module(module).add_arguments(parser)
         args = parser.parse_args(argv[1:])
         return int(args.run(args))

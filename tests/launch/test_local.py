@@ -73,7 +73,7 @@ def test_a_stop_signal_saves_on_all_nodes_and_exits_75(settings, uninterrupted, 
         job.send_signal(number)
         output = job.communicate(timeout=60)[0].decode()
         assert job.returncode == 75, output
-        assert "all is saved" in output
+        assert "everything is saved" in output
     done = run_on_nodes(tmp_path, settings)
     assert done.stdout.strip().rpartition("weights ")[2] == uninterrupted
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]

@@ -122,7 +122,7 @@ def test_a_network_partition_ends_both_sides_and_the_run_resumes_after_it(hosts,
     wait_for_step(folder, 25, nodes)
     hosts.set_link("down")
     assert nodes.wait() == [1, 1], nodes.output
-    assert "has not moved for 5 s" in nodes.output
+    assert "made no progress for 5 s" in nodes.output
     assert hosts.processes() == []
     hosts.set_link("up")
     finish(hosts, folder, settings, uninterrupted)
