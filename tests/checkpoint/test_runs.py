@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_checkpoints_are_also_saved_by_time(settings, tmp_path):
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Path:
+def small_disk(tmp_path) -> Iterator[Path]:
     """A disk with room for a few checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -67,7 +67,7 @@ def test_exported_programs_agree_with_eager_at_any_batch_size(tiny, images):
 
 def test_channels_last_gives_the_same_results_and_stays_channels_last(tiny, images):
     changed = copy.deepcopy(tiny).to(memory_format=torch.channels_last)
-    layouts: dict[str, bool] = {}
+    layouts = {}
 
     def observe(name: str, module: nn.Module) -> None:
         def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:

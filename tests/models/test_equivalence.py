@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from support.comparing import difference, differing
+from support.comparing import difference, differing, gradients_of
 from torch import nn
 
 from distrain.models import PUBLISHED, build, load_weights
@@ -77,6 +77,8 @@ def randomize_norms(network: nn.Module) -> None:
     """Initial values would hide errors: timm initializes the last BN weight of a block to zero."""
     for norm in network.modules():
         if isinstance(norm, nn.BatchNorm2d):
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             for positive in (norm.weight, norm.running_var):
                 nn.init.uniform_(positive, 0.5, 1.5)
             for signed in (norm.bias, norm.running_mean):
@@ -88,7 +90,7 @@ def run(network: nn.Module, images: torch.Tensor, training: bool) -> tuple[torch
     network.train(training).zero_grad()
     logits = network(images)
     logits.backward(torch.linspace(-1, 1, logits.numel()).view_as(logits))
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    gradients = gradients_of(network)
     assert sum(bool(gradient.any()) for gradient in gradients.values()) > 0.9 * len(gradients)
     return logits.detach(), gradients
 

@@ -1,5 +1,7 @@
 """Every published network has exactly the published complexity."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -120,7 +122,9 @@ def count_by_running(network: nn.Module, resolution: int) -> dict[str, tuple[Cos
     def count_norm(norm: nn.Module, _: object, output: torch.Tensor) -> None:
         record(norm, output, Cost())
 
-    hooks = {nn.Conv2d: count_conv, nn.Linear: count_linear, nn.MaxPool2d: count_pool, nn.BatchNorm2d: count_norm}
+    hooks: dict[type, Callable[..., None]] = {
+        nn.Conv2d: count_conv, nn.Linear: count_linear, nn.MaxPool2d: count_pool, nn.BatchNorm2d: count_norm,
+    }  # fmt: skip
     for module in network.modules():
         module.register_forward_hook(hooks.get(type(module), lambda *_: None))
     network.eval()(torch.empty(1, 3, resolution, resolution, device="meta"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.comparing import gradients_of
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -61,8 +62,7 @@ def take_step(network: nn.Module, images: torch.Tensor, half: bool = False) -> S
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = network(images).float().square().mean()
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
-    return Step(loss, gradients, dict(network.named_buffers()))
+    return Step(loss, gradients_of(network), dict(network.named_buffers()))
 
 
 def saved_bytes(network: nn.Module, images: torch.Tensor, mode: str) -> int:
@@ -145,7 +145,7 @@ def backward_twice(network: nn.Module, images: torch.Tensor) -> Step:
     loss = network(images).square().mean()
     loss.backward(retain_graph=True)
     loss.backward()
-    return Step(loss, {name: p.grad for name, p in network.named_parameters()}, dict(network.named_buffers()))
+    return Step(loss, gradients_of(network), dict(network.named_buffers()))
 
 
 def test_full_recomputation_supports_a_second_backward_pass(network, images):

@@ -8,7 +8,7 @@ from distrain.recipe.optimizers import build_optimizer
 def decayed(config: OptimizerConfig) -> set[str]:
     """Names of the parameters that a step with zero gradients changes."""
     network = models.build("densenet_bc_10_4", 3)
-    torch.nn.init.ones_(network.head.bias)
+    torch.nn.init.ones_(network.get_parameter("head.bias"))
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     optimizer = build_optimizer(network, config)
     for group in optimizer.param_groups:

@@ -19,7 +19,7 @@ def _disarmed():
 
 
 def test_a_failpoint_does_nothing_unless_armed():
-    reached: list[tuple[str, int]] = []
+    reached = []
     failpoint("train.step", 1)
     arm(lambda name, step: reached.append((name, step)))
     failpoint("train.step", 2)

@@ -21,5 +21,5 @@ def read_or_replace(self, request, index, decode):
     return read
 
 
-SampleReader.read_or_replace = read_or_replace
+SampleReader.read_or_replace = read_or_replace  # type: ignore[method-assign]
 sys.exit(cli.run(sys.argv[1:]))

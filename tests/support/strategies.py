@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def run_tasks(tasks: list[dict], ranks: int, folder: Path) -> list[Outcome]:
     return [Outcome(**result, state=torch.load(one["save"])) for one, result in zip(tasks, results, strict=True)]
 
 
-def assert_equal_states(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: float) -> None:
+def assert_equal_states(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: Any) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(found[name], tensor, msg=f"{name}: {{}}".format, **tolerance)

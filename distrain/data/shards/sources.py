@@ -138,7 +138,7 @@ def read_csv(file: Path, classes: Sequence[str] | None = None) -> SourceImages:
 
 def read_devkit(devkit: Path) -> tuple[tuple[str, ...], list[int]]:
     """Return the 1,000 synsets of ILSVRC2012 sorted by name, and the labels of validation images 1, 2, ..."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     try:
         with tarfile.open(devkit) as tar:
