@@ -1,6 +1,6 @@
 """How a process ends: exit codes, and errors that are reported in one line.
 
-The launcher and the batch scripts decide from the exit codes alone whether to start again.
+The launcher and the batch scripts decide whether to start again by the exit code only.
 """
 
 import difflib

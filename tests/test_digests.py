@@ -68,8 +68,7 @@ def test_a_run_ends_in_the_pinned_bits(base, tmp_path, name, accuracy, digest):
     ranks, settings = RUNS[name]
     result = train(tmp_path / name, *base, *settings, ranks=ranks, host=SAME_BITS)
     assert result.code == 0, result.output
-    last = result.output.strip().splitlines()[-1]
-    assert (last.split()[2], result.digest) == (accuracy, f"sha256:{digest}")
+    assert (result.last_line.split()[2], result.digest) == (accuracy, f"sha256:{digest}")
 
 
 @pytest.mark.parametrize(

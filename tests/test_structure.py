@@ -27,8 +27,7 @@ FORBIDDEN = (  # brackets, so that this line does not match itself
 
 def name_of(path: Path) -> str:
     """The dotted name of a module, that of its folder for __init__.py."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 MODULES = {name_of(path): tree for path, tree in FILES.items()}

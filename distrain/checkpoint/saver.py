@@ -58,7 +58,7 @@ class Checkpointer:
         config: CheckpointConfig,
         before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before_commit` is called on the main rank; what it raises, but for an OSError, ends the attempt."""
+        """`before_commit` is called on the main rank; what it raises, except an OSError, ends the attempt."""
         self._before_commit = before_commit
         self._folder = folder
         self._group = group

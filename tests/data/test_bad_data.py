@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.forked_runs import train
+from support.forked_runs import train_forked
 from support.images import encoded, png
 from support.processes import SMALL
 from webdataset import TarWriter
@@ -83,7 +83,7 @@ def run(damaged, tmp_path_factory):
         key = f"{loader}-{ranks}"
         if key not in results:
             settings = (*SETTINGS, *on(damaged), f"data.loader={loader}")
-            results[key] = train(folder / key, *settings, ranks=ranks)
+            results[key] = train_forked(folder / key, *settings, ranks=ranks)
         assert results[key].code == 0, results[key].output
         return results[key]
 
@@ -125,7 +125,7 @@ def test_validation_counts_all_other_samples(run, loader, ranks):
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_a_run_on_damaged_data_is_reproducible(run, damaged, tmp_path, loader):
-    again = train(tmp_path / "again", *SETTINGS, *on(damaged), f"data.loader={loader}", ranks=2)
+    again = train_forked(tmp_path / "again", *SETTINGS, *on(damaged), f"data.loader={loader}", ranks=2)
     assert again.digest == run(loader, 2).digest
     assert again.digest.startswith("sha256:")
 
@@ -144,7 +144,7 @@ def assert_one_line(result, message):
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
 def test_too_many_bad_samples_end_the_run_with_one_line(damaged, tmp_path, loader):
-    result = train(tmp_path / "run", *SETTINGS, *on(damaged), "data.max_bad=0.05", f"data.loader={loader}")
+    result = train_forked(tmp_path / "run", *SETTINGS, *on(damaged), "data.max_bad=0.05", f"data.loader={loader}")
     assert_one_line(
         result,
         "3 of 50 samples of data.train cannot be used, more than data.max_bad=0.05 allows: "
@@ -158,7 +158,7 @@ def test_a_run_without_any_good_sample_ends_with_one_line(damaged, tmp_path, spl
     index = load_index(f"{damaged}/{split}.parquet")
     save_index(replace(index, width=index.width * 0), damaged / "none.parquet")
     where = (*on(damaged), f"data.{split}={damaged}/none.parquet")
-    result = train(tmp_path / "run", *SETTINGS, *where, "data.max_bad=1", ranks=ranks)
+    result = train_forked(tmp_path / "run", *SETTINGS, *where, "data.max_bad=1", ranks=ranks)
     listed = f"{tmp_path}/run/quarantine.jsonl lists them; fix the data"
     assert_one_line(result, f"none of the 50 samples of data.{split} can be used: {listed}")
 
@@ -166,11 +166,11 @@ def test_a_run_without_any_good_sample_ends_with_one_line(damaged, tmp_path, spl
 def test_data_fixed_before_a_restart_counts_as_good(damaged, tmp_path):
     copy = shutil.copytree(damaged, tmp_path / "copy")
     settings = (*SETTINGS, *on(copy), "data.max_bad=0.12")
-    result = train(tmp_path / "run", *settings)
+    result = train_forked(tmp_path / "run", *settings)
     assert "7 of 50 samples of data.train cannot be used" in result.output
     for split in ("train", "val"):
         flip_a_byte(copy / f"{split}.tar", int(load_index(f"{copy}/{split}.parquet").offset[33]) + 60)
-    result = train(tmp_path / "run", *settings)
+    result = train_forked(tmp_path / "run", *settings)
     assert result.code == 0, result.output
     assert f"of {len(GOOD) + 1} images" in result.last_line
 
@@ -196,5 +196,5 @@ def test_a_bad_shard_or_index_ends_the_run_with_its_name(damaged, tmp_path, faul
         "changed": lambda: (copy / "train.tar").write_bytes(content[::-1]),
         "mislabelled": lambda: save_index(index, copy / "train.parquet"),
     }[fault]()
-    result = train(tmp_path / "run", *SETTINGS, *on(copy), f"data.loader={loader}", ranks=ranks)
+    result = train_forked(tmp_path / "run", *SETTINGS, *on(copy), f"data.loader={loader}", ranks=ranks)
     assert_one_line(result, f"{copy}/" + FAULTS[fault].format(short=len(content) - 3000, whole=len(content)))

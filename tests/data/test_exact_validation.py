@@ -6,7 +6,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
-from support.forked_runs import train
+from support.forked_runs import train_forked
 from support.processes import SMALL
 from webdataset import TarWriter
 
@@ -48,7 +48,7 @@ def counts(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     counted = {}
     for ranks in (1, 2, 3):
-        result = train(folder / "run", *settings, ranks=ranks)
+        result = train_forked(folder / "run", *settings, ranks=ranks)
         assert result.code == 0, result.output
         images = int(result.last_line.partition(" of ")[2].split()[0].replace(",", ""))
         hits = [max(result.series(name).items())[1] * images for name in ("val/top1", "val/top5")]

@@ -1,7 +1,7 @@
 """An index behind a failing server, and whole runs on data behind one."""
 
 import pytest
-from support.forked_runs import train
+from support.forked_runs import train_forked
 from support.processes import SMALL
 from support.servers import use_s3, without_credentials
 
@@ -59,7 +59,7 @@ def run_on(tmp_path_factory, on_dataset):
         where = (f"data.train={root}/train.parquet", f"data.val={root}/val.parquet", "data.shuffle=window")
         steps = ("batch.lanes=2", "batch.per_lane=8", "train.epochs=2", "data.loader=torch")
         downloads = (f"download.cache={folder}/{name}-cache", "download.retry_wait=0.01", "download.timeout=0.3")
-        return train(folder / name, *SMALL, *on_dataset, *where, *steps, *downloads)
+        return train_forked(folder / name, *SMALL, *on_dataset, *where, *steps, *downloads)
 
     return run
 

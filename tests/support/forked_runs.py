@@ -3,14 +3,11 @@ user's run does; processes.py also starts them as a user does."""
 
 import multiprocessing
 import os
-import re
-import socket
 import sys
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from support.processes import environment, read_metrics
+from support.processes import Result, environment, free_port
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
@@ -18,27 +15,8 @@ FORKING.set_forkserver_preload(
 )
 
 
-@dataclass
-class RunResult:
+class ForkedResult(Result):
     """How a run ended: the exit code of the rank that failed first, or 0, and what all ranks printed."""
-
-    code: int
-    output: str
-    folder: Path
-
-    @property
-    def lines(self) -> list[str]:
-        """Lines that distrain reported, without the rank."""
-        reported = [line for line in self.output.splitlines() if line.startswith("distrain: ")]
-        return [re.sub(r"^distrain: (rank \d+: )?", "", line) for line in reported]
-
-    @property
-    def last_line(self) -> str:
-        return next(line for line in reversed(self.output.splitlines()) if line.startswith("done: "))
-
-    @property
-    def digest(self) -> str:
-        return self.last_line.rpartition("weights ")[2]
 
     @property
     def delivered(self) -> list[list[list[int]]]:
@@ -46,18 +24,11 @@ class RunResult:
         files = sorted(self.folder.parent.glob(f"{self.folder.name}-labels-*"))
         return [[[int(label) for label in line.split()] for line in file.read_text().splitlines()] for file in files]
 
-    def series(self, name: str) -> dict[int, float]:
-        """Return a metric by step."""
-        entries = read_metrics(self.folder)
-        return {entry["step"]: entry["metrics"][name] for entry in entries if name in entry["metrics"]}
 
-
-def train(folder: Path, *overrides: str, ranks: int = 1) -> RunResult:
+def train_forked(folder: Path, *overrides: str, ranks: int = 1) -> ForkedResult:
     """Train to the end. If one rank fails the others are killed, as by torchrun."""
     arguments = [f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [folder.parent / f"{folder.name}-{rank}.log" for rank in range(ranks)]
     processes = []
     for rank in range(ranks):
@@ -75,7 +46,7 @@ def train(folder: Path, *overrides: str, ranks: int = 1) -> RunResult:
     for process in running:
         process.kill()
         code = code or -1
-    return RunResult(code, "".join(log.read_text() for log in logs), folder)
+    return ForkedResult(code, "".join(log.read_text() for log in logs), folder)
 
 
 def _run(arguments: list[str], variables: dict[str, str], log: Path, labels: Path) -> None:

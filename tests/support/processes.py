@@ -41,9 +41,22 @@ class Result:
     folder: Path
 
     @property
+    def lines(self) -> list[str]:
+        """Lines that distrain reported, without the rank."""
+        reported = [line for line in self.output.splitlines() if line.startswith("distrain: ")]
+        return [re.sub(r"^distrain: (rank \d+: )?", "", line) for line in reported]
+
+    @property
+    def last_line(self) -> str:
+        """The line with the final accuracy and digest."""
+        done = [line for line in self.output.splitlines() if line.startswith("done: ")]
+        assert done, self.output
+        return done[-1]
+
+    @property
     def digest(self) -> str:
-        """The digest of the final weights, from the run's last line."""
-        return self.output.strip().splitlines()[-1].rpartition("weights ")[2]
+        """The digest of the final weights."""
+        return self.last_line.rpartition("weights ")[2]
 
     @property
     def metrics(self) -> list[dict]:

@@ -20,11 +20,11 @@ def test_a_metric_is_recorded_once_per_step_across_restarts(tmp_path):
 def test_a_line_truncated_by_a_kill_is_dropped_and_its_step_recorded_again(tmp_path):
     path = tmp_path / "m.jsonl"
     Spool(path).append(1, {"loss": 3.0})
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 2, "ti')
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"step": 2, "ti')
     spool = Spool(path)
     spool.append(2, {"loss": 2.0})
-    assert path.read_bytes().startswith(whole + b'{"step": 2, "time"')
+    assert path.read_bytes().startswith(complete + b'{"step": 2, "time"')
     assert [entry.step for entry in Spool(path).entries()] == [1, 2]
 
 
