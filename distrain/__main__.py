@@ -8,7 +8,7 @@ import time
 
 from distrain.errors import EXIT_USER, TemporaryError, UserError
 
-_GRACE_S = 5  # for another rank to print why it exits
+_GRACE_S = 10  # for another rank to print why it exits
 
 
 def main() -> int:
