@@ -125,7 +125,7 @@ def test_a_number_of_ranks_that_does_not_suit_the_strategy_is_refused():
     config.check_ranks(config.load(None, [*REQUIRED, "batch.lanes=7"]), 4)
     zero = config.load(None, [*REQUIRED, "batch.lanes=6", "parallel.strategy=zero1"])
     config.check_ranks(zero, 3)
-    with pytest.raises(UserError, match=r"is not divisible by 4 ranks: start 3 ranks or set parallel\.strategy=ddp"):
+    with pytest.raises(UserError, match=r"is not divisible by 4 ranks: start 3, or set parallel\.strategy=ddp"):
         config.check_ranks(zero, 4)
     sync = config.load(None, [*REQUIRED, "batch.lanes=4", "parallel.batch_norm=sync"])
     config.check_ranks(sync, 4)

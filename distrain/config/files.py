@@ -57,7 +57,7 @@ def check_ranks(config: Config, world: int) -> None:
         fitting = [ranks for ranks in range(1, world) if lanes % ranks == 0]
         raise UserError(
             f"parallel.strategy={strategy} needs the same number of lanes on every rank, and batch.lanes={lanes} is "
-            f"not divisible by {world} ranks: start {fitting[-1]} ranks or set parallel.strategy=ddp"
+            f"not divisible by {world} ranks: start {fitting[-1]}, or set parallel.strategy=ddp"
         )
     if config.parallel.batch_norm == "sync" and lanes != world:
         raise UserError(
