@@ -147,7 +147,7 @@ def test_more_ranks_than_lanes_is_refused_in_one_line(settings, tmp_path):
     errors = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
     assert errors == [
         "distrain: batch.lanes=1 does not fit 2 ranks: every rank needs at least one lane; "
-        "start at most 1 ranks or set batch.lanes=2 (a new run)"
+        "start at most 1, or set batch.lanes=2 (a new run)"
     ]
     assert not (tmp_path / "wide").exists()
     assert "exitcode  : 78" in refused.output

@@ -51,7 +51,7 @@ def check_ranks(config: Config, world: int) -> None:
     if lanes < world:
         raise UserError(
             f"batch.lanes={lanes} does not fit {world} ranks: every rank needs at least one lane; "
-            f"start at most {lanes} ranks or set batch.lanes={world} (a new run)"
+            f"start at most {lanes}, or set batch.lanes={world} (a new run)"
         )
     if strategy != "ddp" and lanes % world:
         fitting = [ranks for ranks in range(1, world) if lanes % ranks == 0]
@@ -62,7 +62,7 @@ def check_ranks(config: Config, world: int) -> None:
     if config.parallel.batch_norm == "sync" and lanes != world:
         raise UserError(
             f"parallel.batch_norm=sync needs one lane per rank, and there are batch.lanes={lanes} on {world} ranks: "
-            f"start {lanes} ranks or set parallel.batch_norm=lane (a new run)"
+            f"start {lanes}, or set parallel.batch_norm=lane (a new run)"
         )
 
 
