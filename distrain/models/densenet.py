@@ -224,6 +224,7 @@ def _initialize(module: nn.Module) -> None:
     """Initialize convolutions as He et al. 2015, by fan-in as in torchvision (the authors' code uses fan-out), and the
     classifier's bias to zero."""
     if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight)
+        if not module.weight.is_meta:  # torch would import its compiler for that, which takes a second or two
+            nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

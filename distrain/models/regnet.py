@@ -305,6 +305,8 @@ def _initialize(module: nn.Module) -> None:
 
     Unlike torch's, this fan_out is not divided by the number of groups.
     """
+    if isinstance(module, (nn.Conv2d, nn.Linear)) and module.weight.is_meta:
+        return  # torch would import its compiler for that, which takes a second or two
     if isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
