@@ -1,4 +1,4 @@
-"""Real training processes, started the way a user starts them."""
+"""Real training processes: forked, which starts them quickly, or started the way a user starts them."""
 
 import json
 import os
@@ -9,12 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from distrain.parallel.group import RELIABLE_RESTARTS
+from support.forking import Ranks, kill_at_once
 
 # A network of 14 layers that trains at hundreds of steps per second on 8-pixel images.
 SMALL = (
@@ -68,30 +71,39 @@ class Result:
 
 
 class Training:
-    """A running training command: `ranks` processes under torchrun, or one without it."""
+    """A running training command: `ranks` processes that fork, or, with any of the options, that start as a user starts
+    them, under torchrun or as one process."""
 
     def __init__(
         self,
         folder: Path,
         *overrides: str,
         ranks: int = 1,
+        fresh: bool = False,
         rendezvous: tuple[str, ...] = ("--standalone",),
         program: tuple[str, ...] = ("-m", "distrain"),
         host: tuple[str, ...] = (),
+        prepare: Callable[[], object] | None = None,
     ):
-        """`host` is a command prefix, such as one that runs the rest of the command in another namespace."""
-        torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
-        single = ranks == 1 and rendezvous == ("--standalone",)
-        start = [sys.executable] if single else [sys.executable, *torchrun]
+        """`fresh` starts new interpreters. `host` is a command prefix, such as one that runs the rest of the command in
+        another namespace. Ranks that fork call `prepare` before they start."""
+        standalone = rendezvous == ("--standalone",)
+        fork = standalone and program == ("-m", "distrain") and not (host or fresh or torch.cuda.is_available())
+        arguments = [f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides]
         self.folder = folder
         self._log = folder.with_suffix(".log")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        self.process: Ranks | subprocess.Popen[bytes]
         with self._log.open("a") as log:
             self._began = log.tell()
+            if fork:
+                self.process = Ranks(arguments, environment(), ranks, free_port(), self._log, prepare)
+                return
+            torchrun = ["-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
+            start = [sys.executable] if ranks == 1 and standalone else [sys.executable, *torchrun]
             self.process = subprocess.Popen(
-                [*host, *start, *program, f"run.name={folder.name}", f"run.dir={folder.parent}", *overrides],
-                stdout=log, stderr=subprocess.STDOUT, env=environment(),
-            )  # fmt: skip
+                [*host, *start, *program, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment()
+            )
 
     def wait(self, timeout: float = 120) -> Result:
         try:
@@ -113,20 +125,24 @@ class Training:
             time.sleep(0.002)
 
     def workers(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
+        """The ranks, and other children of torchrun."""
+        if isinstance(self.process, Ranks):
+            return [psutil.Process(pid) for pid in self.process.pids if psutil.pid_exists(pid)]
+        started = psutil.Process(self.process.pid)
+        return started.children(recursive=True) or [started]
 
     def kill(self) -> None:
         """Send SIGKILL to the launcher and all ranks at once, as if the machine lost power."""
-        doomed = [psutil.Process(self.process.pid), *self.workers()]
-        for process in doomed:
-            process.suspend()
-        for process in doomed:
-            process.kill()
+        if isinstance(self.process, Ranks):
+            self.process.kill()
+            return
+        doomed = list({psutil.Process(self.process.pid), *self.workers()})
+        kill_at_once(doomed)
         self.process.wait()
         psutil.wait_procs(doomed, timeout=10)
 
     def signal_workers(self, number: signal.Signals) -> None:
-        for process in self.workers() or [psutil.Process(self.process.pid)]:
+        for process in self.workers():
             process.send_signal(number)
 
     @property
