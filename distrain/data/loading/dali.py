@@ -3,7 +3,7 @@
 DALI gets encoded images and crop boxes; nothing in it is random and it keeps no position. It must never get an image
 that cannot be decoded: one fails the whole batch, leaves the pipeline unusable, and can crash the process (seen with
 DALI 2.4, about one time in two). The index prevents that: images were decoded once when it was built, and checksums
-show that they have not changed. If DALI rejects an image that others decode, torchvision decodes that batch.
+show that they have not changed. If DALI rejects an image that others decode, TorchLoader decodes that batch.
 """
 
 import logging
@@ -112,7 +112,7 @@ class DaliLoader:
     def _warn(self, rejection: str) -> None:
         if not self._warned:
             _log.warning(
-                "DALI rejected an image (%s): decoding this batch, and any other that it rejects, with torchvision",
+                "DALI rejected an image (%s): decoding this batch, and any other that it rejects, with Pillow",
                 rejection,
             )
             self._warned = True

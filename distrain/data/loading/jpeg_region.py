@@ -1,34 +1,26 @@
 """Decodes crops of encoded images on the CPU. nvImageCodec, which comes with DALI, reads a JPEG only down to the last
 row of the crop and converts only the crop to pixels: a third less work for the crops of RandomResizedCrop. Its pixels
-equal those of torchvision, which decodes everything else."""
+equal those of Pillow, which decodes everything else."""
 
 import threading
-import warnings
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2.functional import to_dtype
 
+from distrain.data.image import ImageError, decode_rgb
 from distrain.data.storage.store import DataError
 
 Pixels = NDArray[np.uint8]
-
-with warnings.catch_warnings(action="ignore"):
-    # PyTorch warns once per process that a tensor over read-only memory must not be written to. None is here, and
-    # copying every image would add a tenth to the time of decoding.
-    torch.frombuffer(b"0", dtype=torch.uint8)
 
 
 def decode(encoded: bytes) -> torch.Tensor:
     """Decode an image to uint8 [3, h, w] as stored, ignoring EXIF orientation. Raises DataError."""
     try:
-        image = decode_image(torch.frombuffer(encoded, dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"cannot be decoded: {' '.join(str(error).split())[:100]}") from error
-    return to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
+        return torch.from_numpy(decode_rgb(encoded)).permute(2, 0, 1)
+    except ImageError as error:
+        raise DataError(f"cannot be decoded: {str(error)[:100]}") from error
 
 
 def crop(encoded: bytes, image_height: int, image_width: int, top: int, left: int, height: int, width: int) -> Pixels:

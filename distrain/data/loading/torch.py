@@ -15,7 +15,7 @@ from distrain.data.loading.reader import SampleReader
 
 
 class TorchLoader:
-    """Decodes on the CPU with torchvision and nvImageCodec, up to `data.prefetch` batches ahead."""
+    """Decodes on the CPU with nvImageCodec and Pillow, up to `data.prefetch` batches ahead."""
 
     def __init__(
         self, data: DataConfig, augment: AugmentConfig, seed: int, reader: SampleReader, device: torch.device
