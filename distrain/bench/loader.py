@@ -23,7 +23,7 @@ from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
 from distrain.data.loading.setup import LOADERS, open_loader
 from distrain.data.sampling.plan import LaneBatch
-from distrain.data.shards.scan import IMAGE_SUFFIXES
+from distrain.data.shards.members import IMAGE_SUFFIXES
 from distrain.data.storage.remote import open_store
 from distrain.errors import UserError
 

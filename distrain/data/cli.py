@@ -2,41 +2,41 @@
 
 import argparse
 import os
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distrain.data.index import Index
 from distrain.data.sampling.simulate import Simulation, simulate
 from distrain.data.shards import cifar10
 from distrain.data.shards.build import build
+from distrain.data.shards.interrupts import stop_on_signals
+from distrain.data.shards.labels import read_classes
+from distrain.data.shards.patterns import expand, name_below
 from distrain.data.shards.preview import draw_sheet, summarize
-from distrain.data.shards.scan import expand, name_below, scan
+from distrain.data.shards.report import info, print_empty_classes, print_images, show_progress, summary, writing
+from distrain.data.shards.scan import Notes, scan
 from distrain.data.shards.sources import DEVKIT, find
 from distrain.data.shards.verify import verify
-from distrain.data.storage.client import error_reason
 from distrain.data.storage.index_file import load_index, save_index
-from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.errors import EXIT_DONE, EXIT_USER, UserError, printable
+from distrain.files import write_atomically
 
 MEGABYTE = 1_000_000
-_LISTED = 10  # unreadable images listed on the console; the file next to the index lists all
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 _BUILD = f"""\
 Write DIR/SPLIT-000000.tar, -000001.tar, ... and then their index DIR/SPLIT.parquet. SOURCE is one of
 
-  a folder    with a sub-folder of images per class; classes are the folders' names, sorted
+  a folder    with a sub-folder of images per class; classes are the folders' names, sorted; hidden files
+              and folders are skipped
   a .csv      with the header `path,label` and a line per image; paths are relative to the file,
-              labels are numbers, or names that are numbered in sorted order
+              labels are numbers if all of them are, else names, which are numbered in sorted order
   ILSVRC2012  the folder with ImageNet's ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
               {DEVKIT} as downloaded (or one of the .tar files);
               nothing is unpacked, classes are the 1,000 synsets, sorted
@@ -53,8 +53,11 @@ SHARDS are paths or URLs (http, https, s3 and all others that fsspec supports), 
   python -m distrain shards index 's3://bucket/train-{000000..000146}.tar' --out train.parquet
   python -m distrain shards index 'DIR/train-*.tar' --classes classes.txt --out DIR/train.parquet
 
-Shards in or below the index's folder get relative names, so that all can be moved together; others get
-absolute paths or URLs. An image that cannot be decoded is indexed too, and training skips it."""
+Labels are names if all of them are class names of --classes, numbers if all are numbers; where they could be
+both, --labels decides. Shards in or below the index's folder get relative names, so that all can be moved
+together; others get absolute paths or URLs. An image that cannot be decoded is indexed too, and training skips
+it. Images that are not indexed are listed in FILE with the ending .skipped.txt; one that belongs to no sample is
+an error."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +77,7 @@ def _add_fetch(commands: _Commands) -> None:
         "download a public data set as shards",
         "Download a public data set and write DIR/train.parquet, DIR/val.parquet and their shards.\n"
         "A data set that is already in DIR is not downloaded again.",
+        "splits that are complete are kept; run the same command again",
     )
     command.add_argument("dataset", choices=["cifar10"], help="cifar10: 60,000 images of 32 x 32 pixels in 10 classes")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and the index")
@@ -81,8 +85,9 @@ def _add_fetch(commands: _Commands) -> None:
 
 def _add_build(commands: _Commands) -> None:
     command = _add_command(
-        commands, "build", _build, "build shards from a folder, a list, or ImageNet's original tars", _BUILD
-    )
+        commands, "build", _build, "build shards from a folder, a list, or ImageNet's original tars", _BUILD,
+        "complete shards are kept; run the same command again to continue",
+    )  # fmt: skip
     command.add_argument("source", type=Path, metavar="SOURCE", help="folder, .csv or .tar to build from")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and the index")
     command.add_argument(
@@ -100,11 +105,20 @@ def _add_build(commands: _Commands) -> None:
     command.add_argument(
         "--devkit", type=Path, metavar="FILE", help=f"path of {DEVKIT} (default: in the folder of the tars)"
     )
+    command.add_argument(
+        "--folders-are-classes",
+        action="store_true",
+        help="every sub-folder is a class, also one called train, one folder around all others, and Cat next to cat",
+    )
+    _add_labels(command)
     _add_workers(command)
 
 
 def _add_index(commands: _Commands) -> None:
-    command = _add_command(commands, "index", _index, "index existing shards, local or remote", _INDEX)
+    command = _add_command(
+        commands, "index", _index, "index existing shards, local or remote", _INDEX,
+        "no index was written, one that existed is kept; run the same command again",
+    )  # fmt: skip
     command.add_argument("shards", nargs="+", metavar="SHARDS", help="tar files: paths, URLs or patterns")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="index to write, a .parquet file")
     command.add_argument(
@@ -118,6 +132,7 @@ def _add_index(commands: _Commands) -> None:
         metavar="KEY",
         help="field of .json that holds the label (default: .cls if there is one, else label or cls in .json)",
     )
+    _add_labels(command)
     _add_workers(command)
 
 
@@ -129,6 +144,7 @@ def _add_verify(commands: _Commands) -> None:
         "read all shards again and compare them with their index",
         "Compare sizes and checksums of shards and samples with the index. Prints one line per problem;\n"
         "exits with 0 if there is none, else with 78.",
+        "shards not mentioned above may not have been verified; run the same command again",
     )
     command.add_argument("index", metavar="INDEX", help="a .parquet file, path or URL")
     command.add_argument("--decode", action="store_true", help="also decode every image")
@@ -143,6 +159,7 @@ def _add_show(commands: _Commands) -> None:
         "summarize an index and draw samples as the network will see them",
         "Print counts, image sizes, classes and shards. With --sheet also draw the first samples of training,\n"
         "cropped and augmented as configured, with the names of their classes.",
+        "no sheet was drawn; run the same command again",
     )
     command.add_argument("index", metavar="INDEX", help="a .parquet file, path or URL")
     command.add_argument("--sheet", type=Path, metavar="FILE", help="PNG to draw samples to")
@@ -159,6 +176,7 @@ def _add_simulate(commands: _Commands) -> None:
         _simulate,
         "compute what a cluster of any size would download of this data",
         "Simulate one epoch on NODES x GPUS ranks of one lane each, under both kinds of shuffle, without a cluster.",
+        "nothing was written; run the same command again",
     )
     command.add_argument("index", metavar="INDEX", help="a .parquet file, path or URL")
     for option, default, text in (
@@ -171,13 +189,28 @@ def _add_simulate(commands: _Commands) -> None:
 
 
 def _add_command(
-    commands: _Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
+    commands: _Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str, kept: str
 ) -> argparse.ArgumentParser:
+    """`kept` is what an interrupted command leaves and how to continue."""
+
+    def run_interruptibly(args: argparse.Namespace) -> int:
+        with stop_on_signals(kept):
+            return run(args)
+
     command = commands.add_parser(
         name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run_interruptibly)
     return command
+
+
+def _add_labels(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--labels",
+        choices=["auto", "names", "numbers"],
+        default="auto",
+        help="whether labels are class names or numbers (default: found out; an error where both are possible)",
+    )
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
@@ -187,17 +220,21 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 
 def fetch_cifar10(out: Path) -> None:
-    """Write CIFAR-10 to `out` as shards with their indexes, unless it is there. Raises UserError if no source works."""
+    """Write CIFAR-10 to `out` as shards with their indexes, unless it is there.
+
+    Raises TemporaryError if no source works, UserError if the shards cannot be written.
+    """
     console = Console(soft_wrap=True)
     splits = {"train": slice(0, 50_000), "val": slice(50_000, 60_000)}
     if all((out / f"{split}.parquet").exists() for split in splits):
         console.print(f"{out}: CIFAR-10 is already downloaded")
         return
     images = cifar10.download(info=console.print)
-    out.mkdir(parents=True, exist_ok=True)
     for split, samples in splits.items():
-        shards = cifar10.write(out, split, cifar10.Images(images.pixels[samples], images.labels[samples]))
-        save_index(scan(str(out), shards, cifar10.CLASSES), out / f"{split}.parquet")
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            shards = cifar10.write(out, split, cifar10.Images(images.pixels[samples], images.labels[samples]))
+            save_index(scan(str(out), shards, cifar10.CLASSES), out / f"{split}.parquet")
         console.print(f"{out / split}.parquet: {samples.stop - samples.start:,} images in {len(shards)} shards")
 
 
@@ -208,9 +245,12 @@ def _fetch(args: argparse.Namespace) -> int:
 
 def _build(args: argparse.Namespace) -> int:
     out: Path = args.out
-    with _progress() as progress:
+    with show_progress() as progress:
         listing = progress.add_task("listing", total=None)
-        sources = find(args.source, args.split, _read_classes(args.classes), args.devkit)
+        sources = find(
+            args.source, args.split, args.classes and read_classes(args.classes), args.devkit,
+            kind=args.labels, insist=args.folders_are_classes, info=info,
+        )  # fmt: skip
         progress.update(listing, visible=False)
         building = progress.add_task(f"building {args.split}", total=len(sources))
         built = build(
@@ -223,14 +263,9 @@ def _build(args: argparse.Namespace) -> int:
             done=lambda images: progress.advance(building, images),
         )
     reused = f" ({built.reused} reused)" if built.reused else ""
-    print(f"{_summary(out / f'{args.split}.parquet', built.index)}{reused}")
-    if built.unreadable:
-        print(
-            f"{len(built.unreadable):,} images could not be decoded and were excluded: "
-            f"{out}/{args.split}.unreadable.txt"
-        )
-        for name, reason in built.unreadable[:_LISTED]:
-            print(f"  {name}: {reason}")
+    print(f"{summary(out / f'{args.split}.parquet', built.index)}{reused}")
+    print_images(built.unreadable, f"images could not be decoded and were excluded: {out}/{args.split}.unreadable.txt")
+    print_empty_classes(built.index)
     return EXIT_DONE
 
 
@@ -242,30 +277,40 @@ def _index(args: argparse.Namespace) -> int:
     shards = [name_below(shard, out.parent) for shard in expand(args.shards)]
     if duplicates := [shard for shard, times in Counter(shards).items() if times > 1]:
         raise UserError(f"{duplicates[0]}: given more than once")
-    with _progress() as progress:
+    notes, skipped = Notes(), out.with_suffix(".skipped.txt")
+    with show_progress() as progress:
         task = progress.add_task("reading shards", total=len(shards))
         built = scan(
             root,
             shards,
-            _read_classes(args.classes),
+            args.classes and read_classes(args.classes),
             label_key=args.label_key,
+            kind=args.labels,
             workers=args.workers,
             done=lambda shard: progress.advance(task),
+            notes=notes,
         )
-    try:
+    with writing(out):
+        if notes.skipped:
+            write_atomically(skipped, "".join(f"{printable(name)}: {reason}\n" for name, reason in notes.skipped))
+        else:
+            skipped.unlink(missing_ok=True)
         save_index(built, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error_reason(error)}") from error
-    print(_summary(out, built))
-    if unreadable := int((built.width == 0).sum()):
-        print(f"{unreadable:,} of the images cannot be decoded; training will skip them")
+    print(summary(out, built))
+    print_images(notes.undecodable, "of the images cannot be decoded; training will skip them:")
+    print_images(notes.skipped, f"images are not indexed: {skipped}")
+    for shard in notes.empty:
+        print(f"{shard}: has no samples")
+    for first, other in notes.copies:
+        print(f"{other}: has the same content as {first}, so its images count twice")
+    print_empty_classes(built)
     return EXIT_DONE
 
 
 def _verify(args: argparse.Namespace) -> int:
     loaded = load_index(args.index)
     count = 0
-    with _progress() as progress:
+    with show_progress() as progress:
         task = progress.add_task("verifying", total=len(loaded))
         problems = verify(
             loaded,
@@ -315,35 +360,6 @@ def _simulate(args: argparse.Namespace) -> int:
         table.add_row(name, show(window), show(global_))
     Console().print(table)
     return EXIT_DONE
-
-
-def _read_classes(file: Path | None) -> list[str] | None:
-    if file is None:
-        return None
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error_reason(error)}") from error
-    if not names:
-        raise UserError(f"{file}: no class names found; write one per line")
-    if duplicates := [name for name, times in Counter(names).items() if times > 1]:
-        raise UserError(f"{file}: class {duplicates[0]} is listed more than once")
-    return names
-
-
-def _summary(path: Path, built: Index) -> str:
-    size = decimal(sum(shard.size for shard in built.shards))
-    return f"{path}: {len(built):,} images, {len(built.classes):,} classes, {len(built.shards):,} shards, {size}"
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """Show a progress bar on standard error if that is a terminal; standard output can be redirected."""
-    warnings.filterwarnings("ignore", module="PIL")  # warnings about files that decode are not useful here
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=True) as progress:
-        yield progress
 
 
 def _positive(text: str) -> int:

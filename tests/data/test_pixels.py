@@ -40,6 +40,25 @@ def pixels_of_peer(peer, name, magnitude):
     return _apply_op(IMAGE, name, magnitude, interpolation=peer.interpolation, fill=peer.fill)
 
 
+@pytest.mark.parametrize("which", ["brightness", "contrast", "saturation"])
+def test_color_jitter_strengthens_and_weakens_by_up_to_its_strength(which):
+    number = ("brightness", "contrast", "saturation").index(which)
+    augment = AugmentConfig(color_jitter=[0.4 * (number == other) for other in range(3)])
+    pixels = {"brightness": [[0, 0, 0], [100, 100, 100]], "contrast": [[50, 50, 50], [150, 150, 150]]}
+    image = torch.tensor(pixels.get(which, [[150, 100, 50]]), dtype=torch.uint8).T.reshape(3, 1, -1)
+    jittered = [augment_pixels(image, augment, MEAN, 0, (sample, 0, 0)).int() for sample in range(400)]
+    # Each factor multiplies the range of the image, which is 100.
+    factors = np.array([(one.max() - one.min()).item() for one in jittered]) / 100
+    assert (factors.min(), factors.max()) == pytest.approx((0.6, 1.4), abs=0.02)
+    assert np.mean(factors > 1) == pytest.approx(0.5, abs=0.07)
+
+
+def test_as_many_images_are_erased_as_configured():
+    augment = AugmentConfig(erase=0.25)
+    erased = [not torch.equal(augment_pixels(IMAGE, augment, MEAN, 0, (sample, 0, 0)), IMAGE) for sample in range(1000)]
+    assert np.mean(erased) == pytest.approx(0.25, abs=0.04)
+
+
 def test_lighting_shifts_all_pixels_equally_along_the_principal_component():
     gray = torch.full((3, 2, 2), 128, dtype=torch.uint8)
     unchanged = shift_lighting(gray, 0.1, np.array([0.5, 0.5, 0.5, 0.25, 0.25, 0.25]))  # cosine of a quarter turn

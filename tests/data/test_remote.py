@@ -175,7 +175,7 @@ def test_every_transient_fault_of_s3_is_survived(fault, server, folder, cache, m
 def test_a_permanent_fault_is_one_line_that_names_the_shard(server, open_remote):
     server.faults[SHARD] = [503] * 9
     with pytest.raises(
-        DownloadError, match=rf"^{server.url}/{SHARD}: 503, .* last of 4 attempts; check the server and run again$"
+        DownloadError, match=rf"^{server.url}/{SHARD}: 503, .*; tried 4 times in \d s; check the server and run again$"
     ):
         open_remote(server.url).read(IN_SHARD)
     assert server.requests[SHARD] == 4
@@ -185,8 +185,8 @@ def test_a_permanent_fault_is_one_line_that_names_the_shard(server, open_remote)
     ("status", "message"),
     [
         (404, "file not found; restore the shard or index the shards again"),
-        (403, r"access denied \(403, .*\); set or renew the credentials"),
-        (401, r"access denied \(401, .*\); set or renew the credentials"),
+        (403, r"access denied \(403, .*\); set or renew the credentials, which are looked for in the URL .*netrc"),
+        (401, r"access denied \(401, .*\); set or renew the credentials, which are looked for in the URL .*netrc"),
         (400, r"request rejected \(400, .*\); correct the URL or the server's settings"),
     ],
 )
@@ -250,7 +250,7 @@ def test_expired_credentials_are_one_line_that_names_the_shard(server, folder, c
 def test_absent_credentials_are_one_line_that_names_the_shard(server, folder, cache, monkeypatch):
     use_s3(monkeypatch, server.url)
     without_credentials(monkeypatch)
-    with pytest.raises(UserError, match=r"^s3://c/train-000000\.tar: access denied \(Unable to locate credentials\)"):
+    with pytest.raises(UserError, match=r"^s3://c/train-000000\.tar: access denied \(Unable .*\); .* AWS_PROFILE"):
         open_copy(folder, "s3://c", cache).read(0)
 
 

@@ -30,8 +30,8 @@ def test_an_index_is_read_despite_transient_faults(fault, protocol, server, fold
     ("status", "message", "attempts"),
     [
         (404, "index not found; create it with `python -m distrain shards` or correct data.train and data.val", 1),
-        (403, r"access denied \(.*\); set or renew the credentials", 1),
-        (503, "(503|Service Unavailable).*, at the last of 3 attempts; check the server and run again", 3),
+        (403, r"access denied \(.*\); set or renew the credentials, which are looked for in .*", 1),
+        (503, "(503|Service Unavailable).*; tried 3 times in . s; check the server and run again", 3),
     ],
 )
 def test_an_index_that_cannot_be_read_is_one_line(status, message, attempts, protocol, server, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line of `python -m distrain shards`."""
 
+import re
 import shutil
 import zlib
 
@@ -12,7 +13,7 @@ from support.servers import serve, serve_s3
 from distrain import config
 from distrain.__main__ import main
 from distrain.data.index import COLUMNS, Index
-from distrain.data.shards.scan import expand
+from distrain.data.shards.patterns import expand
 from distrain.data.storage import sequential
 from distrain.data.storage.index_file import load_index, save_index
 
@@ -132,16 +133,22 @@ def test_an_interrupted_download_is_retried(shards, copy, original, tmp_path, mo
         assert server.requests["train-000001.tar"] == 3
 
 
-@pytest.mark.parametrize(("status", "reason"), [(404, "file not found"), (403, ".*403"), (500, ".*500")])
-def test_a_server_error_is_one_line(shards, copy, tmp_path, monkeypatch, status, reason):
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (404, 78, "file not found"),
+        (401, 78, "401, .*set or renew the credentials, which are looked for in the URL"),
+        (403, 78, "403, .*set or renew the credentials, which are looked for in the URL"),
+        (503, 1, r"503, .*; tried \d times in \d s; check the disk or the server and run again"),
+    ],
+)
+def test_a_server_error_is_one_line(shards, copy, tmp_path, monkeypatch, status, code, reason):
     monkeypatch.setattr(sequential.time, "sleep", lambda seconds: None)
     with serve(copy) as server:
         server.faults["train-000000.tar"] = [status] * 9
-        code, _, err = shards("index", f"{server.url}/train-000000.tar", "--out", tmp_path / "i.parquet")
-    assert code == 78
-    assert err.count("\n") == 1
-    assert f"{server.url}/train-000000.tar: shard cannot be read: " in err
-    assert reason.removeprefix(".*") in err
+        ended, _, err = shards("index", f"{server.url}/train-000000.tar", "--out", tmp_path / "i.parquet")
+    assert ended == code
+    assert re.fullmatch(rf"distrain: {server.url}/train-000000\.tar: shard cannot be read: .*{reason}.*\n", err)
 
 
 def test_shards_in_a_bucket_are_found_by_pattern(shards, dataset, original, tmp_path, monkeypatch):

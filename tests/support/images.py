@@ -2,7 +2,10 @@
 
 import io
 import struct
+import tarfile
 import zlib
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -24,3 +27,12 @@ def png(width: int, height: int, depth: int, color_type: int, rows: bytes) -> by
     header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
     signature = b"\x89PNG\r\n\x1a\n"
     return signature + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a tar of (name, content) in this order."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

@@ -8,8 +8,8 @@ complete.
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from distrain.data.image import ImageError, check
 from distrain.data.index import Index
-from distrain.data.shards.scan import Labels, ShardFacts, join, read_shard
-from distrain.data.shards.sources import SourceImages
-from distrain.data.storage.client import error_reason
+from distrain.data.shards.interrupts import Poll, map_threads
+from distrain.data.shards.labels import composed
+from distrain.data.shards.scan import ShardFacts, join, read_shard
+from distrain.data.shards.source_images import SourceImages
+from distrain.data.storage.client import error_reason, explain, is_temporary
 from distrain.data.storage.index_file import load_index, save_index
-from distrain.errors import UserError
+from distrain.errors import UserError, printable
 from distrain.files import read_json, sync_folder, write_atomically, write_json
 from distrain.rng import Stream, hash64
 
@@ -72,19 +74,19 @@ def build(
 
     Images that cannot be decoded are excluded and listed in `out`/`split`.unreadable.txt. `done` gets the number of
     images processed for each finished shard. Raises UserError when no image can be decoded, when `out` has the shards
-    of a different build, or when it cannot be written.
+    of a different build, or when it cannot be written; TemporaryError when an image cannot be read at present.
     """
     order = np.argsort(hash64(seed, Stream.ORDER, np.arange(len(sources))), kind="stable")
     starts = _split_evenly(sources.size[order], shard_bytes)
     digits = max(6, len(str(len(order) - 1)))
 
-    def build_one(number: int) -> _BuiltShard:
+    def build_one(number: int, poll: Poll) -> _BuiltShard:
         first, end = starts[number], starts[number + 1]
         keys = {
             f"{position:0{digits}}_{_stem(sources.names[image])}": int(image)
             for position, image in enumerate(order[first:end], first)
         }
-        shard = _build_shard(sources, out, f"{split}-{number:06d}.tar", keys)
+        shard = _build_shard(sources, out, f"{split}-{number:06d}.tar", keys, poll)
         done(end - first)
         return shard
 
@@ -92,15 +94,15 @@ def build(
         out.mkdir(parents=True, exist_ok=True)
         _check_same_classes(out, split, sources.classes)
         _check_same_build(out / f"{split}.build.json", _build_record(sources, shard_bytes, seed))
-        with ThreadPoolExecutor(workers) as pool:
-            shards = list(pool.map(build_one, range(len(starts) - 1)))
+        shards = list(map_threads(build_one, range(len(starts) - 1), workers))
         unreadable = [problem for shard in shards for problem in shard.unreadable]
         _list_unreadable(out / f"{split}.unreadable.txt", unreadable)
         found = [shard.facts for shard in shards if shard.facts is not None]
         if not found:
             name, reason = unreadable[0]
             raise UserError(f"{out}: none of the {len(sources):,} images can be read; the first: {name}: {reason}")
-        index = join(str(out), found, sources.classes)
+        label = np.concatenate([facts.labels.number for facts in found])
+        index = join(str(out), found, label, sources.classes)
         save_index(index, out / f"{split}.parquet")
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written: {error_reason(error)}") from error
@@ -125,48 +127,65 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
     sync_folder(path.parent)
 
 
-def _build_shard(sources: SourceImages, out: Path, name: str, keys: dict[str, int]) -> _BuiltShard:
+def _build_shard(sources: SourceImages, out: Path, name: str, keys: dict[str, int], poll: Poll) -> _BuiltShard:
     """Reuse an existing shard if it is complete, else write it, unless it would be empty."""
     unreadable: list[tuple[str, str]] = []
-    facts = _read_existing(sources, out, name, keys)
+    facts = _read_existing(sources, out, name, keys, poll)
     if facts is not None:
         excluded = {key: keys[key] for key in keys.keys() - set(facts.keys)}
-        if not list(_decodable(sources, dict(sorted(excluded.items())), unreadable)):
+        if not list(_decodable(sources, dict(sorted(excluded.items())), unreadable, poll)):
             return _BuiltShard(facts._replace(keys=[]), True, unreadable)
         unreadable = []  # an image that could not be read then can be now
 
-    samples = _decodable(sources, keys, unreadable)
+    samples = _decodable(sources, keys, unreadable, poll)
     first = next(samples, None)
     if first is None:
         return _BuiltShard(None, False, unreadable)
     write_shard(out / name, _chain(first, samples))
-    facts = read_shard(str(out), name, Labels(), decode=False)
+    facts = read_shard(str(out), name, decode=False, poll=poll)
     return _BuiltShard(facts._replace(keys=[]), False, unreadable)
 
 
-def _read_existing(sources: SourceImages, out: Path, name: str, keys: dict[str, int]) -> ShardFacts | None:
+def _read_existing(sources: SourceImages, out: Path, name: str, keys: dict[str, int], poll: Poll) -> ShardFacts | None:
     """Return the content of an earlier build's shard, or None unless all of it belongs there."""
-    if not (out / name).exists():
-        return None
     try:
-        facts = read_shard(str(out), name, Labels(), decode=False)
-    except UserError:
+        written = (out / name).stat().st_mtime_ns
+        facts = read_shard(str(out), name, decode=False, poll=poll)
+    except (FileNotFoundError, UserError):
         return None
     held = set(facts.keys)
     if [key for key in keys if key in held] != facts.keys:
         return None
     images = [keys[key] for key in facts.keys]
-    same = all(np.array_equal(facts.columns[fact], getattr(sources, fact)[images]) for fact in ("size", "label"))
-    return facts if same else None
+    if not np.array_equal(facts.columns["size"], sources.size[images]):
+        return None
+    if not np.array_equal(facts.labels.number, sources.label[images]):
+        return None
+    for image, crc32 in zip(images, facts.columns["crc32"].tolist(), strict=True):
+        if sources.changed[image] > written and not _has_checksum(sources, image, crc32):
+            return None
+    return facts
 
 
-def _decodable(sources: SourceImages, keys: dict[str, int], unreadable: list[tuple[str, str]]) -> Iterator[Sample]:
+def _has_checksum(sources: SourceImages, image: int, crc32: int) -> bool:
+    try:
+        return zlib.crc32(sources.read(image)) == crc32
+    except OSError:
+        return False
+
+
+def _decodable(
+    sources: SourceImages, keys: dict[str, int], unreadable: list[tuple[str, str]], poll: Poll
+) -> Iterator[Sample]:
     """Yield the samples whose images decode; append the others to `unreadable`."""
     for key, image in keys.items():
+        poll()
         try:
             data = sources.read(image)
             suffix = check(data)
         except (OSError, ImageError) as error:
+            if isinstance(error, OSError) and is_temporary(error):
+                raise explain(sources.paths[image], error) from error
             unreadable.append((sources.names[image], error_reason(error)))
         else:
             yield Sample(key, suffix, data, int(sources.label[image]))
@@ -218,10 +237,10 @@ def _check_same_build(file: Path, record: dict[str, Any]) -> None:
 def _check_same_classes(out: Path, split: str, classes: tuple[str, ...]) -> None:
     """Raise UserError if another split in the folder has different classes."""
     for other in sorted(out.glob("*.parquet")):
-        existing = load_index(str(other)).classes
+        existing = tuple(map(composed, load_index(str(other)).classes))
         if other.stem != split and existing != classes:
             differ = sorted(set(existing) ^ set(classes))
-            detail = f"only one has {', '.join(differ[:3])}" if differ else "in a different order"
+            detail = f"only one has {', '.join(map(printable, differ[:3]))}" if differ else "in a different order"
             raise UserError(
                 f"{other}: has {len(existing):,} classes, {split} would have {len(classes):,}: {detail}; "
                 "pass the same --classes FILE to both builds"
@@ -230,6 +249,6 @@ def _check_same_classes(out: Path, split: str, classes: tuple[str, ...]) -> None
 
 def _list_unreadable(file: Path, unreadable: list[tuple[str, str]]) -> None:
     if unreadable:
-        write_atomically(file, "".join(f"{name}: {reason}\n" for name, reason in unreadable))
+        write_atomically(file, "".join(f"{printable(name)}: {reason}\n" for name, reason in unreadable))
     else:
         file.unlink(missing_ok=True)

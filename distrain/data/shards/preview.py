@@ -1,8 +1,10 @@
 """Preview an index: a summary in numbers, and a contact sheet of samples."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,11 +17,13 @@ from distrain import config
 from distrain.config import BatchConfig, Config, DataConfig, RunConfig
 from distrain.data.index import Index
 from distrain.errors import UserError
+from distrain.files import write_atomically
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 _LISTED_CLASSES = 20  # up to this number, classes are listed individually
 _BAR = 40
 _LEVELS = " ▁▂▃▄▅▆▇█"
+_ASCII_LEVELS = " 12345678"
 _CAPTION = 16  # pixels below each image
 
 
@@ -69,7 +73,9 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
     pixels = batch.images.permute(0, 2, 3, 1).numpy()
     names = [index.classes[label] for label in batch.labels.tolist()]
     try:
-        _arrange(pixels, names).save(path, "PNG")
+        png = BytesIO()
+        _arrange(pixels, names).save(png, "PNG")
+        write_atomically(path, png.getvalue(), durable=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
@@ -125,14 +131,24 @@ def _summarize_classes(index: Index) -> Iterator[str]:
     if len(counts) <= _LISTED_CLASSES:
         width = max(len(name) for name in index.classes)
         for name, count in zip(index.classes, counts, strict=True):
-            yield f"  {name:<{width}} {count:>9,} " + "█" * round(_BAR * count / counts.max())
+            yield f"  {name:<{width}} {count:>9,} " + _drawable("█", "#") * round(_BAR * count / counts.max())
         return
     groups = np.array_split(counts, 2 * _BAR)
+    scale = _drawable(_LEVELS, _ASCII_LEVELS)
     levels = [int(np.ceil(group.mean() / counts.max() * (len(_LEVELS) - 1))) for group in groups if len(group)]
-    yield "  by label, scaled to the largest class: " + "".join(_LEVELS[level] for level in levels)
+    yield "  by label, scaled to the largest class: " + "".join(scale[level] for level in levels)
     order = np.argsort(counts, kind="stable")
     for kind, some in (("fewest", order[:5]), ("most", order[:-6:-1])):
         yield f"  {kind}: " + ", ".join(f"{index.classes[label]} {counts[label]:,}" for label in some)
+
+
+def _drawable(characters: str, ascii_ones: str) -> str:
+    """Return the characters, or others for a terminal without them."""
+    try:
+        characters.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return ascii_ones
+    return characters
 
 
 def _summarize_shards(index: Index) -> Iterator[str]:

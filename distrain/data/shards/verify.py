@@ -2,14 +2,15 @@
 
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from distrain.data.image import ImageError, check
-from distrain.data.index import Index
-from distrain.data.storage.client import error_reason
+from distrain.data.index import Index, is_remote
+from distrain.data.shards.interrupts import Poll, map_threads
+from distrain.data.storage.client import error_reason, explain
 from distrain.data.storage.sequential import SequentialReader, read_once
+from distrain.errors import TemporaryError
 
 
 def verify(
@@ -17,35 +18,39 @@ def verify(
 ) -> Iterator[str]:
     """Compare every shard and sample with the index, and yield a line per problem, in the order of the index.
 
-    With `decode` every image is decoded too. `done` gets the number of samples of each finished shard.
+    With `decode` every image is decoded too. `done` gets the number of samples of each finished shard. Raises
+    TemporaryError if a server fails at every attempt.
     """
 
-    def read(shard: int) -> list[str]:
-        problems = _verify_shard(index, shard, decode)
+    def read(shard: int, poll: Poll) -> list[str]:
+        problems = _verify_shard(index, shard, decode, poll)
         done(int(np.count_nonzero(index.shard == shard)))
         return problems
 
-    with ThreadPoolExecutor(workers) as pool:
-        for problems in pool.map(read, range(len(index.shards))):
-            yield from problems
+    for problems in map_threads(read, range(len(index.shards)), workers):
+        yield from problems
 
 
-def _verify_shard(index: Index, shard: int, decode: bool) -> list[str]:
+def _verify_shard(index: Index, shard: int, decode: bool, poll: Poll) -> list[str]:
     name, size, crc32 = index.shards[shard]
     samples = np.flatnonzero(index.shard == shard)
     samples = samples[np.argsort(index.offset[samples], kind="stable")]
 
     def read(reader: SequentialReader) -> list[str]:
-        return [
-            f"{name}: sample {sample}: {problem}"
-            for sample in samples.tolist()
-            if (problem := _find_problem(index, sample, reader, decode))
-        ]
+        problems = []
+        for sample in samples.tolist():
+            poll()
+            if problem := _find_problem(index, sample, reader, decode):
+                problems.append(f"{name}: sample {sample}: {problem}")
+        return problems
 
     try:
         problems, found_size, found_crc32 = read_once(index.location(shard), read)
     except OSError as error:
-        return [f"{name}: cannot be read: {error_reason(error)}"]
+        problem = explain(f"{name}: cannot be read", error)
+        if isinstance(problem, TemporaryError) and is_remote(index.location(shard)):
+            raise problem from error
+        return [str(problem)]
     if found_size != size:
         return [f"{name}: has {found_size:,} bytes, {size:,} when it was indexed", *problems]
     if found_crc32 != crc32:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from distrain.errors import Scope, TemporaryError, UserError
+from distrain.masking import mask_secrets
+
 _CHUNK = 16 * 2**20  # bytes per request, where a server supports ranges
 
 # By name, because botocore is imported only when s3 is used.
@@ -16,9 +19,25 @@ _CREDENTIAL_ERRORS = (
     "UnauthorizedSSOTokenError",
 )
 
+# Of a local or mounted file: the disk, the file server or this machine may recover.
+_TEMPORARY = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.ENOTCONN, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+
+_CREDENTIALS = {
+    "http": "the URL (a signed one, or user:password@host) and ~/.netrc",
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, ~/.aws and the role of the machine",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, those of gcloud and the role of the machine",
+}
+
 
 class RequestRejectedError(OSError):
     """The server or the file system rejected the request itself, so that a retry cannot help."""
+
+
+class GaveUpError(OSError):
+    """Retries did not help; the message tells why, how many attempts there were and how long they took."""
 
 
 def read_chunks(url: str, timeout: float, limit: int = sys.maxsize) -> Iterator[bytes]:
@@ -30,7 +49,7 @@ def read_chunks(url: str, timeout: float, limit: int = sys.maxsize) -> Iterator[
     import fsspec
 
     http = url.startswith(("http://", "https://"))
-    with _translated_errors(timeout):
+    with _translated_errors(url, timeout):
         files, path = fsspec.url_to_fs(url, **_options(url, http, timeout))
         if http:  # one stream, because not every server supports ranges
             with files.open(path, block_size=0, size=limit) as stream:  # a given size saves a HEAD request
@@ -51,28 +70,49 @@ def read_chunks(url: str, timeout: float, limit: int = sys.maxsize) -> Iterator[
                 return
 
 
-def list_urls(pattern: str) -> list[str]:
-    """Return the URLs that match a pattern with * or ?, sorted. Raises OSError."""
+def list_urls(pattern: str, timeout: float) -> list[str]:
+    """Return the URLs that match a pattern with * or ?, sorted. Never retries. Raises OSError as `read_chunks` does."""
     import fsspec
 
-    with _translated_errors():
-        files, path = fsspec.url_to_fs(pattern)
+    with _translated_errors(pattern, timeout):
+        files, path = fsspec.url_to_fs(pattern, **_options(pattern, False, timeout))
+        files.retries = 1
         return sorted(files.unstrip_protocol(name) for name in files.glob(path))
 
 
+def explain(where: str, error: OSError, missing: str = "file not found", scope: Scope = "all") -> Exception:
+    """Return the UserError or TemporaryError for a file that cannot be read, whose message begins with `where`.
+
+    `missing` is the message if there is no such file.
+    """
+    reason = error_reason(error)
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{where}: {missing}", scope)
+    if isinstance(error, RequestRejectedError):
+        return UserError(f"{where}: {reason}; correct the URL or the server's settings", scope)
+    if is_temporary(error):
+        return TemporaryError(f"{where}: {reason}; check the disk or the server and run again", scope)
+    return UserError(f"{where}: {reason}", scope)
+
+
+def is_temporary(error: OSError) -> bool:
+    """Whether reading the same file may work later."""
+    return isinstance(error, (GaveUpError, TimeoutError)) or error.errno in _TEMPORARY
+
+
 def error_reason(error: Exception) -> str:
-    """Return what went wrong with a file, in one line and without its name."""
+    """Return what went wrong with a file, in one line, without its name and without secrets."""
     if isinstance(error, FileNotFoundError):
         return "file not found"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(reason.split())
+    return mask_secrets(" ".join(reason.split()))
 
 
 def _options(url: str, http: bool, timeout: float) -> dict[str, Any]:
     if http:
         from aiohttp import ClientTimeout
 
-        limits = ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        limits = ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
         # trust_env: use the proxy named by the environment
         return {"client_kwargs": {"timeout": limits, "read_bufsize": 2**20, "trust_env": True}}
     if url.startswith(("s3://", "s3a://")):
@@ -82,23 +122,32 @@ def _options(url: str, http: bool, timeout: float) -> dict[str, Any]:
 
 
 @contextmanager
-def _translated_errors(timeout: float | None = None) -> Iterator[None]:
+def _translated_errors(url: str, timeout: float) -> Iterator[None]:
     """Raise every error as the kind of OSError that tells whether a retry can help."""
     try:
         yield
     except Exception as error:  # aiohttp, botocore and others raise classes of their own
-        raise _to_os_error(error, timeout) from error
+        raise _to_os_error(_cause(error), url, timeout) from error
 
 
-def _to_os_error(error: Exception, timeout: float | None) -> OSError:
+def _cause(error: Exception) -> Exception:
+    """Return the error that fsspec reports as FileNotFoundError, which it also raises if it could not ask."""
+    cause = error.__cause__
+    asked = not isinstance(cause, OSError) and getattr(cause, "status", 404) in (404, 410)
+    return error if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception) or asked else cause
+
+
+def _to_os_error(error: Exception, url: str, timeout: float) -> OSError:
     status = getattr(error, "status", 0)
     reason = error_reason(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FileNotFoundError(reason)
     if isinstance(error, PermissionError) or status in (401, 403) or type(error).__name__ in _CREDENTIAL_ERRORS:
-        return PermissionError(f"access denied ({reason})")
+        known = _CREDENTIALS.get(url.partition("://")[0].replace("https", "http").replace("s3a", "s3"))
+        looked_for = f", which are looked for in {known}" if known else ""
+        return PermissionError(f"access denied ({reason}); set or renew the credentials{looked_for}")
     if isinstance(error, TimeoutError):
-        return TimeoutError("read timed out" + (f" after {timeout:g} s" if timeout else ""))
+        return TimeoutError(f"read timed out after {timeout:g} s")
     rejected = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
     if rejected or isinstance(error, (ImportError, ValueError)) or getattr(error, "errno", 0) == errno.EINVAL:
         return RequestRejectedError(f"request rejected ({reason})")

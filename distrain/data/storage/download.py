@@ -6,9 +6,10 @@ import zlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from distrain.data.storage.client import RequestRejectedError, error_reason, read_chunks
+from distrain.data.storage.client import GaveUpError, explain, read_chunks
 from distrain.data.storage.retry import RetryPolicy
 from distrain.errors import TemporaryError, UserError
+from distrain.masking import mask_secrets
 
 T = TypeVar("T")
 
@@ -59,18 +60,11 @@ class Downloader:
 
     def _retry(self, url: str, attempt: Callable[[], T], missing: str) -> T:
         try:
-            return self._policy.call(attempt, self._sleep, lambda line: _log.warning("%s: %s", url, line))
-        except FileNotFoundError as error:
-            raise UserError(f"{url}: {missing}", scope="rank") from error
-        except PermissionError as error:
-            raise UserError(f"{url}: {error}; set or renew the credentials", scope="rank") from error
-        except RequestRejectedError as error:
-            raise UserError(f"{url}: {error}; correct the URL or the server's settings", scope="rank") from error
+            return self._policy.call(attempt, self._sleep, lambda line: _log.warning("%s: %s", mask_secrets(url), line))
+        except GaveUpError as error:
+            raise DownloadError(f"{url}: {error}; check the server and run again") from error
         except OSError as error:
-            raise DownloadError(
-                f"{url}: {error_reason(error)}, at the last of {self._policy.retries + 1} attempts; "
-                "check the server and run again"
-            ) from error
+            raise explain(url, error, missing, scope="rank") from error
 
     def _sleep(self, seconds: float) -> None:
         if self._closing.wait(seconds):

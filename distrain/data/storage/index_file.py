@@ -8,9 +8,9 @@ import numpy as np
 
 from distrain.config import DownloadConfig
 from distrain.data.index import COLUMNS, Index, Shard, is_remote
-from distrain.data.storage.client import error_reason
+from distrain.data.storage.client import explain
 from distrain.data.storage.download import Downloader
-from distrain.data.storage.retry import RetryPolicy
+from distrain.data.storage.retry import TOOL_POLICY, TOOL_TIMEOUT, RetryPolicy
 from distrain.errors import UserError
 from distrain.files import write_atomically
 
@@ -18,16 +18,17 @@ _FORMAT = 1
 
 
 def load_index(path: str, download: DownloadConfig | None = None) -> Index:
-    """Read an index file from a path or a URL, the latter with the retries and timeout of `download`.
+    """Read an index file from a path or a URL, the latter with the retries and timeout of `download`, else of a tool.
 
-    Raises UserError when it is missing or not an index, DownloadError when the server fails at every attempt.
+    Raises UserError when it is missing or not an index, TemporaryError when it cannot be read at present.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
-        # Not BytesIO: reading a Python file leaves a thread behind that can abort the process at exit.
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(_read_bytes(path, download or DownloadConfig())))
+        # Not BytesIO: reading a Python file leaves a thread behind that can abort the process at exit. Not read_table,
+        # which imports pandas.
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(_read_bytes(path, download))).read()
         header = json.loads(table.schema.metadata[b"distrain"])
         columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
@@ -61,16 +62,18 @@ def save_index(index: Index, path: str | Path) -> None:
     write_atomically(Path(path), content.getvalue().to_pybytes())
 
 
-def _read_bytes(path: str, download: DownloadConfig) -> bytes:
+def _read_bytes(path: str, download: DownloadConfig | None) -> bytes:
     missing = "index not found; create it with `python -m distrain shards` or correct data.train and data.val"
     try:
         if is_remote(path):
-            policy = RetryPolicy(download.retries, download.retry_wait)
-            return Downloader(policy, download.timeout, Event()).read(path, missing)
+            policy, timeout = TOOL_POLICY, TOOL_TIMEOUT
+            if download is not None:
+                policy, timeout = RetryPolicy(download.retries, download.retry_wait), download.timeout
+            return Downloader(policy, timeout, Event()).read(path, missing)
         return Path(path).read_bytes()
     except UserError as error:  # all ranks read the same index
         raise UserError(str(error)) from error
     except FileNotFoundError as error:
         raise UserError(f"{path}: {missing}") from error
     except OSError as error:
-        raise UserError(f"{path}: the index cannot be read: {error_reason(error)}") from error
+        raise explain(f"{path}: the index cannot be read", error) from error

@@ -20,6 +20,7 @@ from distrain.data.storage.download import Downloader, DownloadError, StoreClose
 from distrain.data.storage.retry import RetryPolicy
 from distrain.data.storage.store import LocalStore, Store, damaged
 from distrain.errors import UserError
+from distrain.masking import mask_urls
 
 
 class RemoteStore:
@@ -94,9 +95,10 @@ class RemoteStore:
         self._downloader.fetch(self._index.location(shard), size, crc32, write)
 
     def _name(self, shard: int) -> str:
-        """Return the shard's name in the cache: it depends on the content, so old and new data can share it."""
+        """Return the shard's name in the cache: it depends on the content, so old and new data can share it, and not
+        on credentials in the URL."""
         _, size, crc32 = self._index.shards[shard]
-        return sha256(f"{self._index.location(shard)} {size} {crc32}".encode()).hexdigest()[:24]
+        return sha256(f"{mask_urls(self._index.location(shard))} {size} {crc32}".encode()).hexdigest()[:24]
 
 
 def open_store(index: Index, download: DownloadConfig) -> Store:

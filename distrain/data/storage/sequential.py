@@ -1,20 +1,23 @@
 """Read a whole file once, from start to end, from a path or a URL."""
 
+import logging
+import os
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Protocol, TypeVar
 
-from distrain.config import DownloadConfig
 from distrain.data.index import is_remote
 from distrain.data.storage.client import read_chunks
-from distrain.data.storage.retry import RetryPolicy
+from distrain.data.storage.retry import TOOL_POLICY, TOOL_TIMEOUT
 
 _CHUNK = 1 << 20
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class _Readable(Protocol):
@@ -78,20 +81,18 @@ class _ChunkFile:
 def read_once(location: str, read: Callable[[SequentialReader], T]) -> tuple[T, int, int]:
     """Return what `read` returns for a file, and the file's size and CRC-32.
 
-    A remote file is read again from its start, with the default settings of `download`, when an attempt fails.
-    Raises OSError.
+    A remote file is read again from its start when an attempt fails, for about half a minute. Raises OSError.
     """
 
     def attempt() -> tuple[T, int, int]:
-        with _open(location, defaults.timeout) as reader:
+        with _open(location, TOOL_TIMEOUT) as reader:
             result = read(reader)
             reader.finish()
         return result, reader.position, reader.crc32
 
-    defaults = DownloadConfig()
     if not is_remote(location):
         return attempt()
-    return RetryPolicy(defaults.retries, defaults.retry_wait).call(attempt, time.sleep)
+    return TOOL_POLICY.call(attempt, time.sleep, lambda line: _log.warning("%s: %s", location, line))
 
 
 @contextmanager
@@ -100,5 +101,15 @@ def _open(location: str, timeout: float) -> Iterator[SequentialReader]:
         with closing(read_chunks(location, timeout)) as chunks:  # type: ignore[type-var]
             yield SequentialReader(_ChunkFile(chunks))
     else:
-        with Path(location).open("rb", buffering=0) as file:
+        with open(location, "rb", buffering=0, opener=open_regular) as file:
             yield SequentialReader(file)
+
+
+def open_regular(path: str, flags: int) -> int:
+    """An opener for files that are read: a pipe or device, which could block or never end, raises OSError."""
+    file = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(file).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):  # open() itself refuses a folder
+        return file
+    os.close(file)
+    raise OSError("not a regular file")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from distrain.data.index import Index
 from distrain.data.storage.download import content_mismatch
 from distrain.errors import TemporaryError, UserError
+from distrain.masking import mask_secrets
 
 
 class Store(Protocol):
@@ -36,7 +37,10 @@ class Store(Protocol):
 
 
 class DataError(Exception):
-    """A sample whose bytes are missing, damaged or not an image. One line."""
+    """A sample whose bytes are missing, damaged or not an image. One line, without secrets."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask_secrets(message))
 
 
 def damaged(index: Index, sample: int) -> DataError:

@@ -1,0 +1,58 @@
+"""What the tools print about an index, what was left out of it, and how far they are."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distrain.data.index import Index
+from distrain.data.storage.client import error_reason
+from distrain.errors import UserError, printable
+
+LISTED = 10  # images or classes listed on the console; a file next to the index lists all images
+
+
+def print_images(images: list[tuple[str, str]], what: str) -> None:
+    if images:
+        print(f"{len(images):,} {what}")
+        for name, reason in images[:LISTED]:
+            print(f"  {printable(name)}: {reason}")
+
+
+def print_empty_classes(built: Index) -> None:
+    empty = sorted(set(range(len(built.classes))) - set(built.label.tolist()))
+    if empty:
+        names = ", ".join(built.classes[label] for label in empty[:LISTED])
+        print(f"{len(empty):,} classes have no images: {names}{', ...' if len(empty) > LISTED else ''}")
+
+
+def info(line: str) -> None:
+    print(printable(line))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into one line. Raises UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error_reason(error)}") from error
+
+
+def summary(path: Path, built: Index) -> str:
+    size = decimal(sum(shard.size for shard in built.shards))
+    return f"{path}: {len(built):,} images, {len(built.classes):,} classes, {len(built.shards):,} shards, {size}"
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Show a progress bar on standard error if that is a terminal; standard output can be redirected."""
+    warnings.filterwarnings("ignore", module="PIL")  # warnings about files that decode are not useful here
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, redirect_stdout=True) as bar:
+        yield bar
