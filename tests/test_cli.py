@@ -4,6 +4,10 @@ import sys
 
 import pytest
 
+from distrain.errors import UserError
+from distrain.masking import mask_secrets
+from distrain.parallel.environment import read_environment
+
 
 def distrain(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "COLUMNS": "100"}
@@ -58,3 +62,48 @@ def test_print_config_shows_the_whole_configuration_and_does_nothing_else():
     assert "  name: densenet_bc_22_12 " in shown.stdout
     assert "  lanes: 2 " in shown.stdout
     assert shown.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "RANK=0 is set in the environment and WORLD_SIZE is not: unset it"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment and RANK is not: unset it"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x in the environment is not a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 in the environment: ranks count from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 is set in the environment and MASTER_ADDR is not"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment is not a number"),
+    ],
+)
+def test_variables_left_over_from_another_launcher_are_refused(variables, message):
+    with pytest.raises(UserError) as caught:
+        read_environment(variables)
+    assert str(caught.value).startswith(message)
+
+
+def test_empty_variables_and_those_of_slurm_and_mpi_are_ignored():
+    found = read_environment({"RANK": "", "WORLD_SIZE": " ", "SLURM_PROCID": "3", "OMPI_COMM_WORLD_RANK": "1"})
+    assert (found.rank, found.world, found.ignored) == (0, 1, ("RANK", "WORLD_SIZE"))
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("at http://me:s3cret@h:5000/x: refused", "at http://***@h:5000/x: refused"),
+        ("https://t0kens3cret@github.com", "https://***@github.com"),
+        ("postgresql://u:s3/c#r?e@h/db", "postgresql://***@h/db"),
+        (
+            "url='https://h/k?X-Amz-Signature=s3cret&X-Amz-Expires=9'",
+            "url='https://h/k?X-Amz-Signature=***&X-Amz-Expires=9'",
+        ),
+        ("https://h/k?token=s3cret: index not found", "https://h/k?token=***: index not found"),
+        ("Authorization: Bearer s3cret.x", "Authorization: Bearer ***"),
+        ("key wJalrXUtnFEMI refused", "key *** refused"),
+        ("http://h:8080/a@b/x and s3://bucket/a@b?c=1", "http://h:8080/a@b/x and s3://bucket/a@b?c=1"),
+    ],
+)
+def test_secrets_are_masked_and_other_text_is_not(monkeypatch, text, masked):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    assert mask_secrets(text) == masked
+    assert mask_secrets(masked) == masked
+    assert str(UserError(text)) == masked

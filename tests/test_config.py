@@ -34,7 +34,27 @@ def test_every_setting_is_explained_where_it_is_printed():
     [
         ("batch.lane=3", "batch.lane=3: unknown key batch.lane: did you mean batch.lanes?"),
         ("optimiser.lr=3", "optimiser.lr=3: unknown key optimiser: did you mean optimizer?"),
-        ("batch.lanes=x", "batch.lanes=x: batch.lanes: Value 'x' of type 'str' could not be converted to Integer"),
+        ("batch.lanes=x", "batch.lanes=x: batch.lanes must be an integer, not 'x'"),
+        ("batch.lanes=1e3", "batch.lanes=1e3: batch.lanes must be an integer, not '1e3'"),
+        ("optimizer.lr=0x10", "optimizer.lr=0x10: optimizer.lr must be a number, not '0x10'"),
+        ("train.tf32=1", "train.tf32=1: train.tf32 must be true or false, not '1'"),
+        ("data.mean=3", "data.mean=3: data.mean must be a list of numbers, such as [1, 2], not '3'"),
+        ("run.name=???", "run.name=???: run.name=??? stands for a value that must be set: set another one"),
+        (
+            "run.name=${x}",
+            "run.name: Interpolation key 'x' not found; write ${oc.env:NAME} for an environment variable, and \\${ for "
+            "the characters themselves",
+        ),
+        ("run.name=a\0b", "run.name='a\\x00b' contains a line break or another control character: remove it"),
+        (f"run.name={'n' * 300}", "run.name has 300 bytes, a folder name at most 255: shorten it"),
+        (
+            "run.dir=~nobody-here/x",
+            "run.dir=~nobody-here/x: no home folder of ~nobody-here: write ./~nobody-here/x for a folder here",
+        ),
+        (
+            "track.uri=http://***@host",
+            "track.uri=http://***@host: *** replaced a secret when these settings were written: set track.uri again",
+        ),
         ("batch.lanes=0", "batch.lanes=0: must be at least 1"),
         ("train.precision=fp8", "train.precision=fp8 is not known: did you mean fp32?"),
         (
@@ -52,7 +72,7 @@ def test_every_setting_is_explained_where_it_is_printed():
         ("average.decay=0.9", "average.decay=0.9: average.decay is now called ema.decay"),
         ("train.recompute=block", "train.recompute=block: train.recompute=block is now called train.recompute=full"),
         ("lanes", "'lanes' is not an override: write key=value, such as batch.lanes=4"),
-        ("batch=3", "batch=3: Merge error: int is not a subclass of BatchConfig. value: 3"),
+        ("batch=3", "batch=3: batch must be a mapping of settings, not '3'"),
         ("data.mean=[1,2]", "data.mean=[1.0, 2.0] must be a list of 3 numbers"),
         ("run.name=a/b", "run.name='a/b' must be a plain folder name, without '/'"),
         ("optimizer.lr=.nan", "optimizer.lr=nan must be finite"),
@@ -89,6 +109,76 @@ def test_a_mistake_is_one_line_that_names_the_key(override, message):
     assert str(caught.value) == message
 
 
+TYPED = [
+    "2024_01_15", "007", "1.10", "1.1", "no", "on", "null", "~", "1e3", "x #1", "[a, b]", "{a: 1}", "a: b", "- a",
+    "'q'", '"q"', " x ", "a=b", "Café", "*a", "&a", "!a", "%a", "a\\b", "true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_a_name_is_taken_as_typed_and_printed_so_that_it_reads_back(tmp_path, name):
+    loaded = config.load(None, [*REQUIRED, f"run.name={name}"])
+    assert loaded.run.name == name
+    assert config.load(write(tmp_path / "printed.yaml", config.to_yaml(loaded))) == loaded
+
+
+def test_a_file_and_a_path_keep_text_as_typed_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    path = write(tmp_path / "run.yaml", "run: {name: 2024_01_15, dir: ~/x}\ndata: {val: '/v #1', train: 007}\nbatch:\n")
+    loaded = config.load(path, ["model.name=densenet121", "download.cache=${oc.env:SCRATCH}/no", "track.uri=''"])
+    assert (loaded.run.name, loaded.run.dir) == ("2024_01_15", "/home/me/x")
+    assert (loaded.data.val, loaded.data.train) == ("/v #1", "007")
+    assert (loaded.download.cache, loaded.track.uri) == ("/scratch/no", "")
+    assert config.load(None, [*REQUIRED, "run.dir='/a b'", "batch.lanes=1_0"]).run.dir == "/a b"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a mapping of sections, such as batch: {lanes: 4}"),
+        (b"- a\n", "expected a mapping of sections, such as batch: {lanes: 4}"),
+        (b"data:\nrun:\n\tname: x\n", "line 3: indented with a tab: use spaces"),
+        (b"run: {name: a}\nrun: {name: b}\n", "line 2: run occurs twice; the first is in line 1: remove one"),
+        (b"run: {name: a,\n  name: b}\n", "line 2: run.name occurs twice; the first is in line 1: remove one"),
+        (b"run:\n  name: caf\xe9\n", "line 2: not UTF-8 text: save it as UTF-8"),
+        (b"run: &a {name: *a}\n", "line 1: run.name contains itself, by an anchor"),
+        (
+            b"run: {name: !!python/name:os.system x}\n",
+            "line 1: run.name has the tag tag:yaml.org,2002:python/name:os.system: tags are not supported",
+        ),
+        (b"extends: [a]\n", "line 1: extends must be the name of one file"),
+        (b"run: {name: [a]}\n", "line 1: run.name must be text, not a list"),
+        (b"[" * 5000, "not valid YAML: nested too deeply"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, bytes) else "",
+)
+def test_a_mistake_in_a_file_is_one_line_that_names_the_line(tmp_path, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        config.load(path, REQUIRED)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfbatch: {lanes: 5}\n")
+    assert config.load(path, REQUIRED).batch.lanes == 5
+
+
+def test_a_secret_in_a_url_is_not_printed_and_not_taken_for_a_setting_afterwards(tmp_path):
+    loaded = config.load(None, [*REQUIRED, "track.uri=http://me:s3cret@host", "data.train=https://h/t?sig=s3cret&a=1"])
+    printed = config.to_yaml(loaded)
+    assert "s3cret" not in printed
+    assert "http://***@host" in printed
+    assert "https://h/t?sig=***&a=1" in printed
+    with pytest.raises(
+        UserError, match=r"\*\*\* replaced a secret when these settings were written: set data.train again"
+    ):
+        config.load(write(tmp_path / "printed.yaml", printed))
+
+
 def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
     path = write(tmp_path / "run.yaml", "batch: {lane: 4}\n")
     with pytest.raises(UserError, match=r"run\.yaml: unknown key batch\.lane: did you mean batch\.lanes\?"):
@@ -98,7 +188,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
 def test_a_file_that_is_missing_or_not_yaml_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.yaml: configuration file not found"):
         config.load(tmp_path / "nothing.yaml", REQUIRED)
-    with pytest.raises(UserError, match=r"broken\.yaml: not valid YAML"):
+    with pytest.raises(UserError, match=r"broken\.yaml: line 1: not valid YAML"):
         config.load(write(tmp_path / "broken.yaml", "batch: [1,"), REQUIRED)
 
 

@@ -9,9 +9,9 @@ from distrain.config.files import (
     fixed_settings,
     flatten,
     load,
+    map_text,
     to_dict,
     to_yaml,
-    tracking_uri,
 )
 from distrain.config.renamed import STATE_FORMAT
 from distrain.config.schema import (
@@ -54,7 +54,7 @@ __all__ = [
     "fixed_settings",
     "flatten",
     "load",
+    "map_text",
     "to_dict",
     "to_yaml",
-    "tracking_uri",
 ]

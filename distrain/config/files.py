@@ -1,41 +1,43 @@
 """Read a run's configuration from YAML files and the command line, and print it."""
 
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import Field, fields, is_dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from distrain.config.options import check_choice, choices
 from distrain.config.renamed import check_current_name
 from distrain.config.schema import Config
+from distrain.config.values import ValueProblem, compose, kind_of, merged_items, read_node, read_text
 from distrain.errors import UserError, nearest
+from distrain.masking import mask_secrets
+
+_INTERPOLATION = "write ${oc.env:NAME} for an environment variable, and \\${ for the characters themselves"
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and what it extends, apply `key=value` overrides, check everything.
 
-    Raises UserError naming the file or override and the key, with the nearest valid key or the cure.
+    Values are read by the type of their setting: text is taken as typed. Raises UserError naming the file or override
+    and the key, with the nearest valid key or the cure.
     """
     merged = OmegaConf.structured(Config)
     for source, layer in [*_read_layers(Path(path))] if path else []:
         merged = _merge(merged, layer, source)
     for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r} is not an override: write key=value, such as batch.lanes=4")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{override}: not readable as key=value: {_first_line(error)}") from error
-        merged = _merge(merged, layer, override)
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        where = f"{path}: " if path else ""
-        raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
-    config = OmegaConf.to_object(merged)
+        merged = _merge(merged, _read_override(override), override)
+    try:
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            where = f"{path}: " if path else ""
+            raise UserError(f"{where}{', '.join(missing)} must be set: in the YAML file or as key=value")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {_first_line(error)}; {_INTERPOLATION}") from error
     assert isinstance(config, Config)
     for key in config.run.change:
         if key not in changeable_settings(config):
@@ -66,17 +68,9 @@ def check_ranks(config: Config, world: int) -> None:
         )
 
 
-def tracking_uri(config: Config) -> str:
-    """Where MLflow reports go: the configured server, the environment's, or a file beside the runs."""
-    default = f"sqlite:///{Path(config.run.dir).resolve()}/mlflow.db"
-    return config.track.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dictionaries and lists, as YAML and JSON hold them."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return asdict(config)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -112,13 +106,17 @@ def changeable_settings(config: Config) -> set[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that can be read back, every key with its meaning beside it."""
+    """The whole configuration as YAML that can be read back, every key with its meaning beside it.
+
+    Secrets are masked; a masked setting is refused when it is read.
+    """
     lines = []
     for section in fields(config):
         values = getattr(config, section.name)
         lines.append(f"{section.name}:")
         for entry in fields(values):
-            value = yaml.safe_dump([getattr(values, entry.name)], default_flow_style=True, width=1000).strip()
+            plain = [map_text(_show, getattr(values, entry.name))]
+            value = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True).strip()
             lines.append(f"  {f'{entry.name}: {value[1:-1]}':<36}  # {_meaning(values, entry)}")
     return "\n".join(lines) + "\n"
 
@@ -129,52 +127,113 @@ def _meaning(section: Any, entry: "Field[Any]") -> str:
     return f"{' | '.join(known)}; {entry.metadata['help']}" if known else str(entry.metadata["help"])
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, DictConfig]]:
+def map_text(change: Callable[[str], str], tree: Any) -> Any:
+    """Dictionaries and lists with `change` applied to every text in them."""
+    if isinstance(tree, dict):
+        return {key: map_text(change, value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [map_text(change, value) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
+
+
+def _show(text: str) -> str:
+    """Text without secrets, and with what OmegaConf would resolve escaped."""
+    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", mask_secrets(text))
+
+
+def _read_override(override: str) -> dict[str, Any]:
+    """Return {"batch": {"lanes": 4}} for batch.lanes=4. Raises UserError unless it is key=value with such a value."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is not an override: write key=value, such as batch.lanes=4")
+    check_current_name(override, key, text)
+    kind = kind_of(key, Config)
+    if kind is None:
+        raise _unknown_key(override, key)
+    if kind is not str or _is_location(key):
+        text = _unquote(text)  # names have them if they were typed
+    try:
+        value = read_text(text, kind, key)
+    except ValueProblem as error:
+        raise UserError(f"{override}: {error.key}{' ' if error.key else ''}{error}") from error
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return dict(value)
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _is_location(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return any(entry.metadata["location"] for entry in fields(get_type_hints(Config)[section]) if entry.name == name)
+
+
+def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself via {', '.join(str(p) for p in seen)}")
     try:
-        content = OmegaConf.load(path)
+        node = compose(_read_utf8(path))
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueProblem("expected a mapping of sections, such as batch: {lanes: 4}")
+        base = dict(merged_items(node)).get("extends")
+        if base is not None:
+            if not isinstance(base, yaml.ScalarNode) or not base.value:
+                raise ValueProblem("must be the name of one file", "extends", base.start_mark.line + 1)
+            node.value = [(name, child) for name, child in node.value if name.value != "extends"]
+        content = read_node(node, Config)
+    except ValueProblem as error:
+        where = "" if error.line is None else f"line {error.line}: "
+        raise UserError(f"{path}: {where}{error.key}{' ' if error.key else ''}{error}") from error
+    if base is not None:
+        extended = path.parent / Path(base.value).expanduser()
+        if not extended.exists():
+            raise UserError(f"{path}: extends {base.value}, which is not there: {extended}")
+        yield from _read_layers(extended, (*seen, path.resolve()))
+    yield str(path), content
+
+
+def _read_utf8(path: Path) -> str:
+    """The content of a configuration file, without a byte order mark. Raises UserError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: configuration file not found") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {_first_line(error)}") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: expected a mapping")
-    base = content.pop("extends", None)
-    if base is not None:
-        yield from _read_layers(path.parent / str(base), (*seen, path.resolve()))
-    yield str(path), content
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line}: not UTF-8 text: save it as UTF-8") from error
 
 
-def _merge(config: DictConfig, layer: DictConfig, source: str) -> DictConfig:
-    plain = OmegaConf.to_container(layer)
-    assert isinstance(plain, dict)
-    for key, value in flatten({str(key): value for key, value in plain.items()}).items():
+def _merge(config: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:
+    for key, value in flatten(layer).items():
         check_current_name(source, key, value)
+        if kind_of(key, Config) is None:
+            raise _unknown_key(source, key)
+        if value == MISSING:
+            raise UserError(f"{source}: {key}={MISSING} stands for a value that must be set: set another one")
+        if isinstance(value, str) and "${" not in value:
+            check_choice(key, value, kind_of(key, Config))
     try:
         merged = OmegaConf.merge(config, layer)
-    except ConfigKeyError as error:
-        key = str(error.full_key)
-        hint = nearest(key, _known_keys(Config), shown=[section.name for section in fields(Config)])
-        raise UserError(f"{source}: unknown key {key}: {hint}") from error
     except OmegaConfBaseException as error:
-        if isinstance(error, ValidationError) and error.full_key:
-            _check_choices(error.full_key, OmegaConf.select(layer, error.full_key))
         where = f"{source}: {error.full_key}" if error.full_key else source
-        raise UserError(f"{where}: {_first_line(error)}") from error
+        hint = f"; {_INTERPOLATION}" if "${" in str(layer) else ""
+        raise UserError(f"{where}: {_first_line(error)}{hint}") from error
     assert isinstance(merged, DictConfig)
     return merged
 
 
-def _check_choices(key: str, value: Any) -> None:
-    """Raises UserError if `key` has a list of allowed values and `value` is not among them."""
-    kind: Any = Config
-    for name in key.split("."):
-        kind = get_type_hints(kind)[name]
-    check_choice(key, value, kind)
+def _unknown_key(source: str, key: str) -> UserError:
+    """The error for a key of which the schema has only the beginning, if that."""
+    names = key.split(".")
+    known = [length for length in range(1, len(names)) if kind_of(".".join(names[:length]), Config) is not None]
+    unknown = ".".join(names[: len(known) + 1])
+    hint = nearest(unknown, _known_keys(Config), shown=[section.name for section in fields(Config)])
+    return UserError(f"{source}: unknown key {unknown}: {hint}")
 
 
 def _known_keys(schema: type, prefix: str = "") -> Iterator[str]:

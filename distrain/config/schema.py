@@ -11,6 +11,8 @@ from distrain.config.options import Section, option
 from distrain.errors import UserError
 
 NO_MLFLOW = "none"  # track.uri: keep metrics in the run's folder only
+_BESIDE_RUNS = ("mlflow.db", "mlartifacts")
+_MAX_NAME = 255  # bytes, NAME_MAX of Linux's file systems
 
 
 @dataclass
@@ -18,7 +20,9 @@ class RunConfig(Section):
     name: str = option(
         MISSING, "folder below run.dir and name in MLflow; the same name resumes the run", on_resume="free"
     )
-    dir: str = option("runs", "parent folder of all runs; keep it on storage that every node shares", on_resume="free")
+    dir: str = option(
+        "runs", "parent folder of all runs; keep it on storage that every node shares", location=True, on_resume="free"
+    )
     seed: int = option(0, "the only source of randomness", min=0)
     change: list[str] = option(
         [], "settings that this start changes on purpose, such as [train.epochs]", on_resume="free"
@@ -28,6 +32,12 @@ class RunConfig(Section):
         super().__post_init__()
         if self.name in ("", ".", "..") or "/" in self.name:
             raise UserError(f"run.name={self.name!r} must be a plain folder name, without '/'")
+        if self.name in _BESIDE_RUNS:
+            raise UserError(f"run.name={self.name} is what MLflow's files in run.dir are called: choose another name")
+        if (size := len(self.name.encode())) > _MAX_NAME:
+            raise UserError(f"run.name has {size} bytes, a folder name at most {_MAX_NAME}: shorten it")
+        if not self.dir:
+            raise UserError("run.dir is empty: write . for the working directory")
 
     @property
     def folder(self) -> Path:
@@ -36,8 +46,8 @@ class RunConfig(Section):
 
 @dataclass
 class DataConfig(Section):
-    train: str = option(MISSING, "index of the training shards, a .parquet file", on_resume="free")
-    val: str = option(MISSING, "index of the validation shards, a .parquet file", on_resume="free")
+    train: str = option(MISSING, "index of the training shards, a .parquet file", location=True, on_resume="free")
+    val: str = option(MISSING, "index of the validation shards, a .parquet file", location=True, on_resume="free")
     loader: Literal["auto", "torch", "dali"] = option(
         "auto", "auto: the faster one, measured at the first start of the run", on_resume="free"
     )
@@ -116,7 +126,9 @@ class AugmentConfig(Section):
 
 @dataclass
 class DownloadConfig(Section):
-    cache: str = option("", "folder on the node's disk for downloaded shards; default: under TMPDIR", on_resume="free")
+    cache: str = option(
+        "", "folder on the node's disk for downloaded shards; default: under TMPDIR", location=True, on_resume="free"
+    )
     cache_gb: float = option(
         100.0, "max size of the cache, shared by all ranks of a node, 10^9 bytes", min=0, on_resume="free"
     )
@@ -308,12 +320,20 @@ class ResilienceConfig(Section):
 @dataclass
 class TrackConfig(Section):
     uri: str = option(
-        "", "MLflow tracking URI, or none; empty: $MLFLOW_TRACKING_URI, else a database in run.dir", on_resume="free"
+        "",
+        "MLflow tracking URI, or none; empty: $MLFLOW_TRACKING_URI, else a database in run.dir",
+        location=True,
+        on_resume="free",
     )
     experiment: str = option("distrain", "MLflow experiment", on_resume="free")
     every_steps: int = option(
         10, "steps between reports of loss, accuracy, learning rate and throughput", min=1, on_resume="free"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.experiment:
+            raise UserError("track.experiment is empty: name one")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch import nn
 from distrain.config import Config
 from distrain.execution.precision import Autocast, LossScale
 from distrain.parallel import deepspeed_state
+from distrain.parallel.environment import read_environment
 from distrain.parallel.group import Group
 from distrain.parallel.strategy import State, Update, model_state, optimizer_state
 from distrain.recipe.optimizers import build_optimizer, init_state, set_lr, update_clipped
@@ -141,6 +142,7 @@ class Zero:
 def _open_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], group: Group) -> Any:
     """Open DeepSpeed's engine in the existing process group."""
     deepspeed = import_deepspeed(group.device)
+    os.environ["LOCAL_RANK"] = str(read_environment().local_rank)  # DeepSpeed reads it, also without a launcher
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         deepspeed.init_distributed("gloo" if group.device.type == "cpu" else "nccl")

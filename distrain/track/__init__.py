@@ -1,16 +1,19 @@
 """Reports of a run: the console, MLflow, and the plot of its curves. Only the main rank reports."""
 
+import shlex
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Protocol, Self
 
-from distrain.config import NO_MLFLOW, Config, flatten, to_dict, to_yaml, tracking_uri
-from distrain.errors import Stopped
-from distrain.files import write_atomically
+from distrain.config import NO_MLFLOW, Config, flatten, map_text, to_dict, to_yaml
+from distrain.errors import StaleAttemptError, Stopped
+from distrain.files import translated_errors, write_atomically
+from distrain.masking import mask_secrets
 from distrain.track.console import Console
 from distrain.track.mlflow import MlflowSender
 from distrain.track.plot import plot_curves
 from distrain.track.spool import Spool
+from distrain.track.uri import SQLITE, tracking_uri
 
 _TIMEOUT_S = 60.0  # for a slow MLflow server at the end of a run
 _TIMEOUT_STOPPING_S = 5.0  # a scheduler that asked to stop kills soon
@@ -24,6 +27,13 @@ class Tracker(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+    def begin(self) -> None:
+        """Begin to report, now that training begins; until then only `info` works. Calls after the first do nothing.
+
+        Raises UserError or TemporaryError if the run's folder cannot be written.
+        """
+        ...
 
     def info(self, line: str) -> None:
         """Print one line on the console."""
@@ -44,7 +54,10 @@ class Tracker(Protocol):
 
 
 def open_tracker(config: Config, is_main: bool, steps: int) -> Tracker:
-    """The tracker of a run of `steps` steps: it reports on the main rank, and does nothing on the others."""
+    """The tracker of a run of `steps` steps: it reports on the main rank, and does nothing on the others.
+
+    Raises UserError or TemporaryError, on the main rank, if the run's folder cannot be written.
+    """
     return MainTracker(config, steps) if is_main else NullTracker()
 
 
@@ -60,6 +73,8 @@ class NullTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
+    def begin(self) -> None: ...
+
     def info(self, line: str) -> None: ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
@@ -71,21 +86,28 @@ class MainTracker:
     """Reports to the console, the run's folder and MLflow."""
 
     def __init__(self, config: Config, steps: int) -> None:
+        self._config = config
         self._folder = config.run.folder
         self._uri = tracking_uri(config)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self._config_file = self._folder / "config.yaml"
-        write_atomically(self._config_file, to_yaml(config))
-        self._spool = Spool(self._folder / "metrics.jsonl")
         self._console = Console(steps)
+        self._spool: Spool | None = None
         self._mlflow: MlflowSender | None = None
+
+    def begin(self) -> None:
+        if self._spool is not None:
+            return
+        with translated_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._config_file, to_yaml(self._config), private=True)
+            self._spool = Spool(self._folder / "metrics.jsonl")
         if self._uri != NO_MLFLOW:
             self._mlflow = MlflowSender(
                 self._uri,
-                config.track.experiment,
-                config.run.name,
+                self._config.track.experiment,
+                self._config.run.name,
                 folder=self._folder,
-                params=flatten(to_dict(config)),
+                params=flatten(map_text(mask_secrets, to_dict(self._config))),
                 spool=self._spool,
                 warn=self._console.info,
             )
@@ -97,6 +119,8 @@ class MainTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._console.close()
+        if self._spool is None or isinstance(error, StaleAttemptError):
+            return  # the reports are an earlier or a newer attempt's
         artifacts = [self._config_file]
         try:
             artifacts.append(plot_curves(self._spool.entries(), self._folder / "curves.png"))
@@ -113,7 +137,7 @@ class MainTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._console.report(step, metrics)
-        if self._spool.append(step, metrics) and self._mlflow is not None:
+        if self._spool is not None and self._spool.append(step, metrics) and self._mlflow is not None:
             self._mlflow.notify()
 
     def advance(self, step: int) -> None:
@@ -123,6 +147,6 @@ class MainTracker:
     def view_hint(self) -> str:
         if self._uri == NO_MLFLOW:
             return f"see {self._folder}/curves.png and metrics.jsonl"
-        if self._uri.startswith("http"):
-            return f"compare runs at {self._uri}"
-        return f"compare runs with: mlflow ui --backend-store-uri {self._uri}"
+        if self._uri.startswith((SQLITE, "file:")):
+            return f"compare runs with: mlflow ui --backend-store-uri {shlex.quote(self._uri)}"
+        return f"compare runs at {mask_secrets(self._uri)}"

@@ -12,6 +12,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from distrain.masking import mask_secrets
+
 _FORMATS = {
     "train/loss": "loss {:.4f}",
     "train/top1": "top-1 {:.1%}",
@@ -28,7 +30,7 @@ class Console:
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
-        self._out = rich.console.Console(highlight=False, soft_wrap=True)
+        self._out = rich.console.Console(highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
         if self._out.is_terminal:
             columns = (
@@ -40,7 +42,8 @@ class Console:
             self._bar.start()
 
     def info(self, line: str) -> None:
-        self._out.print(line, markup=False)
+        """Print a line, without the secrets in it."""
+        self._out.print(mask_secrets(line), markup=False)
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         text = "  ".join(_FORMATS[name].format(value) for name, value in metrics.items() if name in _FORMATS)

@@ -9,18 +9,18 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from distrain.files import read_json, write_json
+from distrain.masking import mask_secrets
 from distrain.track.spool import Spool
+from distrain.track.uri import SQLITE
 
 _RETRY_S = 10.0
 _METRICS_PER_CALL = 1000  # limit of the REST API
 _RUN_TAG = "distrain.run"
-_SQLITE = "sqlite:///"
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # clusters have no outbound network, and sending it is the user's choice
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the thread retries
@@ -51,6 +51,7 @@ class MlflowSender:
         self._news = threading.Condition()
         self._unsent = True
         self._delivered = False
+        self._hopeless = False  # no later start can deliver either
         self._status: str | None = None
         self._artifacts: Sequence[Path] = ()
         self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
@@ -70,7 +71,7 @@ class MlflowSender:
             self._unsent = True
             self._news.notify()
         self._thread.join(timeout)
-        if not self._delivered:
+        if not self._delivered and not self._hopeless:
             self._warn(
                 f"MLflow at {self._uri} has not received everything; the metrics are in {self._folder} and are "
                 "sent when the same command runs again"
@@ -84,8 +85,12 @@ class MlflowSender:
                 self._delivered = True
                 return
             except Exception as error:  # training continues whatever MLflow does
+                reason = mask_secrets(" ".join(str(error).split()))[:200]
+                if isinstance(error, ImportError):  # the driver of a database
+                    self._hopeless = True
+                    self._warn(f"MLflow at {self._uri}: {reason}: install it; metrics are in {self._folder} only")
+                    return
                 if not warned:
-                    reason = " ".join(str(error).split())[:200]
                     self._warn(f"MLflow at {self._uri}: {reason}; training continues, metrics are kept")
                     warned = True
                 with self._news:
@@ -116,8 +121,8 @@ class _Connection:
 
         for chatty in ("alembic", "mlflow"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
-        if uri.startswith(_SQLITE):
-            _create_database(Path(uri.removeprefix(_SQLITE)))
+        if uri.startswith(SQLITE):
+            _create_database(Path(uri.removeprefix(SQLITE).partition("?")[0]))
         self._client = MlflowClient(uri)
         self._run_id = self._find_or_create(experiment, name, folder, uri)
         self._received = self._fetch_received()
@@ -141,7 +146,7 @@ class _Connection:
         tag = _identity(folder)
         found = self._client.get_experiment_by_name(experiment)
         if found is None:
-            beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith(_SQLITE) else None
+            beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
             experiment_id = self._client.create_experiment(experiment, artifact_location=beside)
         else:
             experiment_id = found.experiment_id
@@ -190,9 +195,14 @@ def _create_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         tmp = Path(folder) / path.name
-        MlflowClient(f"{_SQLITE}{tmp}").search_experiments()
-        with suppress(FileExistsError):  # another run created it first
+        MlflowClient(f"{SQLITE}{tmp}").search_experiments()
+        try:
             path.hardlink_to(tmp)
+        except FileExistsError:  # another run created it first
+            return
+        except OSError:  # a file system without hard links
+            if not path.exists():
+                tmp.rename(path)
 
 
 def _identity(folder: Path) -> str:

@@ -66,3 +66,10 @@ def test_a_number_of_ranks_that_does_not_divide_the_lanes_is_refused_under_zero(
         "distrain: parallel.strategy=zero1 needs the same number of lanes on every rank, and batch.lanes=5 is "
         "not divisible by 2 ranks: start 1, or set parallel.strategy=ddp"
     ]
+
+
+def test_zero_trains_in_one_process_without_torchrun_and_ignores_empty_variables(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "")
+    result = train(tmp_path / "zero", *settings, "parallel.strategy=zero3", "train.epochs=0.2")
+    assert result.code == 0, result.output
+    assert "distrain: empty in the environment, and ignored: LOCAL_RANK" in result.output

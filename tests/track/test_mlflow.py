@@ -13,6 +13,10 @@ import pytest
 from mlflow import MlflowClient
 from support.processes import SMALL, Training, free_port, train
 
+from distrain import config
+from distrain.errors import Stopped
+from distrain.track import open_tracker
+
 # 102 steps, with a checkpoint every 25
 LONGER = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=25")
 
@@ -66,6 +70,32 @@ def test_the_configuration_is_logged_as_parameters_and_as_an_artifact_beside_the
 
 def test_the_end_of_a_run_shows_how_to_view_it(restarted):
     assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
+
+
+@pytest.mark.parametrize(("error", "status"), [(Stopped("SIGTERM"), "SCHEDULED"), (RuntimeError("crash"), "FAILED")])
+def test_a_run_that_stopped_or_failed_is_shown_as_that(client, restarted, on_dataset, tmp_path, error, status):
+    where = (f"run.dir={tmp_path}", "run.name=run", f"track.experiment={status}")
+    uri = f"track.uri=sqlite:///{restarted.folder.parent}/mlflow.db"
+    settings = config.load(None, [*LONGER, *on_dataset, *where, uri])
+    with pytest.raises(type(error)):
+        end_with(error, settings)
+    deadline = time.monotonic() + 60
+    while (shown := statuses(client, status)) in ([], ["RUNNING"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert shown == [status]
+
+
+def end_with(error: Exception, settings) -> None:
+    """Begin to report a run, and end it with this error."""
+    with open_tracker(settings, is_main=True, steps=5) as tracker:
+        tracker.begin()
+        raise error
+
+
+def statuses(client: MlflowClient, experiment: str) -> list[str]:
+    """The status of every run in an experiment; none if there is no such experiment."""
+    found = client.get_experiment_by_name(experiment)
+    return [run.info.status for run in client.search_runs([found.experiment_id])] if found else []
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""Where MLflow reports go, checked before a run starts."""
+
+import os
+from importlib.metadata import entry_points
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from distrain.config import NO_MLFLOW, Config
+from distrain.errors import UserError
+
+SQLITE = "sqlite:///"
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_SERVERS = ("http", "https")
+_OTHERS = ("file", "databricks", "databricks-uc", "uc")
+
+
+def tracking_uri(config: Config) -> str:
+    """The configured server, the environment's, or a database beside the runs.
+
+    Raises UserError for what MLflow can never use, so that reports are not promised for later.
+    """
+    if config.track.uri:
+        return _checked("track.uri", config.track.uri)
+    if uri := os.environ.get("MLFLOW_TRACKING_URI"):
+        return _checked("MLFLOW_TRACKING_URI", uri)
+    folder = str(Path(config.run.dir).resolve())
+    if "?" in folder or "%" in folder:  # which end or escape a path in a database's URI
+        raise UserError(
+            f"run.dir={config.run.dir}: MLflow's database cannot be in a folder with '?' or '%' in its path: rename "
+            "it, or set track.uri=none"
+        )
+    return f"{SQLITE}{folder}/mlflow.db"
+
+
+def _checked(key: str, uri: str) -> str:
+    """Return `uri` if MLflow may be able to use it."""
+    if uri == NO_MLFLOW:
+        return uri
+    scheme = uri.partition(":")[0].lower()
+    plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
+    if scheme not in (*_SERVERS, *_OTHERS, *plugins) and scheme.partition("+")[0] not in _DATABASES:
+        raise UserError(
+            f"{key}={uri} is not a tracking URI: write http://HOST:PORT, sqlite:///FILE or {NO_MLFLOW}"
+            + (f" (or track.uri={NO_MLFLOW})" if key != "track.uri" else "")
+        )
+    try:
+        parts = urlsplit(uri)
+        valid = scheme not in _SERVERS or bool(parts.hostname and parts.port != 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{key}={uri} is not a valid URL: write http://HOST:PORT")
+    return uri
