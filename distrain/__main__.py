@@ -1,17 +1,25 @@
 """Entry point of every process: runs the command line and turns the outcome into an exit code."""
 
+import io
 import os
 import select
 import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
+from types import TracebackType
 
-from distrain.errors import EXIT_USER, TemporaryError, UserError
+from distrain import lifetime
+from distrain.errors import EXIT_USER, Interrupted, TemporaryError, UserError
+from distrain.masking import mask_secrets
+from distrain.parallel.environment import rank_or_zero
 
 _GRACE_S = 10  # for another rank to print why it exits
 
 
 def main() -> int:
+    open_closed_streams()
     try:
         try:
             return run()
@@ -21,14 +29,25 @@ def main() -> int:
         if not stdout_closed():
             raise
         return 128 + signal.SIGPIPE
+    except KeyboardInterrupt as error:
+        print_error(error if str(error) else Interrupted(signal.SIGINT, "run the same command again"))
+        return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
 
 
 def entry() -> None:
     """Run main() and exit the process."""
-    code = main()
+    lifetime.end_with_agent()
+    sys.excepthook = print_masked_traceback
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a name must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+    except KeyboardInterrupt:  # another Ctrl-C while the first one was handled
+        code = 128 + signal.SIGINT
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == EXIT_USER:
+    if code == EXIT_USER or code > 128 or is_tool():
         os._exit(code)  # libraries torn down while working may abort with another exit code
     sys.exit(code)
 
@@ -47,10 +66,23 @@ def run() -> int:
         return EXIT_USER if isinstance(error, UserError) else 1
 
 
+def is_tool() -> bool:
+    from distrain import cli
+
+    return len(sys.argv) > 1 and sys.argv[1] in cli.TOOLS
+
+
+def open_closed_streams() -> None:
+    """Connect closed standard streams, as after `>&-`, to /dev/null, so that no data file gets their descriptors."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+
+
 def yield_to_main_rank() -> None:
     """Give rank 0 time to print what every rank would print. Once it exits, torchrun ends the ranks that wait here; a
     rank that is still alive after that prints the error itself."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if rank_or_zero() > 0:
         time.sleep(_GRACE_S)
 
 
@@ -74,9 +106,15 @@ def stdout_closed() -> bool:
     return True
 
 
-def print_error(error: Exception) -> None:
-    rank = int(os.environ.get("RANK", 0))
-    print(f"distrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+def print_error(error: BaseException) -> None:
+    rank = rank_or_zero()
+    with suppress(OSError):  # the exit code still says it
+        print(f"distrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+
+
+def print_masked_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print a crash as Python does, without passwords and tokens in the texts of libraries."""
+    print(mask_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

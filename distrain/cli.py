@@ -2,13 +2,17 @@
 
 import argparse
 import importlib
-import os
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from distrain import __version__
 from distrain.arguments import AnyOrder, add_run_arguments
 from distrain.errors import UserError
+from distrain.masking import MaskingFormatter
+from distrain.open_files import raise_open_files
+from distrain.output import keep_writing
+from distrain.parallel.environment import read_environment
 
 if TYPE_CHECKING:
     from distrain.config import Config
@@ -81,9 +85,13 @@ def _train(argv: Sequence[str]) -> int:
         parser.error("nothing to train: give --config FILE, or see --help")
 
     from distrain import config
+    from distrain.track.uri import tracking_uri
 
     loaded = config.load(args.config, args.overrides)
-    config.check_ranks(loaded, int(os.environ.get("WORLD_SIZE", 1)))
+    world = read_environment().world
+    config.check_ranks(loaded, world)
+    raise_open_files(world)
+    tracking_uri(loaded)
     check_network(loaded)
     if args.print_config:
         print(config.to_yaml(loaded), end="")
@@ -91,6 +99,10 @@ def _train(argv: Sequence[str]) -> int:
 
     from distrain.train import train
 
+    keep_writing()
+    handler = logging.StreamHandler()
+    handler.setFormatter(MaskingFormatter("distrain: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     return train(loaded)
 
 

@@ -35,13 +35,26 @@ fi
 
 info() { echo "launch: $(date +%T) $*" >&2; }
 
-# Print a field of the job in squeue's format, or nothing if the controller does not answer for two minutes.
+# Sleep for some seconds, but not after a signal.
+rest() {
+    [ -n "$asked" ] || sleep "$1" &
+    wait $! # which a trap interrupts
+}
+
+# Set `field` to a field of the job in squeue's format, or to GONE if there is no such job any more. Waits for as long as
+# the controller does not answer, which says nothing about the job; empty if a signal ends that.
 job_field() {
-    local tries
-    for tries in 1 2 3 4 5 6; do
-        squeue --noheader --jobs "$SLURM_JOB_ID" --format "$1" 2>/dev/null && return
-        sleep $((5 * tries))
+    local pause=2
+    until field="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "$1" 2>/dev/null)"; do
+        case "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "$1" 2>&1 >/dev/null)" in
+            *"Invalid job id"*) break ;;
+        esac
+        [ -z "$asked" ] || return
+        [ "$pause" -gt 2 ] || info "the Slurm controller does not answer; waiting for it"
+        rest "$pause"
+        pause=$((pause < 30 ? 2 * pause : 60))
     done
+    field="${field:-GONE}"
 }
 
 # Wait for a process to exit, even when signals interrupt the wait. Sets code.
@@ -71,6 +84,7 @@ run_nodes() {
         "$PYTHON" -m launch node --nodes "$nodes" --head "$(scontrol show hostnames "$hosts" | head -n 1)" \
         --logs "$RUN/logs" ${RANKS:+--ranks "$RANKS"} "$@" -- "${arguments[@]}" &
     step=$!
+    [ -z "$asked" ] || kill -USR1 "$step" 2>/dev/null # it came before the step had a number
     await "$step"
     step=
 }
@@ -87,46 +101,81 @@ policy() (
     done
 )
 
-# How to continue after the exit code in `code`. Sets decision, attempt and without_progress.
+# How to continue after the exit code in `code`. Sets decision, pause, without_progress and history.
 decide() {
     local answer stop="$asked"
     case "$code" in
         0 | 75 | 78) ;;
-        *) [ -n "$stop" ] || [ "$(job_field %T)" = RUNNING ] || stop=1 ;;
+        *)
+            if [ -z "$stop" ]; then
+                job_field %T
+                [ "$field" = RUNNING ] || stop=1
+            fi
+            ;;
     esac
-    answer="$(policy --code "$code" ${stop:+--stop-requested} --before "$attempt" \
-        --without-progress "$without_progress")"
-    if [ -z "$answer" ]; then
-        info "the restart policy could not run: see the error above"
-        exit "$code"
+    answer="$(policy --code "$code" ${stop:+--stop-requested} --history "${history[@]}")"
+    if [ -n "$answer" ]; then
+        read -r -a history <<<"$answer"
+        decision="${history[0]}" pause="${history[1]}" without_progress="${history[4]}"
+        history=("${history[@]:2}")
+        return
     fi
-    read -r decision attempt without_progress <<<"$answer"
+    info "the restart policy could not run: see the error above"
+    case "$code,$stop" in
+        0,*) decision="done" ;;
+        78,*) decision=user-error ;;
+        75,* | *,1) decision=requeue ;;
+        *) exit "$code" ;;
+    esac
 }
 
-requeue() {
-    scontrol requeue "$SLURM_JOB_ID"
+not_requeued() {
+    info "not requeued: the job was cancelled, or Slurm requeues it"
     exit 75
+}
+
+# Requeue the job and exit. Exits with 1 if Slurm does not: with 75 nobody would notice that it will not continue.
+requeue() {
+    local pause answer
+    for pause in 2 4 8 16 30 60 60 60 0; do
+        answer="$(scontrol requeue "$SLURM_JOB_ID" 2>&1)" && exit 75
+        info "scontrol requeue: $answer"
+        case "$answer,$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T 2>/dev/null)" in
+            *disabled*) break ;; # as sbatch --no-requeue asks
+            *,RUNNING | *,) sleep "$pause" ;;
+            *) not_requeued ;;
+        esac
+    done
+    info "NOT requeued: everything is saved, submit the job again to continue"
+    exit 1
 }
 
 # Exit because the run was stopped, by whatever `decision` says.
 leave() {
     if [ "$decision" = stopped ]; then
         info "stopped by the stop file; submit the job again to continue"
-    elif [ "$(job_field %T)" = RUNNING ]; then
-        info "stopped after saving: requeued"
-        requeue
-    else
-        info "not requeued: the job was cancelled, or Slurm requeues it"
+        exit 75
     fi
-    exit 75
+    job_field %T
+    case "$field" in
+        RUNNING | "")
+            info "stopped after saving: requeueing"
+            requeue
+            ;;
+    esac
+    not_requeued
 }
 
 # After a crash: the nodes the job still has, which are fewer if --no-kill kept it alive.
 count_nodes() {
-    hosts="$(job_field %N)"
-    nodes="$(job_field %D)"
+    job_field '%D %N'
+    case "$field" in
+        [1-9]*" "?*) read -r nodes hosts <<<"$field" ;;
+        GONE) not_requeued ;;
+        *) leave ;; # asked to stop
+    esac
     if [ "$nodes" -lt "${MIN_NODES:-1}" ]; then
-        info "$nodes nodes left, fewer than MIN_NODES=$MIN_NODES: requeued"
+        info "$nodes nodes left, fewer than MIN_NODES=$MIN_NODES: requeueing"
         requeue
     fi
 }
@@ -135,8 +184,7 @@ asked=
 step=
 trap 'asked=1; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1 TERM
 job="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
-attempt=0
-without_progress=0
+history=(0 -1 0 0)
 
 if [ "${DOCTOR:-1}" != 0 ]; then
     run_nodes --job "$job.doctor" --doctor
@@ -152,9 +200,8 @@ if [ "${DOCTOR:-1}" != 0 ]; then
 fi
 
 start=0
-attempt="$(policy)"
-attempt="${attempt:-0}"
-without_progress=0
+read -r -a history <<<"$(policy)"
+[ "${#history[@]}" -eq 4 ] || history=(0 -1 0 0)
 while :; do
     id="$job.$start"
     info "start $id of $RUN on $hosts"
@@ -177,6 +224,7 @@ while :; do
         info "giving up: $without_progress starts in a row crashed before training began"
         exit 1
     fi
+    rest "$pause"
     count_nodes
     start=$((start + 1))
 done

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,8 +17,11 @@ _DESCRIPTION = "Start a run on one machine, many machines or a Slurm cluster."
 
 _SSH = (
     "ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10",
-    "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3",
+    "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3", "--",
 )  # fmt: skip
+
+# Of the terminal's environment, what every host needs: tracking, storage, proxies, threads.
+_FORWARDED = re.compile(r"MLFLOW_\w+|AWS_\w+|FSSPEC_\w+|(HTTPS?|NO|ALL)_PROXY|OMP_NUM_THREADS", re.IGNORECASE)
 
 _EXIT_CODES = """\
 exit codes: 0 done; 75 stopped on request, everything saved: run it again to continue; 78 a mistake that the message
@@ -53,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ssh",
         help="train on hosts reachable by ssh",
         description="Train on hosts that ssh reaches without a password. The working directory, the Python "
-        "environment, the data and run.dir must have the same paths on all hosts, and run.dir must be shared.",
+        "environment, the data and run.dir must have the same paths on all hosts, and run.dir must be shared. "
+        "Variables named MLFLOW_*, AWS_*, FSSPEC_*, *_PROXY and OMP_NUM_THREADS are passed on, and not on a command "
+        "line, which other users could see.",
         epilog=_EXIT_CODES,
     )
     _add_hosts(ssh)
@@ -111,14 +117,15 @@ def simulated_hosts(nodes: int, ranks: int | None) -> list[Host]:
     if nodes < 1 or (ranks is not None and ranks < 1):
         raise UserError("--nodes and --ranks must be at least 1")
     threads = max(1, len(os.sched_getaffinity(0)) // (nodes * (ranks or count_ranks())))
-    variables = {"OMP_NUM_THREADS": str(threads)}
+    variables = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(threads)}
     return [Host(f"node{number}", "127.0.0.1", variables=variables) for number in range(nodes)]
 
 
 def ssh_hosts(args: argparse.Namespace) -> list[Host]:
     """The hosts of --hosts or --hostfile, with or without USER@. Raises UserError if there are none."""
     names = read_hosts(args.hosts, args.hostfile)
-    return [Host(name, name.rpartition("@")[2], command=(*_SSH, name)) for name in names]
+    secrets = {name: value for name, value in os.environ.items() if _FORWARDED.fullmatch(name) and "\n" not in value}
+    return [Host(name, name.rpartition("@")[2], command=(*_SSH, name), secrets=secrets) for name in names]
 
 
 def run_local(args: argparse.Namespace) -> int:

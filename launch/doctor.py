@@ -1,6 +1,6 @@
 """`launch doctor`: check the health of all hosts of a job at once.
 
-Runs as the ranks of a job, with the arguments of a training.
+Runs as the ranks of a job, started by launch/check.py with the arguments of a training.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ from distrain.config import Config
 from distrain.data.loading.setup import load_indexes
 from distrain.data.storage.remote import cache_folder
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.parallel.consistency import digest_code
+from distrain.parallel.environment import read_environment
 from distrain.parallel.group import Group
 from launch.node import HOST_VARIABLE
 
@@ -45,10 +47,11 @@ Facts = dict[str, Any]
 
 def collect_facts(settings: Config, group: Group) -> list[Facts]:
     """The facts of every host, and of its connections to the others, on every rank."""
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ranks = all_gather(group, (os.environ.get("GROUP_RANK", "0"), local_rank, measure_matmul(group.device)))
+    environment = read_environment()
+    local_rank, local_world = environment.local_rank, environment.local_world
+    ranks = group.gather((os.environ.get("GROUP_RANK", "0"), local_rank, measure_matmul(group.device)))
     own = examine_host(settings) if local_rank == 0 else {}
-    hosts = [facts for facts in all_gather(group, own) if facts]
+    hosts = [facts for facts in group.gather(own) if facts]
     first_ranks = list(range(0, group.world, local_world))
     for number, facts in enumerate(hosts):
         speeds = [speed for node, _, speed in ranks if int(node) == number]
@@ -60,13 +63,6 @@ def collect_facts(settings: Config, group: Group) -> list[Facts]:
     for facts in hosts:
         facts["all_reduce_rate"] = all_reduce
     return hosts
-
-
-def all_gather(group: Group, value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
-    found: list[Any] = [None] * group.world
-    dist.all_gather_object(found, value, group=group.control)
-    return found
 
 
 def examine_host(settings: Config) -> Facts:
@@ -95,15 +91,6 @@ def examine_host(settings: Config) -> Facts:
         memory = [torch.cuda.mem_get_info(device) for device in range(facts["gpus"])]
         facts["gpu_used"] = max(1 - available / total for available, total in memory)
     return facts
-
-
-def digest_code() -> str:
-    """A digest of the Python files of distrain and launch."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parents[1]
-    for path in sorted([*(root / "distrain").rglob("*.py"), *(root / "launch").glob("*.py")]):
-        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def free_bytes(folder: Path) -> int:
@@ -294,7 +281,3 @@ def main() -> int:
                 print(f"all {len(hosts)} hosts are healthy", flush=True)
         group.barrier()
     return EXIT_USER if unhealthy else EXIT_DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

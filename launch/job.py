@@ -1,5 +1,8 @@
 """A run on several hosts, controlled from one terminal: started on all, restarted after crashes, and stopped."""
 
+import os
+import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -7,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,11 +18,18 @@ from typing import Self
 
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
-from launch.restart import EXIT_CRASH, Decision, combine_exit_codes, decide, read_attempt
+from distrain.output import keep_writing
+from launch.restart import EXIT_CRASH, Decision, begin_history, combine_exit_codes, decide, read_attempt
+from launch.stopping import STOP_LINE
 
+_EXIT_KILLED = 128 + signal.SIGINT
 _EXIT_SSH = 255  # ssh lost the connection to the host or could not connect
 _GRACE_S = 20.0  # for the other nodes to exit after one has failed
 _POLL_S = 10.0  # between attempts to reach a lost host
+
+# A shell reads lines NAME=VALUE byte by byte, up to an empty one, and leaves the rest to the program.
+_READ_VARIABLES = 'while IFS= read -r line && [ -n "$line" ]; do export "$line"; done; exec "$@"'
+_HOST = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._+-]*@)?[A-Za-z0-9_\[:][A-Za-z0-9._:%\]-]*")
 
 _EXIT_CODES = {
     Decision.DONE: EXIT_DONE,
@@ -39,16 +50,26 @@ class Host:
     """Prefix of a shell command that runs there; empty for this machine."""
     variables: dict[str, str] = field(default_factory=dict)
     """Environment variables of its processes."""
+    secrets: dict[str, str] = field(default_factory=dict)
+    """The same, sent over the connection because a command line can be seen by all users of the host."""
 
     def start(self, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
-        """Start `launch node` there, in the working directory. It stops when its standard input is closed."""
+        """Start `launch node` there, in the working directory. It stops at a line on its standard input or its end."""
         settings = [f"{name}={value}" for name, value in self.variables.items()]
         words = ["env", *settings, sys.executable, "-m", "launch", "node", "--watch-stdin", *arguments]
         if self.command:
+            words = ["sh", "-c", _READ_VARIABLES, "sh", *words]
             words = [*self.command, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
+        if self.command:
+            assert process.stdin is not None
+            lines = [f"{name}={value}\n".encode(errors="surrogateescape") for name, value in self.secrets.items()]
+            with suppress(BrokenPipeError):  # the connection failed, which its exit code tells
+                process.stdin.write(b"".join(lines) + b"\n")
+                process.stdin.flush()
+        return process
 
     def is_reachable(self) -> bool:
         if not self.command:
@@ -72,12 +93,16 @@ class Job:
         self._ranks = ranks
         self._arguments = list(arguments)
         self._min_hosts = min_hosts
-        self._id = str(int(time.time()))
+        self._id = f"{int(time.time())}_{secrets.token_hex(4)}"  # no other launch has it, and theirs sort by time
         self._stop_signals = 0
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        keep_writing()
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            numbers.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(
@@ -93,18 +118,21 @@ class Job:
         return combine_exit_codes(self._start(self._hosts, f"{self._id}-doctor", "--doctor").values())
 
     def run(self) -> int:
-        """Start the run, and again after every crash, until it is done. Returns 0, 75, 78, or 1 for giving up."""
-        number, without_progress = 0, 0
-        hosts = self._hosts
+        """Start the run, and again after every crash, until it is done.
+
+        Returns 0, 75, 78, 1 for giving up, or 130 if a second stop signal killed it.
+        """
+        number, hosts, history = 0, self._hosts, begin_history(self._folder)
         while True:
-            before = read_attempt(self._folder).number
             code = combine_exit_codes(self._start(hosts, f"{self._id}-{number}").values())
-            after = read_attempt(self._folder)
-            decision, without_progress = decide(code, self._stop_signals > 0, before, after, without_progress)
+            decision, history = decide(code, self._stop_signals > 0, history, read_attempt(self._folder))
+            if decision == Decision.REQUEUE and code != EXIT_STOPPED and self._stop_signals > 1:
+                return _EXIT_KILLED
             if decision == Decision.GIVE_UP:
-                info(f"giving up: {without_progress} starts in a row crashed before training began")
+                info(f"giving up: {history.without_progress} starts in a row crashed before training began")
             if decision != Decision.START_AGAIN:
                 return _EXIT_CODES[decision]
+            self._sleep(history.pause)
             if (hosts := self._wait_for_hosts()) == []:
                 return EXIT_STOPPED
             number += 1
@@ -121,6 +149,8 @@ class Job:
                     "--name", host.name, "--logs", str(logs.resolve()), *ranks, *options, "--", *self._arguments,
                 ]
             )  # fmt: skip
+        if self._stop_signals:  # it came while they were being started
+            self._request_stop()
         readers = [threading.Thread(target=copy_output, args=(process,)) for process in self._nodes.values()]
         for reader in readers:
             reader.start()
@@ -148,7 +178,7 @@ class Job:
                 for name, process in self._nodes.items():
                     if name not in codes:
                         info(f"{name} is still running {_GRACE_S:.0f} s after another node failed: killed")
-                        process.kill()
+                        kill(process)
                 deadline = float("inf")
             time.sleep(0.05)
         return codes
@@ -164,18 +194,40 @@ class Job:
                 lost = ", ".join(host.name for host in self._hosts if host not in reachable)
                 info(f"waiting for {lost}; use --min-nodes {len(reachable)} to continue without")
                 reported = True
-            time.sleep(_POLL_S)
+            self._sleep(_POLL_S)
         return []
+
+    def _sleep(self, seconds: float) -> None:
+        """Wait, but not after a stop signal."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._stop_signals:
+            time.sleep(0.05)
+
+    def _request_stop(self) -> None:
+        for process in self._nodes.values():
+            write_stop_line(process)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._stop_signals += 1
-        for process in self._nodes.values():
-            if self._stop_signals > 1:
-                process.kill()
-            elif process.stdin is not None:
-                process.stdin.close()
         if self._stop_signals == 1:
+            self._request_stop()
             info("stopping after saving; repeat the signal (Ctrl-C) to kill")
+        else:
+            for process in self._nodes.values():
+                kill(process)
+
+
+def write_stop_line(process: "subprocess.Popen[bytes]") -> None:
+    """Ask a node to save and exit."""
+    assert process.stdin is not None
+    with suppress(OSError):  # it has exited; os.write, as this may interrupt itself
+        os.write(process.stdin.fileno(), STOP_LINE)
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a node and its ranks. One on another host kills its ranks when its standard input ends after a line."""
+    write_stop_line(process)
+    process.kill()
 
 
 def first_failure(logs: Path) -> str | None:
@@ -199,18 +251,22 @@ def info(text: str) -> None:
 def read_hosts(hosts: str | None, file: Path | None) -> list[str]:
     """Host names from `a,b,c`, or from a file with one per line; like MPI's, it may have slots and # comments.
 
-    Raises UserError if there are none or duplicates.
+    Raises UserError if there are none, duplicates, or names that are none.
     """
     if file is not None:
         try:
             lines = [line.partition("#")[0].split() for line in file.read_text().splitlines()]
         except OSError as error:
             raise UserError(f"--hostfile {file}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"--hostfile {file}: not a text file") from error
         names = [words[0] for words in lines if words]
     else:
         names = [name.strip() for name in (hosts or "").split(",") if name.strip()]
     if not names:
         raise UserError("no hosts: set --hosts a,b or --hostfile FILE")
+    if invalid := [name for name in names if not _HOST.fullmatch(name)]:
+        raise UserError(f"{invalid[0]!r} is not a host name: write HOST or USER@HOST")
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"duplicate hosts: {', '.join(duplicates)}")
     return names

@@ -1,7 +1,7 @@
 """`launch node`: run the ranks of one node. The launcher or srun starts it on every node of a job.
 
 torchrun's agent runs in this process, so that the ranks' exit codes are not lost and a signal does not end the agent:
-a stop signal is forwarded to the ranks, which save and exit.
+a stop signal is forwarded to the ranks, which save and exit. If this process is killed, its ranks are too.
 """
 
 import argparse
@@ -11,22 +11,25 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
 
-from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
+from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TemporaryError, UserError
+from distrain.files import PERMANENT_ERRORS
+from distrain.lifetime import AGENT_VARIABLE
+from distrain.open_files import raise_open_files
+from distrain.output import keep_writing
+from distrain.resilience.claim import LAUNCH_VARIABLE
 from launch.node_env import Node, count_ranks, rank_variables
 from launch.restart import EXIT_CRASH
+from launch.stopping import StopRequests
 
 HOST_VARIABLE = "DISTRAIN_HOST"  # tells the ranks the name of their node
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_RENDEZVOUS_TIMEOUT_S = {"distrain": 600, "launch.doctor": 60}
+_RENDEZVOUS_TIMEOUT_S = {"distrain": 600, "launch.check": 60}
 _TAIL_LINES = 20
 _RANK_PREFIX = re.compile(r"^\[rank\d+\]: ")  # torch prefixes the lines of a traceback
 
@@ -48,36 +51,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--logs", type=Path, metavar="DIR", help="folder for the output of every rank")
     parser.add_argument("--doctor", action="store_true", help="check the hosts instead of training")
-    parser.add_argument("--watch-stdin", action="store_true", help="stop at a line or the end of standard input")
+    parser.add_argument(
+        "--watch-stdin",
+        action="store_true",
+        help="stop at a line or the end of standard input; kill the ranks at the end that follows a line",
+    )
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="after --: the arguments of distrain")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    requests = StopRequests()
+    keep_writing()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise torch warns about hosts without reverse DNS
     node = Node(args.node_rank, args.nodes, args.head, args.job)
-    ranks = args.ranks or count_ranks()
-    os.environ.update({**rank_variables(node, ranks), HOST_VARIABLE: args.name})
-    logs = create_log_folder(args.logs.resolve() / args.job) if args.logs else None
-    requests = StopRequests()
     if args.watch_stdin:
-        threading.Thread(target=requests.watch_stdin, daemon=True).start()
+        requests.watch_stdin()
+        kill_earlier_starts(node)
+    ranks = args.ranks or count_ranks()
+    raise_open_files(node.count * ranks)
+    os.environ |= rank_variables(node, ranks)
+    os.environ |= {HOST_VARIABLE: args.name, LAUNCH_VARIABLE: node.launch, AGENT_VARIABLE: str(os.getpid())}
+    logs = create_log_folder(args.logs.resolve() / args.job) if args.logs else None
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
-    program = ["launch.doctor" if args.doctor else "distrain", *arguments]
+    program = ["launch.check" if args.doctor else "distrain", *arguments]
     return run_ranks(node, ranks, args.name, logs, program, requests)
 
 
-def run_ranks(
-    node: Node, ranks: int, name: str, logs: Path | None, program: list[str], requests: "StopRequests"
-) -> int:
+def run_ranks(node: Node, ranks: int, name: str, logs: Path | None, program: list[str], requests: StopRequests) -> int:
     """Run the ranks until they exit. Returns 0, 75 or 78 if they do, 1 for a crash."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from launch.logs import RankLogs
+    from launch.rendezvous import meet
 
     logging.disable(logging.ERROR)  # failures are reported below, and each of torch's loggers has its own level
+    timeout = _RENDEZVOUS_TIMEOUT_S[program[0]]
     config = LaunchConfig(
         min_nodes=node.count,
         max_nodes=node.count,
@@ -86,14 +97,17 @@ def run_ranks(
         role="distrain",
         rdzv_backend="static",
         rdzv_endpoint=f"{node.head}:{node.port}",
-        rdzv_configs={"rank": node.rank, "timeout": _RENDEZVOUS_TIMEOUT_S[program[0]]},
+        rdzv_configs={"rank": node.rank, "timeout": timeout},
         max_restarts=0,
         log_line_prefix_template=f"{name}:${{rank}} ",
         logs_specs=RankLogs(logs, name) if logs else DefaultLogsSpecs(tee=Std.ALL),
         signals_to_handle="SIGQUIT",
     )
     try:
+        store = meet(node, timeout)
+        requests.start_ranks()
         elastic_launch(config, sys.executable)("-u", "-m", *program)
+        del store  # until here it serves the ranks
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
@@ -103,31 +117,52 @@ def run_ranks(
             return EXIT_USER
         report_failure(name, rank, failure, logs)
         return EXIT_CRASH
-    except RuntimeError as error:  # from torch: the head does not answer, or its port is in use
+    except (RuntimeError, TemporaryError, OSError) as error:  # from torch: the head does not answer, its port is in use
         print(f"launch: {name}: {' '.join(str(error).split())[:300]}", file=sys.stderr, flush=True)
         return EXIT_CRASH
     return EXIT_DONE
 
 
-def create_log_folder(path: Path) -> Path:
-    """Create the folder and return it. Raises UserError if it cannot be created."""
+def kill_earlier_starts(node: Node) -> None:
+    """Kill what an earlier start by the same launcher left on this host when the connection to it was lost: its ranks
+    end with it, and would hold the GPUs."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if "--watch-stdin" in words and any(node.is_newer_than(word) for word in words):
+                process.kill()
+
+
+def create_log_folder(path: Path) -> Path | None:
+    """Create the folder and return it, or None if the disk does not allow it now: training does not depend on logs.
+
+    Raises UserError if it cannot be created there at all.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot create the log folder: {error.strerror}; set run.dir elsewhere") from error
+        if error.errno in PERMANENT_ERRORS:
+            raise UserError(f"{path}: cannot create the log folder: {error.strerror}; set run.dir elsewhere") from error
+        print(f"launch: {path}: no log files are kept: {error.strerror}", file=sys.stderr, flush=True)
+        return None
     return path
 
 
 def report_failure(name: str, rank: int, failure: Any, logs: Path | None) -> None:
-    """Write the first failure on this node to a file whose name sorts by time, or to stderr without `logs`."""
+    """Write the first failure on this node to a file whose name sorts by time, or to stderr if that is impossible."""
     how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     text = f"rank {rank} on {name} (pid {failure.pid}) ended with {how}"
-    if logs is None:
-        print(f"launch: {text}", file=sys.stderr, flush=True)
-        return
-    tail = tail_traceback(logs / f"{name}-{rank}.err")
-    when = f"{failure.timestamp}.{time.time_ns() % 10**9:09d}"
-    (logs / f"failed-{when}-{name}.txt").write_text(f"{text}{':' if tail else ''}\n{tail}")
+    if logs is not None:
+        when = f"{failure.timestamp}.{time.time_ns() % 10**9:09d}"
+        report = logs / f"failed-{when}-{name}.txt"
+        try:
+            tail = tail_traceback(logs / f"{name}-{rank}.err")
+            report.write_text(f"{text}{':' if tail else ''}\n{tail}")
+            return
+        except OSError:  # a full disk leaves it empty
+            with suppress(OSError):
+                report.unlink(missing_ok=True)
+    print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 def tail_traceback(path: Path) -> str:
@@ -137,23 +172,3 @@ def tail_traceback(path: Path) -> str:
     starts = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     tail = lines[starts[-1] :] if starts else lines[-_TAIL_LINES:]
     return "".join(f"{line}\n" for line in tail)
-
-
-class StopRequests:
-    """Forwards stop signals to the ranks as SIGTERM, at which they save and exit."""
-
-    def __init__(self) -> None:
-        self.received = False
-        for number in _STOP_SIGNALS:
-            signal.signal(number, self._handle)
-
-    def watch_stdin(self) -> None:
-        """Request a stop once standard input yields a line or is closed, as when the launcher dies."""
-        sys.stdin.readline()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        for child in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGTERM)

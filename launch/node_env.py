@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import struct
 import zlib
@@ -23,6 +24,19 @@ class Node:
     """Host name or address of node 0, where the nodes rendezvous."""
     job: str
     """Identifies this start of the job, so that processes of an earlier start cannot join."""
+
+    @property
+    def launch(self) -> str:
+        """The launcher's part of `job`, which is the same for all starts that it makes."""
+        return re.split(r"[-.]", self.job)[0]
+
+    def is_newer_than(self, job: str) -> bool:
+        """Whether `job` is an earlier start by the same launcher, with ids LAUNCH-doctor, LAUNCH-0, LAUNCH-1 ..."""
+        own, other = (re.fullmatch(r"(.+)-(\d+|doctor)", name) for name in (self.job, job))
+        if own is None or other is None or own[1] != other[1]:
+            return False
+        own_start, other_start = (-1 if found[2] == "doctor" else int(found[2]) for found in (own, other))
+        return own_start > other_start
 
     @property
     def port(self) -> int:

@@ -13,4 +13,6 @@ python -m distrain --config configs/quickstart.yaml "$@" --print-config >/dev/nu
 
 ranks="$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec torchrun --standalone --nproc-per-node "$ranks" -m distrain --config configs/quickstart.yaml "$@"
+# The host's own name may not resolve: gloo then falls back to loopback with a warning.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
+exec torchrun --standalone --local-addr localhost --nproc-per-node "$ranks" -m distrain --config configs/quickstart.yaml "$@"

@@ -1,6 +1,7 @@
 """`launch slurm`: generate a batch script for a configuration and submit it."""
 
 import argparse
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 from distrain import config
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, UserError
+from distrain.masking import mask_secrets
 
 _BATCH = Path("launch") / "batch.sh"
+_OPTION = re.compile(r"[A-Za-z0-9.,:+@/_-]+")  # not what Slurm or a shell reads as more than a value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,19 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(args.config, args.overrides)
     if args.gpus < 1:
         raise UserError("--gpus must be at least 1")
+    for name in ("nodes", "partition", "account", "time"):
+        value = getattr(args, name)
+        if value is not None and not _OPTION.fullmatch(value):
+            raise UserError(f"--{name} {value!r} may have letters, digits and .,:+@/_- only")
+    for value in (args.image or "", args.config):
+        if not value.isprintable():
+            raise UserError(f"{value!r} contains a line break or another control character: remove it")
+    for override in args.overrides:
+        if mask_secrets(override) != override:
+            raise UserError(
+                f"{override} would stand in the script, with its secret: set it in the environment instead, which "
+                "sbatch passes on, as MLFLOW_TRACKING_URI or with ${oc.env:NAME} in the value"
+            )
     script = render(args, settings)
     if args.dry_run:
         print(script, end="")
@@ -40,17 +56,22 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("sbatch not found: run this on a login node, or print the script with --dry-run")
     done = subprocess.run(["sbatch"], input=script, text=True, capture_output=True)
     if done.returncode:
-        raise UserError(f"sbatch: {done.stderr.strip()}")
-    job = done.stdout.split()[-1]
-    print(f"submitted job {job} to train {settings.run.folder}: tail -f {settings.run.name}-{job}.log")
+        raise UserError(f"sbatch: {' '.join(done.stderr.split())}")
+    job = (done.stdout.split() or ["?"])[-1]
+    print(f"submitted job {job} to train {settings.run.folder}: tail -f {job_name(settings)}-{job}.log")
     return EXIT_DONE
+
+
+def job_name(settings: Config) -> str:
+    """The run's name as Slurm's options can hold it."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", settings.run.name)
 
 
 def render(args: argparse.Namespace, settings: Config) -> str:
     """A batch script like those in slurm/."""
     nodes = args.nodes or str(-(-settings.batch.lanes // args.gpus))
     options = {
-        "job-name": settings.run.name,
+        "job-name": job_name(settings),
         "nodes": nodes,
         "gpus-per-node": args.gpus,
         "ntasks-per-node": 1,
@@ -81,6 +102,6 @@ def render(args: argparse.Namespace, settings: Config) -> str:
         lines.append(f'. "$SLURM_SUBMIT_DIR/{_BATCH}"')
     else:
         if not args.image:
-            lines.append(f'PYTHON="${{PYTHON:-{sys.executable}}}"')
+            lines.append(f'[ -n "${{PYTHON:-}}" ] || PYTHON={shlex.quote(sys.executable)}')
         lines.append(f". {shlex.quote(str(Path(__file__).with_name(_BATCH.name)))}")
     return "\n".join(lines) + "\n"

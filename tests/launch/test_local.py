@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.processes import SMALL, digest_on_one_node, environment, read_metrics
 
+from distrain.resilience.claim import newest_attempt
+
 # 6 epochs of 203 samples, 16 per step, are 76 steps.
 SETTINGS = (
     *SMALL, "batch.lanes=4", "batch.per_lane=4", "train.epochs=6", "checkpoint.every_steps=10", "resilience.patience=6",
@@ -89,7 +91,7 @@ def test_a_killed_launcher_leaves_no_process_running_and_loses_no_work(settings,
             assert time.monotonic() < deadline
             time.sleep(0.01)
         job.kill()
-    while "stopped by" not in (json.loads((tmp_path / "run" / "attempt.json").read_text())["end"] or ""):
+    while "stopped by" not in (newest_attempt(tmp_path / "run").end or ""):
         assert time.monotonic() < deadline
         time.sleep(0.1)
 

@@ -1,0 +1,36 @@
+"""The limit of open files, which a rank needs for its connections to all others."""
+
+import resource
+from contextlib import suppress
+
+from distrain.errors import UserError
+
+_GROUPS = 3  # process groups in which every rank is connected to every other: gradients, messages, and torch's own
+_OTHER = 54  # the store, files, libraries
+_ENOUGH = 1 << 20  # some programs get slow with an unlimited number
+
+
+def count_open_files(world: int) -> int:
+    """How many files and sockets a process of a job of `world` ranks has open at most."""
+    return _GROUPS * (world - 1) + _OTHER
+
+
+def raise_open_files(world: int) -> None:
+    """Raise this process's limit of open files, which its children inherit.
+
+    Raises UserError if that is not allowed as far as `world` ranks need.
+    """
+    needed = count_open_files(world)
+    limit, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (limit, allowed):
+        allowed = _ENOUGH
+    wanted = min(allowed, max(needed, _ENOUGH))
+    if 0 <= limit < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            limit = wanted
+    if 0 <= limit < needed:
+        raise UserError(
+            f"{world:,} ranks need {needed:,} open files per process, and the hard limit (ulimit -Hn) here is "
+            f"{limit:,}: raise it on every host, in /etc/security/limits.conf or with LimitNOFILE= of the service"
+        )
