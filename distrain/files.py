@@ -1,23 +1,33 @@
 """Small files that a restart reads: written atomically and durably, read with one-line errors."""
 
+import errno
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from distrain.errors import UserError
+from distrain.errors import TemporaryError, UserError
+
+# Error numbers of a path that cannot become the folder of a run; all others may pass.
+PERMANENT_ERRORS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
+    errno.ELOOP, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFBIG,
+}  # fmt: skip
 
 
-def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
+def write_atomically(path: Path, content: str | bytes, durable: bool = True, private: bool = False) -> None:
     """Replace `path` by `content`: after a crash or power loss it holds the old content or the new one.
 
-    Without `durable` nothing is flushed to disk, which is enough for a file that only running processes read.
-    Raises OSError.
+    Without `durable` nothing is flushed to disk, which is enough for a file that only running processes read. Only its
+    owner can read a `private` file. Raises OSError.
     """
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with tmp.open("wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(content.encode() if isinstance(content, str) else content)
             if durable:
                 file.flush()
@@ -60,3 +70,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def translated_errors(folder: Path) -> Iterator[None]:
+    """Turn an OSError on a run's folder into one line."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{folder}: the run's folder cannot be used: {error.strerror}"
+        if error.errno in PERMANENT_ERRORS:
+            raise UserError(f"{text}; set run.dir to a folder that you may write to", scope="rank") from error
+        raise TemporaryError(f"{text}; free space or check its file system, and run again") from error

@@ -11,24 +11,28 @@ import torch
 
 from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, newest_manifest, read_best
-from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings
+from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings, flatten, to_dict
 from distrain.data.index import Index
 from distrain.data.loading.autotune import choose_loader
 from distrain.data.loading.loader import Batch, Loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.requests import train_requests
-from distrain.data.loading.setup import make_loader, make_quarantine
+from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
 from distrain.data.sampling.order import resolve_shuffle
 from distrain.data.sampling.plan import Plan
-from distrain.errors import Stopped
+from distrain.errors import Stopped, UserError
 from distrain.evaluate import Accuracy, evaluate
 from distrain.failpoints import failpoint
+from distrain.files import read_json, translated_errors, write_json
 from distrain.learner import Learner
+from distrain.parallel.consistency import require_same_start
 from distrain.parallel.group import AsyncFlags, Group
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.track import Tracker
+
+_IDENTITY = "identity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,28 +165,33 @@ def open_run(session: Session) -> Iterator[Run]:
 
     Raises UserError if configuration, data and checkpoint do not belong together.
     """
-    config, group, info = session.config, session.group, session.tracker.info
+    config, group, attempt, info = session.config, session.group, session.attempt, session.tracker.info
     splits = (("train", session.train_index), ("val", session.val_index))
     quarantines = [make_quarantine(config, index, split) for split, index in splits]
     name = group.on_main(partial(choose_loader, config, session.plan, session.train_index, group.device, info))
     with ExitStack() as stack:
         folder = config.run.folder / "checkpoints"
         checkpoints = stack.enter_context(
-            closing(Checkpointer(folder, group, config.checkpoint, session.attempt.before_commit))
+            closing(Checkpointer(folder, group, config.checkpoint, attempt.token, attempt.require_current))
         )
         train_loader, val_loader = (
             stack.enter_context(closing(make_loader(config, name, index, quarantine, group.device)))
             for (_, index), quarantine in zip(splits, quarantines, strict=True)
         )
-        manifest = run_manifest(config, session.train_index)
-        session.attempt.heartbeat("restore", 0)
+        manifest = run_manifest(config, session.train_index, session.val_index)
+        attempt.heartbeat("restore", 0)
         start, saved = 0, None
         if (snapshot := checkpoints.restore()) is not None:
             check_identity(snapshot.extra, manifest, changeable_settings(config), config.run.change)
             start, saved = snapshot.step, snapshot.tensors
             info(f"resuming at step {start} of {session.plan.steps}")
+            if snapshot.extra["versions"] != manifest["versions"]:
+                info(f"saved by {format_versions(snapshot.extra)}, resumed by {format_versions(manifest)}")
+            del snapshot
         learner = Learner(config, group, saved, info)
-        session.attempt.restored(start)
+        del saved  # as large as the learner's own state
+        group.on_main(partial(begin_records, session, manifest))
+        attempt.restored(start)
 
         skipped_steps, lanes = load_skipped_steps(config, group), group.lanes(config.batch.lanes)
         requests = train_requests(config, session.plan, session.train_index, lanes, start, skipped_steps)
@@ -207,26 +216,64 @@ def open_run(session: Session) -> Iterator[Run]:
         )
 
 
-def check_resumable(config: Config, train_index: Index, group: Group) -> None:
-    """Raises UserError, on every rank, if the newest checkpoint has other settings or the best one is unreadable.
+def open_stop_request(config: Config, group: Group) -> StopRequest:
+    """The stop request of this rank. Only the main rank looks for the file, and all ranks learn of it."""
+    return StopRequest(config.run.folder if group.is_main else None, config.train.max_minutes)
+
+
+def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> None:
+    """Raises UserError, on every rank, if the ranks were started differently, the newest checkpoint has other settings
+    or the best one is unreadable.
 
     Called before anything is written, so that a refused start does not disturb the run that it would resume.
     """
+    settings = flatten(to_dict(config))
+    require_same_start(group, {key: value for key, value in settings.items() if not key.startswith("download.")})
 
     def check() -> None:
         folder = config.run.folder / "checkpoints"
-        read_best(folder)  # an unreadable file is reported now rather than at the first validation
-        if (saved := newest_manifest(folder)) is not None:
-            current = run_manifest(config, train_index)
+        with translated_errors(config.run.folder):
+            read_best(folder)  # an unreadable file is reported now rather than at the first validation
+            saved = newest_manifest(folder) or read_json(config.run.folder / _IDENTITY, "delete it")
+        if saved:
+            current = run_manifest(config, train_index, val_index)
             check_identity(saved, current, changeable_settings(config), config.run.change)
+            check_length(config, make_plan(config, train_index), saved.get("step", 0))
 
     group.on_main(check)
 
 
-def run_manifest(config: Config, train_index: Index) -> dict[str, Any]:
+def check_length(config: Config, plan: Plan, step: int) -> None:
+    """Raises UserError if a run that has done `step` updates would have to end before."""
+    if step > plan.steps:
+        raise UserError(
+            f"train.epochs={config.train.epochs} ends at step {plan.steps}, and this run is at step {step} already: "
+            "set train.epochs higher"
+        )
+
+
+def begin_records(session: Session, manifest: dict[str, Any]) -> None:
+    """Record with which settings the run began, for a restart before it has a checkpoint, and begin to report.
+
+    Raises UserError or TemporaryError if the run's folder cannot be written.
+    """
+    path = session.config.run.folder / _IDENTITY
+    with translated_errors(path.parent):
+        if not path.exists():
+            write_json(path, manifest)
+    session.tracker.begin()
+
+
+def format_versions(manifest: dict[str, Any]) -> str:
+    """`distrain 1.0, torch 2.14`."""
+    return ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+
+
+def run_manifest(config: Config, train_index: Index, val_index: Index) -> dict[str, Any]:
     """What a checkpoint records about its run. A run resumes only with the same identity."""
     identity = fixed_settings(config) | {
         "data.train digest": train_index.digest,
+        "data.val digest": val_index.digest,
         "data.shuffle": resolve_shuffle(config.data, train_index),
     }
     return {

@@ -13,15 +13,15 @@ from distrain.errors import EXIT_DONE, EXIT_STOPPED, Diverged, Stopped
 from distrain.evaluate import Accuracy
 from distrain.failpoints import failpoint
 from distrain.learner import Learner
+from distrain.lifetime import stop_agent
 from distrain.parallel.group import Group
 from distrain.parallel.strategy import Update
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import record_rollback
-from distrain.resilience.stopping import StopRequest
 from distrain.rng import Stream, torch_seed
-from distrain.run import Run, Session, check_resumable, open_run
+from distrain.run import Run, Session, check_resumable, open_run, open_stop_request
 from distrain.track import open_tracker
 
 
@@ -33,12 +33,13 @@ def train(config: Config) -> int:
     logging.basicConfig(format="distrain: %(message)s", level=logging.WARNING)
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
-    with Group() as group, StopRequest(config.run.folder, config.train.max_minutes) as stop:
-        check_resumable(config, train_index, group)
+    with Group(patience=config.resilience.patience) as group, open_stop_request(config, group) as stop:
+        check_resumable(config, train_index, val_index, group)
         try:
             with (
-                open_tracker(config, group.is_main, plan.steps) as tracker,
                 Attempt(config, group) as attempt,
+                open_tracker(config, group.is_main, plan.steps) as tracker,
+                attempt.watched(),
             ):
                 session = Session(
                     config=config, plan=plan, train_index=train_index, val_index=val_index,
@@ -47,8 +48,9 @@ def train(config: Config) -> int:
                 accuracy, digest = train_with_rollbacks(session)
         except Stopped as stopped:
             tracker.info(f"stopped by {stopped}; everything is saved, run the same command again to continue")
-            group.barrier()
             stop.clear_file()
+            if group.any(stop.ends_job):
+                stop_agent()
             return EXIT_STOPPED
         tracker.info(tracker.view_hint)
         tracker.info(f"done: {accuracy}  weights {digest}")

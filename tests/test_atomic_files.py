@@ -8,6 +8,7 @@ from support.processes import train
 
 from distrain.errors import UserError
 from distrain.files import read_json, write_atomically, write_json
+from distrain.resilience.claim import newest_attempt
 
 
 def fail(*arguments, **options):
@@ -95,7 +96,7 @@ def damage(finished, tmp_path):
     return resume
 
 
-@pytest.mark.parametrize("name", ["attempt.json", "decisions.json", "checkpoints/best.json"])
+@pytest.mark.parametrize("name", ["decisions.json", "checkpoints/best.json"])
 def test_a_run_with_an_empty_file_is_refused_in_one_line_and_resumes_after_the_cure(damage, finished, name):
     folder, refused = damage(name)
     assert refused.code == 78
@@ -104,6 +105,12 @@ def test_a_run_with_an_empty_file_is_refused_in_one_line_and_resumes_after_the_c
     assert error.startswith(f"distrain: {folder / name}: not readable as JSON: delete it")
     (folder / name).unlink()
     assert train(folder, *finished[0]).code == 0
+
+
+def test_an_empty_record_of_an_attempt_does_not_stop_training(damage):
+    folder, result = damage("attempts/00000001.json")
+    assert result.code == 0, result.output
+    assert newest_attempt(folder).number == 2
 
 
 def test_an_empty_run_json_is_reported_and_does_not_stop_training(damage):

@@ -105,4 +105,4 @@ def test_a_wheel_outside_of_the_checkout_trains(installed, tmp_path, settings):
     words = ("distrain", "launch", "local", "--ranks", "2", f"run.dir={tmp_path}", "run.name=run")
     output = run(installed, tmp_path, *words, *settings, "train.epochs=1")
     assert "done: top-1" in output
-    assert (tmp_path / "run" / "attempt.json").is_file()
+    assert (tmp_path / "run" / "attempts").is_dir()

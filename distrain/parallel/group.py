@@ -1,11 +1,10 @@
 """The process group of a run: its ranks, their lanes, and what they exchange."""
 
-import ctypes
-import os
-import signal
-import sys
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
@@ -13,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from distrain.errors import TemporaryError, UserError
+from distrain.parallel.environment import read_environment, use_resolvable_address
 
 # For torchrun: without it restarted ranks may connect to addresses of the previous attempt and hang.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
+T = TypeVar("T")
 
 # Messages of gloo and NCCL for a lost peer; they raise no exception type for it.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -29,25 +29,44 @@ _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken p
 class Group:
     """This process's rank. A context manager that sets up and tears down torch.distributed.
 
-    Under torchrun it joins torchrun's ranks; otherwise it is a world of one.
+    Under torchrun it joins torchrun's ranks; otherwise it is a world of one. With `patience`, in seconds, entering it
+    raises TemporaryError if a rank does not start within that time.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
+    patience: float = 0.0
 
     def __enter__(self) -> Self:
-        die_with_parent()
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        environment = read_environment()
+        self.rank, self.world = environment.rank, environment.world
+        if environment.ignored and self.is_main:
+            log.warning("empty in the environment, and ignored: %s", ", ".join(environment.ignored))
         backend = "gloo"
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            self.device = torch.device("cuda", environment.local_rank)
+            if environment.local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"LOCAL_RANK={environment.local_rank}, but this host has {torch.cuda.device_count()} GPUs: start "
+                    "one rank per GPU",
+                    scope="rank",
+                )
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        store = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+        if self.world > 1:
+            use_resolvable_address()
+        store = None if environment.launched else dist.HashStore()  # type: ignore[attr-defined]
+        # Longer than the watchdog's patience, so that the watchdog is the one to name a rank that hangs.
+        timeout = timedelta(seconds=max(60.0, 2 * self.patience)) if self.patience else None
+        try:
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world)
+        except dist.DistError as error:
+            reason = str(error).split("\n", 1)[0]
+            raise TemporaryError(f"rank {self.rank} could not reach all other ranks: {reason}") from error
         self.control = new_gloo_group()  # small messages between CPUs, apart from the gradients
+        if self.patience and self.world > 1:
+            self._await_all_ranks()
         return self
 
     def __exit__(
@@ -56,6 +75,15 @@ class Group:
         dist.destroy_process_group()
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_RANK):
             raise TemporaryError("lost the connection to another rank, which exited early", scope="peer") from error
+
+    def _await_all_ranks(self) -> None:
+        try:
+            dist.monitored_barrier(self.control, timedelta(seconds=self.patience), wait_all_ranks=True)
+        except RuntimeError as error:  # it lists the missing ranks, on rank 0
+            missing = re.search(r"[Rr]anks? ([\d, ]*\d)", str(error)) if self.is_main else None
+            raise TemporaryError(
+                f"rank {missing[1] if missing else 0} did not start within {self.patience:g} s: this attempt ends"
+            ) from error
 
     @property
     def is_main(self) -> bool:
@@ -78,6 +106,12 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, on every rank. They must be picklable."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Do `work` on the main rank and return its result on every rank.
@@ -109,15 +143,6 @@ class Group:
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         dist.barrier(group=self.control)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its torchrun dies, so that no orphan holds a GPU."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:  # it died before prctl
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def new_gloo_group() -> dist.ProcessGroup:

@@ -18,7 +18,7 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from distrain.checkpoint import committed
 from distrain.errors import UserError, nearest
@@ -130,6 +130,18 @@ def _poison(folder: Path) -> None:
     hook = register_module_forward_hook(make_nan)  # type: ignore[arg-type]  # it may return the output, as in nn.Module
 
 
+def _flip_weight(folder: Path) -> None:
+    """Flip a bit of a weight in memory at the next use of the network."""
+
+    def flip(module: nn.Module, inputs: object) -> None:
+        if isinstance(module, Autocast):
+            hook.remove()
+            bias = [*module.parameters()][-1].data
+            bias[:1].view(torch.int32).bitwise_xor_(1 << 22)
+
+    hook = register_module_forward_pre_hook(flip)
+
+
 def _fill_disk(folder: Path) -> None:
     """Leave almost no space for the files of a checkpoint until its write has ended."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL_DISK_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -165,6 +177,7 @@ _INJECT: dict[str, Callable[[Path], None]] = {
     "flip": _flip_bit,
     "truncate": lambda folder: os.truncate(_newest_data(folder), 100),
     "nan": _poison,
+    "memory": _flip_weight,
     "diskfull": _fill_disk,
 }
 KINDS = tuple(_INJECT)

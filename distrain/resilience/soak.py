@@ -19,6 +19,7 @@ from distrain import config
 from distrain.arguments import add_run_arguments, run_arguments
 from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.lifetime import tied
 from distrain.parallel.group import RELIABLE_RESTARTS
 from distrain.resilience.faults import Fault, parse_fault
 
@@ -134,7 +135,7 @@ def summarize(attempts: list[dict[str, Any]]) -> str:
 def _train(arguments: list[str], ranks: int) -> str:
     """Train to the end, restarting after every fault. Returns the digest of the weights."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(_RESTARTS), "--monitor-interval"]
-    command = [sys.executable, *torchrun, "0.05", "--nproc-per-node", str(ranks), "-m", "distrain", *arguments]
+    command = tied([sys.executable, *torchrun, "0.05", "--nproc-per-node", str(ranks), "-m", "distrain", *arguments])
     last = ""
     with TemporaryFile("w+") as errors:
         with subprocess.Popen(

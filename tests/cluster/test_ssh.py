@@ -124,7 +124,7 @@ def test_the_doctor_names_every_unhealthy_host_with_a_mocked_clock(cluster, sett
     assert any(line.startswith("n3: different code") for line in unhealthy)
     assert any(line.startswith("n4: clock is +30.0 s off") for line in unhealthy)
     assert not any(line.startswith("n1") for line in unhealthy)
-    assert not (tmp_path / "run" / "attempt.json").exists()
+    assert not (tmp_path / "run" / "attempts").exists()
 
 
 def test_an_unreachable_host_is_named(cluster, settings, tmp_path):

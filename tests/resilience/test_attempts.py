@@ -1,13 +1,16 @@
 """Attempts of a run: recorded, counted, fenced, watched."""
 
 import json
+import shutil
 import signal
+from dataclasses import asdict
 
 import psutil
 import pytest
 from support.processes import Training, train
 
 from distrain.checkpoint import newest_step
+from distrain.resilience.claim import newest_attempt
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def test_a_restart_is_recorded_with_its_cost(settings, tmp_path):
     assert (second["attempt"], second["from_step"], second["lost_steps"]) == (2, saved, reached - saved)
     assert second["cause"].startswith("exited without reporting")
     assert all(second["seconds"][phase] > 0 for phase in ("down", "join", "load", "first_step"))
-    assert json.loads((folder / "attempt.json").read_text())["end"] == "done"
+    assert newest_attempt(folder).end == "done"
 
 
 def test_after_three_attempts_in_a_row_without_a_checkpoint_the_run_refuses_to_start(settings, tmp_path):
@@ -45,10 +48,10 @@ def test_after_three_attempts_in_a_row_without_a_checkpoint_the_run_refuses_to_s
     refused = train(folder, *settings)
     assert refused.code == 78
     assert refused.output.strip().splitlines()[-1] == (
-        f"distrain: {folder}/attempt.json: 3 attempts in a row ended without a checkpoint after step 0: "
-        "fix the cause, which their logs show, delete that file, and run again"
+        f"distrain: {folder}/attempts: 3 attempts in a row ended without a checkpoint after step 0: "
+        "fix the cause, which their logs show, delete that folder, and run again"
     )
-    (folder / "attempt.json").unlink()
+    shutil.rmtree(folder / "attempts")
     assert train(folder, *settings).code == 0
 
 
@@ -56,15 +59,15 @@ def test_a_superseded_attempt_commits_nothing_more(settings, tmp_path):
     folder = tmp_path / "run"
     training = Training(folder, *settings)
     training.wait_for_step(8)
-    current = json.loads((folder / "attempt.json").read_text())
-    (folder / "attempt.json").write_text(json.dumps({**current, "attempt": 2, "host": "elsewhere"}))
+    current = asdict(newest_attempt(folder))
+    (folder / "attempts" / "00000002.json").write_text(json.dumps({**current, "number": 2, "host": "elsewhere"}))
     before = newest_step(folder / "checkpoints")
     stale = training.wait()
     assert stale.code == 1
     assert "attempt 2 on elsewhere has taken over" in stale.output
     assert newest_step(folder / "checkpoints") <= before + 7
     assert newest_step(folder / "checkpoints") < 51
-    assert json.loads((folder / "attempt.json").read_text())["attempt"] == 2
+    assert newest_attempt(folder).end is None
 
 
 @pytest.mark.parametrize("frozen", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -72,8 +75,7 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(uninterrupted, settings, tm
     folder = tmp_path / "run"
     training = Training(folder, *settings, "resilience.patience=3", ranks=2)
     training.wait_for_step(9)
-    ranks = {process.environ()["RANK"]: process for process in training.workers() if "RANK" in process.environ()}
-    ranks[str(frozen)].suspend()
+    training.workers()[frozen].suspend()
     ended = training.wait()
     assert ended.code != 0
     assert f"distrain: rank {frozen} on " in ended.output
@@ -84,14 +86,14 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(uninterrupted, settings, tm
 
 
 def test_the_survivor_of_a_killed_rank_prints_nothing_because_torchrun_reports_the_cause(settings, tmp_path):
-    died = train(tmp_path / "run", *settings, "resilience.faults=[sigkill@train.step:9/1]", ranks=2)
+    died = train(tmp_path / "run", *settings, "resilience.faults=[sigkill@train.step:9/1]", ranks=2, fresh=True)
     assert died.code == 1
     assert "Signal 9 (SIGKILL)" in died.output
     assert "distrain:" not in died.output
 
 
 def test_workers_die_with_their_launcher(settings, tmp_path):
-    training = Training(tmp_path / "run", *settings, "train.epochs=1000", ranks=2)
+    training = Training(tmp_path / "run", *settings, "train.epochs=1000", ranks=2, fresh=True)
     training.wait_for_step(5)
     workers = training.workers()
     assert len(workers) >= 2
@@ -101,3 +103,12 @@ def test_workers_die_with_their_launcher(settings, tmp_path):
     for process in alive:
         process.kill()
     assert not alive
+
+
+def test_a_weight_that_differs_between_ranks_is_found_and_never_saved(uninterrupted, settings, tmp_path):
+    found = train(tmp_path / "run", *settings, "resilience.faults=[memory@train.step:9/1]", ranks=2)
+    assert found.code == 1
+    assert "rank 1 on" in found.lines[0]
+    assert "has another " in found.lines[0]
+    assert "at step 14, which a fault of its memory may cause" in found.lines[0]
+    assert train(tmp_path / "run", *settings, ranks=2).digest == uninterrupted.digest

@@ -2,13 +2,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from support.processes import SMALL, Training, train
 
 from distrain.resilience.stopping import StopRequest
 
-SHORT = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=1000")
+# With everything that draws random numbers in a forward pass.
+NETWORK = (
+    "model.name=regnet",
+    "model.options={depth: 3, w0: 16, wa: 8, wm: 2, group_width: 8, stem: cifar, drop_path: 0.3, head_dropout: 0.3}",
+)
+SHORT = (*SMALL, *NETWORK, "batch.lanes=2", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=1000")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -43,6 +49,17 @@ def test_control_c_saves_and_stops_a_run(on_dataset, tmp_path):
     assert stopped.code == 75, stopped.output
     assert "stopped by SIGINT; everything is saved" in stopped.output
     assert train(tmp_path / "run", *settings).digest == train(tmp_path / "other", *settings).digest
+
+
+def test_a_time_budget_is_in_minutes(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    stop = StopRequest(tmp_path, minutes=2)
+    now += 119
+    assert not stop
+    now += 2
+    assert stop
+    assert stop.reason == "train.max_minutes=2"
 
 
 @pytest.mark.slow

@@ -1,0 +1,109 @@
+"""One attempt of a run at a time: claims, heartbeats, and what all ranks must have in common."""
+
+import multiprocessing
+from dataclasses import asdict, replace
+
+import pytest
+from support.processes import train
+
+from distrain.errors import StaleAttemptError, UserError
+from distrain.files import write_json
+from distrain.resilience.claim import LAUNCH_VARIABLE, AttemptRecord, Claim, is_alive, newest_attempt
+
+
+def claim(folder, allowed=3, committed=0) -> Claim:
+    return Claim(folder, ranks=1, committed=committed, allowed=allowed)
+
+
+def write_record(folder, record: AttemptRecord) -> None:
+    (folder / "attempts").mkdir(exist_ok=True)
+    write_json(folder / "attempts" / f"{record.number:08d}.json", asdict(record))
+
+
+def _claim_and_wait(folder, start, outcomes, release) -> None:
+    start.wait()
+    try:
+        outcomes.put(("claimed", claim(folder).record.number))
+        release.wait()
+    except UserError as error:
+        outcomes.put(("refused", str(error)))
+
+
+def test_of_starts_at_the_same_moment_one_claims_the_run_and_the_others_are_refused(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    start, release, outcomes = fork.Barrier(4), fork.Event(), fork.Queue()
+    starts = [fork.Process(target=_claim_and_wait, args=(tmp_path, start, outcomes, release)) for _ in range(4)]
+    for process in starts:
+        process.start()
+    results = [outcomes.get(timeout=60) for _ in starts]
+    release.set()
+    for process in starts:
+        process.join(60)
+    assert sorted(kind for kind, _ in results) == ["claimed", "refused", "refused", "refused"]
+    assert dict(results)["claimed"] == 1
+    assert "attempt 1 of this run is alive" in dict(results)["refused"]
+
+
+def test_an_attempt_that_was_killed_is_followed_by_the_next_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.resilience.claim._OBSERVE_S", 0.08)
+    write_record(tmp_path, AttemptRecord(41, host="elsewhere", end=None, committed=7))
+    following = claim(tmp_path, committed=7)
+    assert (following.record.number, following.record.without_progress) == (42, 1)
+    following.end("done", crashed=False)
+    assert newest_attempt(tmp_path).end == "done"
+
+
+def test_an_attempt_on_another_machine_is_alive_as_long_as_it_renews_its_heartbeat(tmp_path):
+    (tmp_path / "beat").write_text("12 1000.000")
+    lost = AttemptRecord(1, host="elsewhere", machine="other", end=None)
+    assert not is_alive(lost, tmp_path, wait=lambda seconds: None)
+    assert is_alive(lost, tmp_path, wait=lambda seconds: (tmp_path / "beat").write_text("12 1001.000"))
+    assert not is_alive(replace(lost, end="done"), tmp_path)
+
+
+def test_a_process_id_that_another_process_has_now_is_not_the_attempt(tmp_path):
+    first = claim(tmp_path)
+    assert is_alive(first.record, tmp_path, wait=lambda seconds: None)
+    assert not is_alive(replace(first.record, started=first.record.started - 1), tmp_path)
+    first.end("done", crashed=False)
+
+
+def test_a_launcher_that_starts_a_run_again_takes_it_over_from_a_lost_host(tmp_path, monkeypatch):
+    monkeypatch.setenv(LAUNCH_VARIABLE, "4711")
+    first = claim(tmp_path)
+    second = claim(tmp_path)
+    first._ended.set()  # its thread would end this process
+    with pytest.raises(StaleAttemptError, match=r"attempt 1 of the run in .* ends: attempt 2 on .* has taken over"):
+        first.require_current()
+    first.end("RuntimeError", crashed=True)
+    assert newest_attempt(tmp_path) == second.record
+    monkeypatch.setattr("distrain.resilience.claim._EXIT_S", 0.03)
+    monkeypatch.setenv(LAUNCH_VARIABLE, "4712")
+    with pytest.raises(UserError, match="attempt 2 of this run is alive"):
+        claim(tmp_path)
+    second.end("done", crashed=False)
+
+
+def test_records_deleted_under_a_live_attempt_do_not_end_it(tmp_path):
+    live = claim(tmp_path)
+    for path in (tmp_path / "attempts").iterdir():
+        path.unlink()
+    live.require_current()
+    live.end("done", crashed=False)
+    assert newest_attempt(tmp_path).end == "done"
+
+
+def test_only_the_last_records_are_kept(tmp_path):
+    for _ in range(5):
+        claim(tmp_path).end("done", crashed=False)
+    assert sorted(path.name for path in (tmp_path / "attempts").iterdir()) == ["00000004.json", "00000005.json"]
+
+
+def test_ranks_that_were_started_with_other_settings_are_refused(settings, tmp_path):
+    by_rank = ("--no-python", "sh", "-c", 'exec python -m distrain "$@" optimizer.lr=0.0$((5 + RANK))', "-")
+    refused = train(tmp_path / "run", *settings, ranks=2, program=by_rank)
+    assert "exitcode  : 78" in refused.output
+    (line,) = refused.lines
+    assert "was started with optimizer.lr=0.06 and rank 0 on" in line
+    assert line.endswith("with optimizer.lr=0.05: start all ranks with the same command, code and environment")
+    assert not (tmp_path / "run").exists()
