@@ -11,7 +11,6 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from distrain.checkpoint.files import (
-    DamagedCheckpointError,
     choose_kept,
     committed,
     read,
@@ -23,6 +22,7 @@ from distrain.checkpoint.files import (
     verify,
     weights_digest,
 )
+from distrain.checkpoint.metadata import DamagedCheckpointError
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 
 

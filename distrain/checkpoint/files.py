@@ -18,25 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError, Reader
 from distrain.errors import TemporaryError
 from distrain.files import read_json, sync_folder, write_json
 
 MANIFEST = "manifest.json"
-METADATA = ".metadata"  # written by torch.distributed.checkpoint
 _CHECKSUM = "crc32"  # of the manifest itself
 _BEST = "best.json"
 _NAME = re.compile(r"step-(\d{8})$")
 _TMP = ".tmp"
 _BAD = ".bad"
 _CHUNK = 1 << 22
-
-
-class DamagedCheckpointError(Exception):
-    """A checkpoint that does not match its manifest."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +49,9 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def tmp_checkpoint_path(final: Path) -> Path:
-    """The folder in which a checkpoint is written before it is committed."""
-    return final.with_name(final.name + _TMP)
+def tmp_checkpoint_path(final: Path, token: str) -> Path:
+    """The folder in which the attempt with this token writes a checkpoint before it is committed."""
+    return final.with_name(f"{final.name}.{token[:12]}{_TMP}")
 
 
 def committed(folder: Path) -> list[Path]:
@@ -89,12 +84,15 @@ def commit(
     `before_commit`, called just before the rename, raises. Raises OSError if the files are not exactly those that the
     checkpoint's metadata names, or not visible here as they were written.
     """
-    expected = {entry.relative_path for entry in FileSystemReader(tmp).read_metadata().storage_data.values()}
-    if files.keys() != expected | {METADATA}:
-        raise OSError(f"the ranks wrote {sorted(files)}, but the metadata names {sorted(expected)}")
     for name, written in files.items():
         if not (tmp / name).is_file() or (tmp / name).stat().st_size != written["size"]:
             raise OSError(f"{tmp / name} is not visible on the main rank's host: run.dir must be shared by all nodes")
+    try:
+        expected = {entry.relative_path for entry in Reader(tmp).read_metadata().storage_data.values()}
+    except DamagedCheckpointError as error:
+        raise OSError(str(error)) from error
+    if files.keys() != expected | {METADATA}:
+        raise OSError(f"the ranks wrote {sorted(files)}, but the metadata names {sorted(expected)}")
     content = {"step": snapshot.step, "files": files, **snapshot.extra}
     write_json(tmp / MANIFEST, {**content, _CHECKSUM: _checksum_content(content)})
     before_commit()
@@ -117,6 +115,12 @@ def verify(path: Path) -> dict[str, Any]:
             raise _unreadable(path / name, error) from error
         if found != expected:
             raise DamagedCheckpointError(f"{name} has {found}, the manifest says {expected}")
+    try:
+        metadata = Reader(path).read_metadata()
+    except OSError as error:
+        raise _unreadable(path / METADATA, error) from error
+    if foreign := {entry.relative_path for entry in metadata.storage_data.values()} - manifest["files"].keys():
+        raise DamagedCheckpointError(f"{min(foreign)} is not in the manifest")
     return manifest
 
 
@@ -150,7 +154,7 @@ def read(path: Path) -> Snapshot:
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about loading without a process group, which is intended
-            load(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+            load(tensors, storage_reader=Reader(path), no_dist=True)
     except OSError as error:
         raise _unreadable(path, error) from error
     extra = {key: value for key, value in manifest.items() if key not in ("step", "files")}
@@ -159,7 +163,7 @@ def read(path: Path) -> Snapshot:
 
 def tensors_in(path: Path) -> dict[str, TensorStorageMetadata]:
     """Size and dtype of every tensor in a checkpoint, by name."""
-    entries = FileSystemReader(path).read_metadata().state_dict_metadata.items()
+    entries = Reader(path).read_metadata().state_dict_metadata.items()
     return {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -171,10 +175,20 @@ def checksum_file(path: Path) -> dict[str, int]:
     return {"size": size, "crc32": checksum}
 
 
+def checksum_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """CRC-32 of the memory of each tensor, by name. They must be on the CPU."""
+    return {
+        name: zlib.crc32(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy().data)
+        for name, tensor in sorted(tensors.items())
+    }
+
+
 def remove(path: Path) -> None:
-    """Delete a checkpoint; interrupted, this leaves a .tmp folder and never a checkpoint with missing files."""
-    doomed = tmp_checkpoint_path(path)
+    """Delete a checkpoint or what a write has left; interrupted, this leaves a .tmp folder, never a checkpoint with
+    missing files."""
+    doomed = tmp_checkpoint_path(path, "removed")
     path.rename(doomed)
+    sync_folder(path.parent)
     shutil.rmtree(doomed)
 
 
@@ -184,9 +198,12 @@ def set_aside_names(folder: Path) -> list[str]:
 
 
 def clear_tmp(folder: Path) -> None:
-    """Remove what interrupted writes have left."""
+    """Remove what interrupted writes have left.
+
+    Renamed first, as an attempt that is taken for lost may be about to commit it.
+    """
     for tmp in folder.glob(f"step-*{_TMP}"):
-        shutil.rmtree(tmp)
+        remove(tmp)
 
 
 def choose_kept(steps: Set[int], newest: int, every: int, best: int | None) -> set[int]:

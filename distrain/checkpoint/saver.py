@@ -2,7 +2,9 @@
 
 import logging
 import shutil
+import socket
 import time
+import zlib
 from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -15,11 +17,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from distrain.checkpoint.files import (
-    METADATA,
-    DamagedCheckpointError,
     Snapshot,
     checkpoint_path,
     checksum_file,
+    checksum_tensors,
     choose_kept,
     clear_tmp,
     commit,
@@ -34,10 +35,12 @@ from distrain.checkpoint.files import (
     verify,
     write_best,
 )
+from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError
 from distrain.config import STATE_FORMAT, CheckpointConfig
 from distrain.config.renamed import RENAMED_KEYS
-from distrain.errors import TemporaryError, UserError
+from distrain.errors import StaleAttemptError, TemporaryError, UserError
 from distrain.failpoints import failpoint
+from distrain.files import translated_errors
 from distrain.parallel.group import Group, new_gloo_group
 
 log = logging.getLogger(__name__)
@@ -56,10 +59,16 @@ class Checkpointer:
         folder: Path,
         group: Group,
         config: CheckpointConfig,
-        before_commit: Callable[[], None] = lambda: None,
+        token: str = "",
+        require_current: Callable[[], None] = lambda: None,
     ) -> None:
-        """`before_commit` is called on the main rank; what it raises, except an OSError, ends the attempt."""
-        self._before_commit = before_commit
+        """`token` identifies this attempt of the run, the same on all ranks. `require_current` is called on the main
+        rank before checkpoints are committed or removed; what it raises, except an OSError, ends the attempt.
+
+        Raises UserError if `folder` cannot be written, TemporaryError if that may change.
+        """
+        self._token = token
+        self._require_current = require_current
         self._folder = folder
         self._group = group
         self._config = config
@@ -72,15 +81,7 @@ class Checkpointer:
         self._time = time.monotonic()
         self.stall = 0.0
         """Seconds for which the last save blocked training."""
-        if group.is_main:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                clear_tmp(folder)
-            except OSError as error:
-                raise UserError(
-                    f"{folder}: checkpoints cannot be written: {error.strerror}; set run.dir to another folder"
-                ) from error
-        group.barrier()
+        group.on_main(self._prepare_folder)
 
     def is_due(self, step: int, overdue: bool) -> bool:
         """Whether to save at `step`: by the number of steps, or because all ranks know that a save is `overdue`."""
@@ -163,6 +164,11 @@ class Checkpointer:
         self._last, self._is_committed = snapshot.step, True
         return snapshot
 
+    def _prepare_folder(self) -> None:
+        with translated_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            clear_tmp(self._folder)
+
     def _choose(self) -> Path | None:
         """The checkpoint to load, if there is any."""
         for path in reversed(committed(self._folder)):
@@ -170,6 +176,7 @@ class Checkpointer:
                 verify(path)
                 return path
             except DamagedCheckpointError as error:
+                self._require_current()
                 aside = set_aside(path, str(error))
                 log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, error, aside.name)
         if damaged := set_aside_names(self._folder):
@@ -182,9 +189,10 @@ class Checkpointer:
     def _write(self, snapshot: Snapshot, best: float | None) -> None:
         step = snapshot.step
         final = checkpoint_path(self._folder, step)
-        tmp = tmp_checkpoint_path(final)
+        tmp = tmp_checkpoint_path(final, self._token)
         try:
             self._agree(step, lambda: failpoint("checkpoint.write", step))
+            self._require_equal_states(snapshot)
             reports = self._agree(step, partial(self._write_files, snapshot, tmp))
             files = {name: report for reported in reports for name, report in reported.items()}
             self._agree(step, partial(self._commit, tmp, final, snapshot, files))
@@ -225,6 +233,26 @@ class Checkpointer:
                 raise _WriteError(f"checkpoint of step {step} could not be written: {why}")
         return [value for value, _, _ in outcomes]
 
+    def _require_equal_states(self, snapshot: Snapshot) -> None:
+        """Raises TemporaryError, on every rank, unless all have the same state, bit for bit: each file of a checkpoint
+        holds what one rank has."""
+        if self._group.world == 1:
+            return
+        own = checksum_tensors(snapshot.tensors)
+        reports = self._agree(snapshot.step, lambda: (socket.gethostname(), zlib.crc32(repr(own).encode())))
+        different = [rank for rank, (_, checksum) in enumerate(reports) if checksum != reports[0][1]]
+        if not different:
+            return
+        states = self._agree(snapshot.step, lambda: own)
+        rank = different[0]
+        name = next(name for name in states[0] if states[0][name] != states[rank].get(name))
+        raise TemporaryError(
+            f"rank {rank} on {reports[rank][0]} has another {name} than rank 0 on {reports[0][0]} at step "
+            f"{snapshot.step}, which a fault of its memory may cause: it is not saved; this attempt ends, and the next "
+            "continues from the last checkpoint",
+            scope="all",
+        )
+
     def _write_files(self, snapshot: Snapshot, tmp: Path) -> dict[str, dict[str, int]]:
         """Write this rank's share. Returns size and checksum of its files by name."""
         save(snapshot.tensors, checkpoint_id=tmp, process_group=self._writers)
@@ -234,7 +262,7 @@ class Checkpointer:
     def _commit(self, tmp: Path, final: Path, snapshot: Snapshot, files: dict[str, dict[str, int]]) -> None:
         def before_commit() -> None:
             failpoint("checkpoint.rename", snapshot.step)
-            self._before_commit()
+            self._require_current()
 
         if not self._group.is_main:
             return
@@ -253,12 +281,15 @@ class Checkpointer:
     def _prune(self, newest: Path) -> None:
         """Remove what need not be kept, once the newest is verified. What cannot be removed now is tried again."""
         try:
+            self._require_current()
             verify(newest)
             best = read_best(self._folder)
             every = self._config.keep_every_steps
             saved = {step_of(path): path for path in committed(self._folder)}
             for step in saved.keys() - choose_kept(saved.keys(), self._config.keep, every, best and best[0]):
                 remove(saved[step])
+        except StaleAttemptError:
+            raise
         except (OSError, DamagedCheckpointError, TemporaryError, UserError) as error:
             log.error("%s: older checkpoints are not removed: %s", self._folder, " ".join(str(error).split()))
 
@@ -282,8 +313,13 @@ def check_identity(
             f"start a new run with another run.name{_renamed_settings(saved['identity'])}"
         )
     before, now = saved["identity"], current["identity"]
-    for key in sorted((before.keys() | now.keys()) - set(changed)):
-        if before.get(key) != now.get(key):
+    if unknown := sorted(before.keys() - now.keys()):
+        raise UserError(
+            f"this run was started by distrain {saved['versions']['distrain']} with {unknown[0]}, which this release "
+            "does not have: continue it with the release that started it, or start a new run with another run.name"
+        )
+    for key in sorted(before.keys() - set(changed)):  # a setting that is not in it came with a later release
+        if before[key] != now[key]:
             purpose = f"name it in run.change=[{key}] if the change is intended, " if key in changeable else ""
             raise UserError(
                 f"{key} was {before.get(key)!r} when this run began and is {now.get(key)!r} now: "

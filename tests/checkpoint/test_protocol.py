@@ -2,15 +2,19 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import socket
+import zlib
 from pathlib import Path
 
 import pytest
 from support.processes import Training, train, two_agents
 
 from distrain.checkpoint import MANIFEST, committed, read, verify
-from distrain.checkpoint.files import DamagedCheckpointError, read_best
+from distrain.checkpoint.files import checksum_file, read_best, tensors_in
+from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError
 from distrain.errors import TemporaryError
 
 
@@ -111,14 +115,47 @@ def test_the_best_checkpoint_is_recorded_only_once_it_is_committed(settings, tmp
 
 
 def test_a_refused_start_leaves_the_live_run_alone(settings, tmp_path):
-    live = Training(tmp_path / "run", *settings, "train.epochs=60", "optimizer.lr=0.05")
+    live = Training(tmp_path / "run", *settings, "train.epochs=60", "optimizer.lr=0.05", fresh=True)
     live.wait_for_step(20)
-    before = [(tmp_path / "run" / name).read_bytes() for name in ("attempt.json", "config.yaml")]
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("attempts/00000001.json", "config.yaml")]
     refused = train(tmp_path / "run", *settings, "train.epochs=60", "optimizer.lr=0.06")
-    after = [(tmp_path / "run" / name).read_bytes() for name in ("attempt.json", "config.yaml")]
+    after = [(tmp_path / "run" / name).read_bytes() for name in ("attempts/00000001.json", "config.yaml")]
     assert refused.code == 78
     assert "optimizer.lr was 0.05 when this run began and is 0.06 now" in refused.output
     assert after == before
+    again = train(tmp_path / "run", *settings, "train.epochs=60", "optimizer.lr=0.05")
+    assert again.code == 78
+    assert again.lines[-1] == (
+        f"{tmp_path}/run: attempt 1 of this run is alive, as process {live.process.pid} on "
+        f"{socket.gethostname()}: wait for it, stop it with touch {tmp_path}/run/stop, or use another run.name"
+    )
     assert live.process.poll() is None
     live.signal_workers(signal.SIGTERM)
     assert live.wait().code == 75
+
+
+class _Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __reduce__(self):
+        return os.system, (self._command,)
+
+
+def test_code_in_a_checkpoint_is_not_run(run_folder, settings, tmp_path):
+    newest = committed(run_folder / "checkpoints")[-1]
+    (newest / METADATA).write_bytes(pickle.dumps(_Malicious(f"touch {tmp_path}/ran")))
+    manifest = json.loads((newest / MANIFEST).read_text())
+    manifest["files"][METADATA] = checksum_file(newest / METADATA)
+    del manifest["crc32"]
+    (newest / MANIFEST).write_text(
+        json.dumps({**manifest, "crc32": zlib.crc32(json.dumps(manifest, sort_keys=True).encode())})
+    )
+    for load in (verify, read, tensors_in):
+        with pytest.raises(DamagedCheckpointError, match=r"\.metadata is not valid: it names posix\.system"):
+            load(newest)
+    assert train(run_folder, *settings).code == 0
+    assert (newest.with_name(f"{newest.name}.bad") / "reason.txt").exists()
+    assert not (tmp_path / "ran").exists()
