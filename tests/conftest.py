@@ -68,5 +68,7 @@ def on_dataset(dataset) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def settings(on_dataset) -> tuple[str, ...]:
-    """Overrides for a run of 51 steps: 3 epochs of 203 samples, 12 per step, so that epochs end within a step."""
-    return (*SMALL, *on_dataset, "batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
+    """Overrides for a run of 51 steps, with dropout: 3 epochs of 203 samples, 12 per step, so that epochs end within a
+    step."""
+    sizes = ("batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
+    return (*SMALL, *on_dataset, *sizes, "model.options={dropout: 0.1}")

@@ -8,7 +8,10 @@ import torch
 from support.processes import SMALL, train
 
 from distrain import config
+from distrain.config import AugmentConfig
 from distrain.data.augmentation.crops import draw_crop_boxes
+from distrain.data.augmentation.pixels import augment_pixels
+from distrain.data.index import COLUMNS, Index, Shard
 from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.data.sampling.plan import LaneBatch
 from distrain.learner import build_network
@@ -100,6 +103,34 @@ def test_a_seed_yields_the_pinned_crop_boxes_and_flips(base, crop, boxes):
     widths, heights = np.full(4, 100, np.int32), np.full(4, 80, np.int32)
     drawn = draw_crop_boxes(settings.augment, settings.data, 5, batch, widths, heights)
     assert [column.tolist() for column in drawn] == boxes  # top, left, height, width, flip
+
+
+def augmented(image: torch.Tensor, sample: int, **augment) -> torch.Tensor:
+    return augment_pixels(image, AugmentConfig(**augment), [1.0, 1.0, 1.0], 5, (sample, 1, 0))
+
+
+def test_a_seed_yields_the_pinned_erased_boxes():
+    white = [
+        augmented(torch.zeros(3, 40, 60, dtype=torch.uint8), sample, erase=0.6)[0].nonzero() for sample in (0, 1, 2)
+    ]
+    corners = [(box.min(dim=0).values.tolist(), box.max(dim=0).values.tolist()) for box in white[1:]]
+    assert len(white[0]) == 0
+    assert corners == [([25, 2], [36, 33]), ([24, 45], [37, 50])]
+
+
+def test_a_seed_yields_the_pinned_color_jitter_and_lighting():
+    gray = torch.full((3, 1, 1), 100, dtype=torch.uint8)
+    brightness = [augmented(gray, sample, color_jitter=[0.4, 0.0, 0.0]).flatten()[0].item() for sample in range(4)]
+    assert brightness == [109, 90, 75, 126]
+    colors = [augmented(gray, sample, lighting=0.1).flatten().tolist() for sample in (0, 1, 3)]
+    assert colors == [[101, 101, 101], [98, 98, 98], [103, 103, 104]]
+
+
+def test_the_digest_of_a_data_set_is_pinned():
+    values = {"shard": [0, 0], "offset": [512, 2048], "size": [100, 200], "label": [1, 0], "width": [5, 6]}
+    values |= {"height": [7, 8], "crc32": [123, 2**32 - 1]}
+    columns = {name: np.array(values[name], kind) for name, kind in COLUMNS.items()}
+    assert Index("folder", (Shard("a.tar", 10, 1),), ("x", "y"), **columns).digest == "35936fcf80b22251"
 
 
 def test_a_seed_yields_the_pinned_initial_weights(base):

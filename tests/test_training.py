@@ -1,4 +1,4 @@
-"""Whole runs, started the way a user starts them."""
+"""Whole runs: on several numbers of ranks, interrupted, refused."""
 
 import json
 import signal
@@ -7,17 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import recording
 from support.processes import Training, train, two_agents
+from support.recording import record_samples
 
 from distrain.checkpoint import MANIFEST, committed, read
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(settings, tmp_path_factory) -> dict:
-    """The same run on 1, 2 and 3 ranks, each of which records the samples it consumes."""
+    """The same run on 1, 2 and 3 ranks, each of which records the samples it consumes; on 2 as a user starts it."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    recorder = (str(Path(__file__).parent / "support" / "recording_main.py"),)
-    results = {ranks: train(folder / f"on{ranks}", *settings, ranks=ranks, program=recorder) for ranks in (1, 2, 3)}
+    results = {ranks: train(folder / f"on{ranks}", *settings, ranks=ranks, prepare=record_samples) for ranks in (1, 3)}
+    results[2] = train(folder / "on2", *settings, ranks=2, program=(str(recording.__file__),))
     assert [result.code for result in results.values()] == [0, 0, 0], results
     return results
 
@@ -123,7 +125,7 @@ def test_two_agents_that_rendezvous_over_the_network_train_as_one_does(uninterru
     second = Training(tmp_path / "run", *settings, rendezvous=rendezvous)
     results = [agent.wait() for agent in (first, second)]
     assert [result.code for result in results] == [0, 0], results[0].output
-    assert results[0].output.strip().splitlines()[-1].endswith(uninterrupted[2].digest)
+    assert results[0].digest == uninterrupted[2].digest
 
 
 def test_a_finished_run_started_again_reports_the_same_result(uninterrupted, settings):
@@ -143,7 +145,7 @@ def test_a_run_refuses_to_resume_with_other_settings(uninterrupted, settings):
 
 
 def test_more_ranks_than_lanes_is_refused_in_one_line(settings, tmp_path):
-    refused = train(tmp_path / "wide", *settings, "batch.lanes=1", ranks=2)
+    refused = train(tmp_path / "wide", *settings, "batch.lanes=1", ranks=2, fresh=True)
     errors = [line for line in refused.output.splitlines() if line.startswith("distrain:")]
     assert errors == [
         "distrain: batch.lanes=1 does not fit 2 ranks: every rank needs at least one lane; "

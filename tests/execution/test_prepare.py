@@ -1,4 +1,5 @@
 import copy
+import time
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from distrain import config, models
 from distrain.decisions import RunDecisions
 from distrain.errors import UserError
 from distrain.execution.compile import regions
+from distrain.execution.memory_format import MEMORY_FORMATS, find_faster_format
 from distrain.execution.prepare import prepare
 
 REGNET = "{depth: 5, w0: 16, wa: 8, wm: 2.0, group_width: 8, se_ratio: 0.25, stem: cifar}"
@@ -24,6 +26,26 @@ def test_the_memory_format_is_measured_once_and_kept(network, group, tmp_path):
     again = prepare(run, network, group, lines.append).memory_format
     assert again != chosen
     assert len(lines) == 1
+
+
+class SlowWith(torch.nn.Module):
+    """A classifier that takes 30 ms longer for images in one memory format."""
+
+    def __init__(self, slow: torch.memory_format) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+        self._slow = slow
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.is_contiguous(memory_format=self._slow):
+            time.sleep(0.03)
+        return self.conv(images).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("channels_last", "contiguous"), ("contiguous", "channels_last")])
+def test_the_faster_memory_format_is_chosen(group, tmp_path, slow, fast):
+    run = settings(tmp_path, "train.memory_format=auto")
+    assert find_faster_format(run, SlowWith(MEMORY_FORMATS[slow]), group.device, print) == fast
 
 
 def test_sync_batch_norm_is_refused_on_cpus(network, group, tmp_path):

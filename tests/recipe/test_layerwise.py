@@ -48,6 +48,20 @@ def test_layerwise_optimizers_match_timms(ours, timms):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize(("weights", "gradients"), [(0.0, 1.0), (1.0, 0.0)])
+def test_layers_whose_weights_or_gradients_are_zero_take_the_plain_step(name, weights, gradients):
+    layer = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.constant_(layer.weight, weights)
+    layer.weight.grad = torch.full_like(layer.weight, gradients)
+    config = OptimizerConfig(name=name, weight_decay=0.0, momentum=0.5, nesterov=False, eps=0.0 if gradients else 1e-8)
+    optimizer = build_optimizer(layer, config)
+    init_state(optimizer)
+    set_lr(optimizer, 0.1)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), torch.full_like(layer.weight, weights - 0.1 * gradients))
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_gradients_are_unscaled_and_clipped_and_the_step_is_skipped_if_they_are_not_finite(name):
     scaled, plain = copy.deepcopy(NETWORK), copy.deepcopy(NETWORK)

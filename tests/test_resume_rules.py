@@ -1,0 +1,52 @@
+"""Which settings a resumed run may have otherwise than before."""
+
+from distrain import config
+
+REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
+
+# They would change what is learned in a way that no user means, or could not be continued from the saved state.
+FIXED = """
+run: seed
+data: shuffle window_shards balanced repeats image_size size_schedule interpolation val_resize mean std
+augment: crop crop_scale crop_ratio crop_pad flip auto_augment color_jitter lighting erase
+model: name num_classes options
+batch: lanes per_lane
+train: precision
+parallel: batch_norm
+optimizer: name nesterov betas eps trust decay_norms
+ema: decay every_steps
+resilience: bad_steps spike rollbacks
+"""
+# They change what is learned, and only if run.change names them.
+CHANGEABLE = """
+train: epochs
+optimizer: lr momentum weight_decay clip_norm
+schedule: name warmup_epochs warmup_factor final_factor
+loss: label_smoothing
+"""
+# They change where and how it is computed and reported.
+FREE = """
+run: name dir change
+data: train val loader max_bad threads prefetch
+download: cache cache_gb parallel retries retry_wait timeout
+train: tf32 memory_format recompute activation_gb compile max_minutes deterministic
+parallel: strategy offload bucket_mb
+evaluate: every_epochs batch
+checkpoint: every_steps every_minutes keep keep_every_steps keep_best
+resilience: patience attempts faults
+track: uri experiment every_steps
+"""
+
+
+def keys(table: str) -> set[str]:
+    rows = (row.split(": ") for row in table.strip().splitlines())
+    return {f"{section}.{name}" for section, names in rows for name in names.split()}
+
+
+def test_every_setting_is_fixed_changeable_or_free_as_listed():
+    settings = config.load(None, REQUIRED)
+    fixed, changeable = set(config.fixed_settings(settings)), config.changeable_settings(settings)
+    everything = set(config.flatten(config.to_dict(settings)))
+    assert fixed - changeable == keys(FIXED)
+    assert changeable == keys(CHANGEABLE)
+    assert everything - fixed == keys(FREE)
