@@ -182,7 +182,7 @@ def test_without_a_spare_the_run_continues_on_fewer_nodes(run, extra, dataset):
 
 
 def test_a_disconnected_survivor_cannot_overwrite_a_newer_attempt(run, extra, dataset, tmp_path):
-    longer = f"{extra} train.epochs=100"  # Slurm takes half a minute to notice and restart the job
+    longer = f"{extra} train.epochs=200"  # Slurm takes 40 s to notice and restart the job
     with Cluster(2) as cluster:
         reference = Run(tmp_path / "reference")
         cluster.wait_for(submit(cluster, reference, longer, dataset, "--nodes=1"), "COMPLETED")
