@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from s3fs import S3FileSystem
+from support.images import encoded, write_tar
 from support.servers import serve, serve_s3
 
 from distrain import config
@@ -29,6 +30,21 @@ def shards(monkeypatch, capsys):
         return code, printed.out, printed.err
 
     return run
+
+
+def test_images_that_are_not_indexed_are_listed_and_so_are_classes_without_images(shards, tmp_path):
+    members = [("a.jpg", encoded(0)), ("a.cls", b"0"), ("b.jpg", b"bad"), ("b.cls", b"2"), ("._a.jpg", b"mac")]
+    write_tar(tmp_path / "a.tar", members)
+    code, out, _ = shards("index", tmp_path / "a.tar", "--out", tmp_path / "i.parquet")
+    assert code == 0
+    assert out.splitlines()[1:] == [
+        "1 of the images cannot be decoded; training will skip them:",
+        "  a.tar: b.jpg: not a JPEG, PNG, WEBP image",
+        f"1 images are not indexed: {tmp_path}/i.skipped.txt",
+        "  a.tar: ._a.jpg: hidden, or in a folder of the operating system",
+        "1 classes have no images: 1",
+    ]
+    assert (tmp_path / "i.skipped.txt").read_text().startswith("a.tar: ._a.jpg: hidden")
 
 
 @pytest.fixture
@@ -97,6 +113,17 @@ def test_patterns_expand_to_shards_in_order(tmp_path):
         (tmp_path / name).touch()
     assert expand([f"{tmp_path}/{{b,a}}-*.tar"]) == [f"{tmp_path}/{name}.tar" for name in ("b-0", "a-0", "a-1")]
     assert expand(["s3://b/t-{000008..000010}.tar"]) == [f"s3://b/t-{number:06d}.tar" for number in (8, 9, 10)]
+
+
+def test_brackets_and_braces_of_folders_that_exist_are_part_of_their_names(tmp_path):
+    folder = tmp_path / "set [1] {a} #"
+    folder.mkdir()
+    for name in ("x-0.tar", "x-1.tar", "y[0].tar"):
+        (folder / name).touch()
+    assert (
+        expand([f"{folder}/x-*.tar"]) == expand([f"{folder}/x-{{0,1}}.tar"]) == [f"{folder}/x-{n}.tar" for n in (0, 1)]
+    )
+    assert expand([f"{folder}/y[0].tar"]) == [f"{folder}/y[0].tar"]
 
 
 def test_an_index_in_any_folder_finds_its_shards(shards, copy, tmp_path):
