@@ -1,6 +1,5 @@
 """The training loop."""
 
-import logging
 from collections.abc import Generator
 
 import torch
@@ -30,7 +29,6 @@ def train(config: Config) -> int:
 
     Raises UserError before any work if configuration, data and checkpoint do not belong together.
     """
-    logging.basicConfig(format="distrain: %(message)s", level=logging.WARNING)
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
     with Group(patience=config.resilience.patience) as group, open_stop_request(config, group) as stop:

@@ -4,7 +4,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from support.processes import SMALL
+from support.processes import SMALL, train
 from support.synthetic import write_split
 
 from distrain.parallel.group import Group
@@ -72,3 +72,12 @@ def settings(on_dataset) -> tuple[str, ...]:
     step."""
     sizes = ("batch.lanes=3", "batch.per_lane=4", "train.epochs=3", "checkpoint.every_steps=7")
     return (*SMALL, *on_dataset, *sizes, "model.options={dropout: 0.1}")
+
+
+@pytest.fixture(scope="session")
+def finished(settings, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
+    """The settings of a finished run with EMA, a padded crop and an MLflow database, and its folder."""
+    chosen = (*settings, "train.epochs=0.5", "ema.decay=0.9", "track.uri=''")
+    result = train(tmp_path_factory.mktemp("finished") / "run", *chosen)
+    assert result.code == 0, result.output
+    return chosen, result.folder

@@ -74,15 +74,6 @@ def test_an_unreadable_file_is_one_line_with_the_cure(tmp_path, content, problem
     assert str(caught.value) == f"{path}: {problem}: delete it"
 
 
-@pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
-    """The settings of a finished run with an MLflow database, and its folder."""
-    chosen = (*settings, "train.epochs=0.5", "track.uri=''")
-    result = train(tmp_path_factory.mktemp("runs") / "run", *chosen)
-    assert result.code == 0, result.output
-    return chosen, result.folder
-
-
 @pytest.fixture
 def damage(finished, tmp_path):
     """Run the run's command again after a power loss has emptied one of its files."""

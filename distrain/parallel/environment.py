@@ -1,7 +1,6 @@
 """The rank of this process, as torchrun or another launcher set it in the environment."""
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,15 +58,3 @@ def rank_or_zero() -> int:
         return read_environment().rank
     except UserError:
         return 0
-
-
-def use_resolvable_address() -> None:
-    """Reach a main rank on this host by localhost if the host's own name does not resolve, as it need not."""
-    name = os.environ["MASTER_ADDR"]
-    if name not in (socket.gethostname(), socket.getfqdn()):
-        return
-    try:
-        socket.getaddrinfo(name, None)
-    except socket.gaierror:
-        os.environ["MASTER_ADDR"] = "localhost"
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

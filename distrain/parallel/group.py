@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distrain.errors import TemporaryError, UserError
-from distrain.parallel.environment import read_environment, use_resolvable_address
+from distrain.parallel.environment import read_environment
 
 # For torchrun: without it restarted ranks may connect to addresses of the previous attempt and hang.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -54,8 +54,6 @@ class Group:
                 )
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
-        if self.world > 1:
-            use_resolvable_address()
         store = None if environment.launched else dist.HashStore()  # type: ignore[attr-defined]
         # Longer than the watchdog's patience, so that the watchdog is the one to name a rank that hangs.
         timeout = timedelta(seconds=max(60.0, 2 * self.patience)) if self.patience else None

@@ -11,15 +11,6 @@ from support.processes import train
 from distrain.checkpoint import MANIFEST, committed
 
 
-@pytest.fixture(scope="module")
-def finished(settings, tmp_path_factory):
-    """The settings of a finished run with EMA and a padded crop, and its folder."""
-    chosen = (*settings, "train.epochs=0.5", "ema.decay=0.9")
-    result = train(tmp_path_factory.mktemp("runs") / "run", *chosen)
-    assert result.code == 0, result.output
-    return chosen, result.folder
-
-
 @pytest.fixture
 def run_folder(finished, tmp_path) -> Path:
     return shutil.copytree(finished[1], tmp_path / "run")
