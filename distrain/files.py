@@ -10,11 +10,16 @@ from typing import Any
 
 from distrain.errors import TemporaryError, UserError
 
-# Error numbers of a path that cannot become the folder of a run; all others may pass.
-PERMANENT_ERRORS = {
+# Error numbers of mistakes in a path or its permissions; all others, as of a full disk or a lost server, may pass.
+_PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
-    errno.ELOOP, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFBIG,
+    errno.ELOOP, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFBIG, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether the file system, the disk or the machine may recover from an error, so that trying later can help."""
+    return error.errno is not None and error.errno not in _PERMANENT
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True, private: bool = False) -> None:
@@ -79,6 +84,6 @@ def translated_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         text = f"{folder}: the run's folder cannot be used: {error.strerror}"
-        if error.errno in PERMANENT_ERRORS:
-            raise UserError(f"{text}; set run.dir to a folder that you may write to", scope="rank") from error
-        raise TemporaryError(f"{text}; free space or check its file system, and run again") from error
+        if may_pass(error):
+            raise TemporaryError(f"{text}; free space or check its file system, and run again") from error
+        raise UserError(f"{text}; set run.dir to a folder that you may write to", scope="rank") from error

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TemporaryError, UserError
-from distrain.files import PERMANENT_ERRORS
+from distrain.files import may_pass
 from distrain.lifetime import AGENT_VARIABLE
 from distrain.open_files import raise_open_files
 from distrain.output import keep_writing
@@ -141,7 +141,7 @@ def create_log_folder(path: Path) -> Path | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in PERMANENT_ERRORS:
+        if not may_pass(error):
             raise UserError(f"{path}: cannot create the log folder: {error.strerror}; set run.dir elsewhere") from error
         print(f"launch: {path}: no log files are kept: {error.strerror}", file=sys.stderr, flush=True)
         return None

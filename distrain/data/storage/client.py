@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distrain.errors import Scope, TemporaryError, UserError
+from distrain.files import may_pass
 from distrain.masking import mask_secrets
 
 _CHUNK = 16 * 2**20  # bytes per request, where a server supports ranges
@@ -18,12 +19,6 @@ _CREDENTIAL_ERRORS = (
     "TokenRetrievalError",
     "UnauthorizedSSOTokenError",
 )
-
-# Of a local or mounted file: the disk, the file server or this machine may recover.
-_TEMPORARY = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET,
-    errno.ECONNREFUSED, errno.ENOTCONN, errno.EAGAIN, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
-}  # fmt: skip
 
 _CREDENTIALS = {
     "http": "the URL (a signed one, or user:password@host) and ~/.netrc",
@@ -97,7 +92,7 @@ def explain(where: str, error: OSError, missing: str = "file not found", scope: 
 
 def is_temporary(error: OSError) -> bool:
     """Whether reading the same file may work later."""
-    return isinstance(error, (GaveUpError, TimeoutError)) or error.errno in _TEMPORARY
+    return isinstance(error, (GaveUpError, TimeoutError)) or may_pass(error)
 
 
 def error_reason(error: Exception) -> str:
