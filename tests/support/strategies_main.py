@@ -66,6 +66,7 @@ def run_task(task: dict, group: Group) -> dict:
     state = {name: tensor.clone() for name, tensor in strategy.state().items()}
     if group.is_main and task.get("save"):
         torch.save(state, task["save"])
+    group.barrier()  # a later task may load that file on every rank
     return {"losses": losses, "norms": norms, "applied": applied}
 
 
