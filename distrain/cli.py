@@ -22,7 +22,7 @@ TOOLS = {
     "bench": ("distrain.bench.cli", "measure loaders and training steps against peers and limits"),
     "launch": ("launch.cli", "start a run on one machine, many machines or a Slurm cluster"),
     "checkpoints": ("distrain.checkpoint.cli", "list, verify, show and prune the checkpoints of a run"),
-    "soak": ("distrain.resilience.soak", "train under random faults and compare with an uninterrupted run"),
+    "soak": ("distrain.soak.cli", "train under random faults and compare with an uninterrupted run"),
     "shards": ("distrain.data.cli", "build, fetch, index, verify and preview training data"),
 }
 

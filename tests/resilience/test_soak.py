@@ -5,7 +5,7 @@ import pytest
 from support.processes import SMALL, readme_command
 
 from distrain.__main__ import main
-from distrain.resilience.soak import draw_faults
+from distrain.soak.plan import draw_faults
 
 
 def test_faults_are_reproducible_and_spread_over_the_run():

@@ -1,0 +1,1 @@
+"""Runs under random faults, compared with an uninterrupted run."""
