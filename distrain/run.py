@@ -122,7 +122,8 @@ class Run(Session):
         self.progress.skipped_updates += ~applied
         self.attempt.record_step(step)
         self.tracker.advance(step)
-        if step % self.config.track.every_steps and step != self.plan.steps:
+        is_due = step % self.config.track.every_steps == 0 or step == self.plan.steps
+        if not (is_due and self.group.is_main):  # no other rank looks at the list of bad samples for it
             return
         values = {name: float(value) for name, value in metrics.items()} | {"train/lr": lr}
         values["train/images_per_second"] = self.progress.images_per_second(step, self.plan.batch)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from distrain.errors import TemporaryError, UserError
 from distrain.parallel.environment import read_environment
+from distrain.parallel.nodes import Peer, find_nodes
 
 # For torchrun: without it restarted ranks may connect to addresses of the previous attempt and hang.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -65,6 +66,10 @@ class Group:
         self.control = new_gloo_group()  # small messages between CPUs, apart from the gradients
         if self.patience and self.world > 1:
             self._await_all_ranks()
+        self.peers: list[Peer] = self.gather(Peer.own(environment.local_rank))
+        """By rank."""
+        self.nodes = find_nodes(self.peers)
+        """The ranks of each node."""
         return self
 
     def __exit__(
@@ -87,6 +92,16 @@ class Group:
     def is_main(self) -> bool:
         """Whether this is the main rank, which reports, decides and writes for all."""
         return self.rank == 0
+
+    @property
+    def node(self) -> range:
+        """The ranks of this rank's node. The first one does what is needed once per node."""
+        return next(node for node in self.nodes if self.rank in node)
+
+    @property
+    def is_node_main(self) -> bool:
+        """Whether this rank is the first one of its node."""
+        return self.rank == self.node[0]
 
     def lanes(self, lanes: int) -> range:
         """The lanes of this rank, a contiguous range. If `lanes` is not divisible, the first ranks take one more."""

@@ -20,6 +20,7 @@ from typing import get_type_hints
 
 from distrain.errors import StaleAttemptError, UserError
 from distrain.files import sync_folder, write_json
+from distrain.processes import machine_id, process_ticks
 
 LAUNCH_VARIABLE = "DISTRAIN_LAUNCH"  # the launcher's id, the same for every start that it makes
 _BEAT_BYTES = 64
@@ -82,7 +83,7 @@ class Claim:
         self._folder = folder
         (folder / "attempts").mkdir(parents=True, exist_ok=True)
         self.record = AttemptRecord(
-            0, uuid.uuid4().hex, os.environ.get(LAUNCH_VARIABLE, ""), socket.gethostname(), _machine(), os.getpid(),
+            0, uuid.uuid4().hex, os.environ.get(LAUNCH_VARIABLE, ""), socket.gethostname(), machine_id(), os.getpid(),
             process_ticks(os.getpid()) or 0, ranks, committed=committed,
         )  # fmt: skip
         while not self._create(allowed):
@@ -169,7 +170,7 @@ def is_alive(attempt: AttemptRecord, folder: Path, wait: Callable[[float], None]
     """Whether an attempt's main rank still runs: by its process if it is on this machine, else by its heartbeats."""
     if attempt.end is not None:
         return False
-    if attempt.machine == _machine():
+    if attempt.machine == machine_id():
         for _ in range(30):
             if process_ticks(attempt.pid) != attempt.started:
                 return False
@@ -183,18 +184,6 @@ def is_alive(attempt: AttemptRecord, folder: Path, wait: Callable[[float], None]
     return False
 
 
-def process_ticks(pid: int) -> int | None:
-    """When a process was created, in clock ticks since the boot; None if it has ended.
-
-    From /proc, as psutil's create_time changes with the clock.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
 def _record_path(folder: Path, number: int) -> Path:
     return folder / "attempts" / f"{number:08d}.json"
 
@@ -205,8 +194,3 @@ def _read_beat(folder: Path) -> tuple[int, float]:
         return int(step), float(when)
     except (FileNotFoundError, ValueError):
         return 0, 0.0
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115, not a path

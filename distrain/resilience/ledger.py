@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from distrain.resilience.claim import Claim, process_ticks
+from distrain.processes import process_ticks
+from distrain.resilience.claim import Claim
 
 log = logging.getLogger(__name__)
 

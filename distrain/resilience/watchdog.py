@@ -1,46 +1,34 @@
 """Hang detection: a rank without progress is named, every rank dumps its stacks, and the attempt ends.
 
-Each rank has a thread that writes the rank's heartbeat to a file in the run's folder and watches its own rank and the
-next one: a stuck rank still has a running thread to report it, and a frozen process has a neighbor. Files, because any
-other shared store is served by one of the ranks, and that may be the hung one.
+Each rank has a thread that watches its own rank and the next one of its node, through memory that the node's ranks
+share: a stuck rank still has a running thread to report it, and a frozen process has a neighbor. The first rank of each
+node also watches the first one of the next node, by UDP. No file is involved, because a shared file system may be full,
+slow or absent, and no server, because one of the ranks would serve it, and that may be the hung one.
 """
 
 import faulthandler
+import logging
 import os
-import shutil
-import socket
+import signal
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
-
-import psutil
+from typing import Self
 
 from distrain.parallel.group import Group
+from distrain.processes import process_ticks
+from distrain.resilience.heartbeats import DONE, Heartbeat, NodeHeartbeats
+from distrain.resilience.messages import NodeMessages
 
-_BEAT_BYTES = 512
 _ALARM_S = 1.0  # for the other ranks to see an alarm
+_ALARMS = 4  # messages, as one may be lost
+_TICK_S = 0.25  # at most, between two looks
+_STACKS_S = 10.0  # to write the stacks; a file system that does not answer does not keep a hung rank alive
 
-
-class Heartbeat(NamedTuple):
-    """The progress of a rank; `beats` rises with every sign of progress and is -1 once the rank is done."""
-
-    beats: int
-    phase: str
-    step: int
-    host: str
-    pid: int
-    started: float
-    """When the process was created, seconds since 1970: process ids are reused."""
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Raises ValueError for an incomplete one."""
-        beats, phase, step, host, pid, started = text.split()
-        return cls(int(beats), phase, int(step), host, int(pid), float(started))
+log = logging.getLogger(__name__)
 
 
 class Watchdog:
@@ -52,22 +40,21 @@ class Watchdog:
     def __init__(self, group: Group, run_folder: Path, patience: float) -> None:
         self._group = group
         self._stacks = run_folder / "stacks"
-        self._heartbeats = run_folder / "watch"
         self._patience = patience
-        self._beat = Heartbeat(0, "start", 0, socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        self._tick = min(_TICK_S, patience / 20)
+        self._clock = 0.0  # seconds for which this thread has run: a job that was suspended has not hung
+        self._seen: dict[int, tuple[int, float]] = {}  # by rank: its last sign of life, and when it came
+        self._beat = Heartbeat()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._messages: NodeMessages | None = None
+        self._warned = False
 
     def __enter__(self) -> Self:
         if self._patience:
-            # A folder of its own for this attempt, so that ranks of an earlier one are not mistaken for its ranks.
-            self._folder = self._heartbeats / self._group.broadcast(f"{time.time():.3f}")
-            if self._group.is_main:
-                shutil.rmtree(self._heartbeats, ignore_errors=True)
-                self._folder.mkdir(parents=True, exist_ok=True)
-            self._group.barrier()
-            self._file = os.open(self._folder / f"rank-{self._group.rank}", os.O_WRONLY | os.O_CREAT, 0o644)
-            self._write_beat()
+            self._node = NodeHeartbeats(self._group)
+            if len(self._group.nodes) > 1:
+                self._messages = NodeMessages(self._group)
             self._thread = threading.Thread(target=self._watch_ranks, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -75,70 +62,102 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._beat = self._beat._replace(beats=-1)
+        self._beat = self._beat._replace(beats=DONE)
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-            with suppress(OSError):
-                os.close(self._file)
+        if self._messages is not None:
+            self._messages.close()
 
     def heartbeat(self, phase: str, step: int) -> None:
         """Record that this rank makes progress, and where it is."""
-        self._beat = self._beat._replace(beats=self._beat.beats + 1, phase=phase, step=step)
+        self._beat = Heartbeat(self._beat.beats + 1, phase, step)
 
     def _watch_ranks(self) -> None:
-        neighbor = (self._group.rank + 1) % self._group.world  # itself in a world of one
-        seen: dict[int, tuple[float, float]] = {}  # by rank: its last heartbeat, and when that was first seen
-        over = False
+        rank, node = self._group.rank, self._group.node
+        neighbor = node[(rank - node[0] + 1) % len(node)]
+        messages = self._messages if self._group.is_node_main else None
+        over, number, before = False, 0, time.monotonic()
         while not over:
-            over = self._done.wait(min(max(self._patience / 20, 0.1), 10.0))
-            with suppress(OSError):  # a folder that is temporarily unavailable is not a reason to exit
-                self._write_beat()
-            with suppress(OSError, ValueError):
-                if (self._folder / "alarm").exists() and not over:
-                    self._end((self._folder / "alarm").read_text())
-                # A frozen neighbor first: a rank that waits for it makes no progress either, and has more patience.
-                for rank, patience in ((neighbor, self._patience), (self._group.rank, 1.25 * self._patience)):
-                    is_own = rank == self._group.rank
-                    beat, sign = (self._beat, float(self._beat.beats)) if is_own else self._read_beat(rank)
-                    now = time.monotonic()
-                    if beat is None or beat.beats == -1:
-                        continue
-                    if rank not in seen or seen[rank][0] != sign:
-                        seen[rank] = sign, now
-                    elif now - seen[rank][1] > patience:
-                        self._raise_alarm(rank, beat)
+            over, number = self._done.is_set(), number + 1
+            self._node.write(rank, number, self._beat)
+            if messages is not None:
+                messages.send_heartbeat(number, self._beat)
+            if over:
+                break
+            text = self._wait(messages) or self._node.alarm()
+            if text:
+                self._end(text)
+            now = time.monotonic()
+            self._clock, before = self._clock + min(now - before, 2 * self._tick), now
+            # Frozen processes first: a rank that waits for one makes no progress either, and has more patience.
+            if neighbor != rank:
+                self._look_at(neighbor, *self._node.read(neighbor), self._patience)
+            if messages is not None:
+                self._look_at_next_node(messages)
+            self._look_at(rank, self._beat.beats, self._beat, 1.25 * self._patience)
 
-    def _write_beat(self) -> None:
-        """Overwrite the heartbeat in place, which works on a full disk too."""
-        os.pwrite(self._file, " ".join(map(str, self._beat)).ljust(_BEAT_BYTES).encode(), 0)
+    def _wait(self, messages: NodeMessages | None) -> str:
+        """Wait for a moment; return the text of an alarm that another node sends meanwhile, else ""."""
+        if messages is None:
+            self._done.wait(self._tick)
+            return ""
+        text = messages.receive(self._tick)
+        if text:
+            self._node.set_alarm(text)
+            time.sleep(2 * self._tick)  # for the other ranks of this node to see it
+        return text
 
-    def _read_beat(self, rank: int) -> tuple[Heartbeat | None, float]:
-        """A rank's heartbeat and when it was written, which advances as long as its process is not frozen."""
-        path = self._folder / f"rank-{rank}"
-        return (Heartbeat.parse(path.read_text()), path.stat().st_mtime) if path.exists() else (None, 0.0)
+    def _look_at_next_node(self, messages: NodeMessages) -> None:
+        if messages.received is not None:
+            self._look_at(messages.next, *messages.received, self._patience)
+        elif self._clock > self._patience and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s receives no UDP messages from %s, so that nobody will notice if that host freezes: let hosts of a "
+                "job exchange UDP", self._group.peers[self._group.rank].host, self._group.peers[messages.next].host
+            )  # fmt: skip
+
+    def _look_at(self, rank: int, sign: int, beat: Heartbeat, patience: float) -> None:
+        """Raise the alarm if the sign of life of a rank has been the same for longer than `patience`."""
+        if beat.beats == DONE:
+            return
+        if rank not in self._seen or self._seen[rank][0] != sign:
+            self._seen[rank] = sign, self._clock
+        elif self._clock - self._seen[rank][1] > patience:
+            self._raise_alarm(rank, beat)
 
     def _raise_alarm(self, rank: int, beat: Heartbeat) -> None:
+        peer = self._group.peers[rank]
         text = (
-            f"rank {rank} on {beat.host} (process {beat.pid}) made no progress for {self._patience:g} s, in phase "
+            f"rank {rank} on {peer.host} (process {peer.pid}) made no progress for {self._patience:g} s, in phase "
             f"{beat.phase} of step {beat.step}: the stacks of all ranks are in {self._stacks}; this attempt ends"
         )
-        print(f"distrain: {text}", file=sys.stderr, flush=True)
-        (self._folder / "alarm").write_text(text)
-        time.sleep(_ALARM_S)
-        is_frozen = rank != self._group.rank and beat.host == self._beat.host
-        self._end(text, kill=beat if is_frozen else None)  # a frozen process handles no other signal
+        with suppress(OSError):
+            print(f"distrain: {text}", file=sys.stderr, flush=True)
+        self._node.set_alarm(text)
+        for _ in range(_ALARMS):
+            if self._messages is not None:
+                self._messages.send_alarm(text)
+            time.sleep(_ALARM_S / _ALARMS)
+        is_frozen = rank != self._group.rank and rank in self._group.node
+        self._end(text, kill=rank if is_frozen else None)  # a frozen process handles no other signal
 
-    def _end(self, text: str, kill: Heartbeat | None = None) -> None:
+    def _end(self, text: str, kill: int | None = None) -> None:
+        writing = threading.Thread(target=self._write_stacks, args=(text,), daemon=True)
+        writing.start()
+        writing.join(_STACKS_S)
+        if kill is not None:
+            peer = self._group.peers[kill]
+            with suppress(ProcessLookupError):
+                if process_ticks(peer.pid) == peer.ticks:
+                    os.kill(peer.pid, signal.SIGKILL)
+        os._exit(1)
+
+    def _write_stacks(self, text: str) -> None:
         with suppress(OSError):
             self._stacks.mkdir(parents=True, exist_ok=True)
             with (self._stacks / f"rank-{self._group.rank}-{os.getpid()}.txt").open("w") as file:
                 file.write(f"{text}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
-        if kill is not None:
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(kill.pid)
-                if process.create_time() == kill.started:
-                    process.kill()
-        os._exit(1)

@@ -3,14 +3,20 @@
 import json
 import shutil
 import signal
+import socket
+import time
 from dataclasses import asdict
+from functools import partial
 
 import psutil
 import pytest
-from support.processes import Training, train
+from support.counting import place_on_nodes
+from support.processes import Training, read_metrics, train
 
 from distrain.checkpoint import newest_step
 from distrain.resilience.claim import newest_attempt
+from distrain.resilience.heartbeats import Heartbeat
+from distrain.resilience.messages import NodeMessages
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,48 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(uninterrupted, settings, tm
     stacks = [path.read_text() for path in (folder / "stacks").iterdir()]
     assert any("train_step" in text for text in stacks)
     assert train(folder, *settings, ranks=2).digest == uninterrupted.digest
+
+
+def test_a_frozen_node_is_named_by_the_next_one_and_a_suspended_job_is_not(settings, tmp_path):
+    training = Training(
+        tmp_path / "run",
+        *settings,
+        "train.epochs=1000",
+        "resilience.patience=2",
+        ranks=2,
+        prepare=partial(place_on_nodes, 1),
+    )
+    training.wait_for_step(9)
+    first, second = training.workers()
+    for process in (second, first):
+        process.suspend()
+    time.sleep(3)
+    for process in (first, second):
+        process.resume()
+    training.wait_for_step(1 + max(entry["step"] for entry in read_metrics(training.folder)))
+    second.suspend()
+    first.wait(timeout=60)
+    second.kill()
+    ended = training.wait()
+    assert [line.partition(" (process")[0] for line in ended.lines] == [f"rank 1 on {socket.gethostname()}"]
+    assert "made no progress for 2 s, in phase step-or-validation of step" in ended.output
+    assert "train_step" in "".join(path.read_text() for path in (tmp_path / "run" / "stacks").iterdir())
+
+
+def test_messages_of_other_programs_are_no_sign_of_life_and_no_alarm(group, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    here, foreign = NodeMessages(group), NodeMessages(group)  # one node, so that each is its own next one
+    foreign._addresses = [here._before]
+    foreign.send_alarm("go away")
+    assert here.receive(0.2) == ""
+    assert here.received is None
+    beat = Heartbeat(5, "restore", 3)
+    here.send_heartbeat(1, beat)
+    assert here.receive(0.2) == ""
+    assert here.received == (1, beat)
+    here.send_alarm("rank 3 hangs")
+    assert here.receive(10) == "rank 3 hangs"
 
 
 def test_the_survivor_of_a_killed_rank_prints_nothing_because_torchrun_reports_the_cause(settings, tmp_path):

@@ -1,0 +1,50 @@
+"""What a job asks of a shared file system and of each host, counted in real runs: it must not grow with the ranks."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.counting import record_operations
+from support.processes import Result, train
+
+RANKS, NODES = 4, 2
+MAINS = (0, 2)  # the first rank of each node
+
+
+class Counted:
+    """A run and what each of its ranks did, in order."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        prefix = folder.with_name(f"{folder.name}-operations-")
+        self.folder = folder
+        self.result: Result = train(folder, *settings, ranks=RANKS, prepare=partial(record_operations, prefix, 2))
+        assert self.result.code == 0, self.result.output
+        self.operations = [Path(f"{prefix}{rank}").read_text().splitlines() for rank in range(RANKS)]
+
+    def training(self, rank: int) -> list[str]:
+        """The operations of a rank on the run's folder while it trains, without those of its first and last step."""
+        operations = self.operations[rank]
+        first, *_, last = (number for number, line in enumerate(operations) if line.startswith("step "))
+        return [line.replace(f"{self.folder}/", "") for line in operations[first:last] if str(self.folder) in line]
+
+
+@pytest.fixture(scope="module")
+def run(settings, tmp_path_factory) -> Counted:
+    limits = ("batch.lanes=4", "train.epochs=1", "checkpoint.every_steps=1000", "resilience.patience=30")
+    return Counted(tmp_path_factory.mktemp("counted") / "run", *settings, *limits)
+
+
+def test_a_training_job_looks_at_its_folder_on_the_main_rank_alone(run):
+    assert [run.training(rank) for rank in range(1, RANKS)] == [[]] * (RANKS - 1)
+    steps = sum(line.startswith("step ") for line in run.operations[0])
+    looks = [re.sub(r"\d{8}", "N", line) for line in run.training(0)]
+    assert looks.count("stat stop") <= steps
+    assert set(looks) - {"stat stop"} <= {
+        "os.listdir attempts",
+        "open attempts/N.json",  # every second
+        "open attempts.jsonl",  # once
+        "open metrics.jsonl",
+        "stat quarantine.jsonl",
+        "stat metrics.jsonl",  # every track.every_steps
+    }
