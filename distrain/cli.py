@@ -107,7 +107,8 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def check_network(config: "Config") -> None:
-    """Raises UserError for an unknown network or images that are too small for it. Allocates no weights."""
+    """Raises UserError for an unknown network, images that are too small for it, or parts to freeze that it does not
+    have. Allocates no weights."""
     import torch
 
     from distrain import models
@@ -119,3 +120,4 @@ def check_network(config: "Config") -> None:
         models.check_resolution(network, min(sizes))
     except UserError as error:
         raise UserError(f"data.image_size or data.size_schedule: {error}") from error
+    models.freeze(network, config.train.freeze)

@@ -20,14 +20,23 @@ from distrain.rng import Stream, torch_seed
 
 
 class Learner:
-    """What a rank trains, from initial weights or from a `saved` state. All ranks create theirs together.
+    """What a rank trains: `network` from its weights or from a `saved` state. All ranks create theirs together.
 
+    `class_weights`: of the loss, float [classes]; None if all classes weigh the same.
     Raises UserError if network, device and configuration do not fit each other.
     """
 
-    def __init__(self, config: Config, group: Group, saved: State | None, info: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        group: Group,
+        network: nn.Module,
+        saved: State | None,
+        info: Callable[[str], None],
+        class_weights: torch.Tensor | None = None,
+    ) -> None:
         self.config = config
-        network = build_network(config, group.device)
+        models.freeze(network, config.train.freeze)
         execution = prepare(config, network, group, info)
         self.memory_format = execution.memory_format
         self.splits = execution.splits
@@ -38,7 +47,7 @@ class Learner:
 
         total = config.batch.lanes * self.splits
         self.statistics = LaneStatistics(network, group, total, metrics=("loss", "top1"))
-        self.criterion = CrossEntropyLoss(label_smoothing=config.loss.label_smoothing)
+        self.criterion = CrossEntropyLoss(class_weights, label_smoothing=config.loss.label_smoothing)
         example = example_images(config, group.device, self.memory_format)[:: self.splits]
         self.strategy = open_strategy(config, network, group, total, example, saved)
         self.eval_model: nn.Module = self.strategy.network

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from distrain import __version__
@@ -24,15 +25,20 @@ from distrain.errors import Stopped, UserError
 from distrain.evaluate import Accuracy, evaluate
 from distrain.failpoints import failpoint
 from distrain.files import read_json, translated_errors, write_json
-from distrain.learner import Learner
+from distrain.initial import InitialWeights, open_initial_weights
+from distrain.learner import Learner, build_network
+from distrain.masking import mask_secrets
 from distrain.parallel.consistency import require_same_start
 from distrain.parallel.group import AsyncFlags, Group
+from distrain.parallel.strategy import State
+from distrain.recipe.losses import class_weights
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.track import Tracker
 
 _IDENTITY = "identity.json"
+_INIT_DIGEST = "model.init digest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,8 @@ class Session:
     stop: StopRequest
     tracker: Tracker
     attempt: Attempt
+    initial: InitialWeights | None
+    """The weights to start from, if model.init names any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +187,7 @@ def open_run(session: Session) -> Iterator[Run]:
             stack.enter_context(closing(make_loader(config, name, index, quarantine, group.device)))
             for (_, index), quarantine in zip(splits, quarantines, strict=True)
         )
-        manifest = run_manifest(config, session.train_index, session.val_index)
+        manifest = run_manifest(config, session.train_index, session.val_index, session.initial)
         attempt.heartbeat("restore", 0)
         start, saved = 0, None
         if (snapshot := checkpoints.restore()) is not None:
@@ -189,9 +197,12 @@ def open_run(session: Session) -> Iterator[Run]:
             if snapshot.extra["versions"] != manifest["versions"]:
                 info(f"saved by {format_versions(snapshot.extra)}, resumed by {format_versions(manifest)}")
             del snapshot
-        learner = Learner(config, group, saved, info)
-        del saved  # as large as the learner's own state
+        learner = make_learner(session, saved)
         group.on_main(partial(begin_records, session, manifest))
+        if saved is None and session.initial is not None:  # so that a restart does not need the source again
+            checkpoints.save(0, learner.state(), manifest)
+            checkpoints.wait_or_raise()
+        del saved  # as large as the learner's own state
         attempt.restored(start)
 
         skipped_steps, lanes = load_skipped_steps(config, group), group.lanes(config.batch.lanes)
@@ -222,26 +233,59 @@ def open_stop_request(config: Config, group: Group) -> StopRequest:
     return StopRequest(config.run.folder if group.is_main else None, config.train.max_minutes)
 
 
-def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> None:
-    """Raises UserError, on every rank, if the ranks were started differently, the newest checkpoint has other settings
-    or the best one is unreadable.
+def make_learner(session: Session, saved: State | None) -> Learner:
+    """Build the learner from a saved state, from the weights that model.init names, or from random ones."""
+    config, group, index = session.config, session.group, session.train_index
+    network = build_network(config, group.device)
+    if saved is None and session.initial is not None:
+        session.initial.load_into(network, group, session.tracker.info)
+    counts = np.bincount(index.label, minlength=len(index.classes))
+    weights = class_weights(config.loss.class_weights, index.classes, counts)
+    loss_weights = None if weights is None else torch.from_numpy(weights).to(group.device)
+    return Learner(config, group, network, saved, session.tracker.info, loss_weights)
+
+
+def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> InitialWeights | None:
+    """Raises UserError, on every rank, if the ranks were started differently, the newest checkpoint has other settings,
+    the best one is unreadable or the initial weights do not fit. Returns those.
 
     Called before anything is written, so that a refused start does not disturb the run that it would resume.
     """
     settings = flatten(to_dict(config))
     require_same_start(group, {key: value for key, value in settings.items() if not key.startswith("download.")})
 
-    def check() -> None:
+    opened: list[InitialWeights] = []
+
+    def check() -> tuple[str, str] | None:
         folder = config.run.folder / "checkpoints"
         with translated_errors(config.run.folder):
             read_best(folder)  # an unreadable file is reported now rather than at the first validation
-            saved = newest_manifest(folder) or read_json(config.run.folder / _IDENTITY, "delete it")
+            manifest = newest_manifest(folder)
+            saved = manifest or read_json(config.run.folder / _IDENTITY, "delete it")
+        initial = find_initial_weights(config, manifest, train_index)
         if saved:
-            current = run_manifest(config, train_index, val_index)
+            current = run_manifest(config, train_index, val_index, initial)
             check_identity(saved, current, changeable_settings(config), config.run.change)
             check_length(config, make_plan(config, train_index), saved.get("step", 0))
+        if initial is None:
+            return None
+        opened.append(initial)
+        return initial.source, initial.sha256
 
-    group.on_main(check)
+    found = group.on_main(check)
+    if found is None or opened:
+        return opened[0] if opened else None
+    return InitialWeights(*found)
+
+
+def find_initial_weights(config: Config, saved: dict[str, Any] | None, train_index: Index) -> InitialWeights | None:
+    """The weights that model.init names, if any; a run with a checkpoint of the same ones does not need them again."""
+    if not config.model.init:
+        return None
+    source = mask_secrets(config.model.init)
+    if saved is not None and saved.get("model.init") == source:
+        return InitialWeights(source, saved["identity"][_INIT_DIGEST])
+    return open_initial_weights(config, train_index.classes)
 
 
 def check_length(config: Config, plan: Plan, step: int) -> None:
@@ -262,7 +306,9 @@ def begin_records(session: Session, manifest: dict[str, Any]) -> None:
     with translated_errors(path.parent):
         if not path.exists():
             write_json(path, manifest)
-    session.tracker.begin()
+    initial = session.initial
+    tags = {} if initial is None else {"distrain.init": initial.source, "distrain.init_sha256": initial.sha256}
+    session.tracker.begin(tags)
 
 
 def format_versions(manifest: dict[str, Any]) -> str:
@@ -270,16 +316,21 @@ def format_versions(manifest: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
 
 
-def run_manifest(config: Config, train_index: Index, val_index: Index) -> dict[str, Any]:
+def run_manifest(
+    config: Config, train_index: Index, val_index: Index, initial: InitialWeights | None
+) -> dict[str, Any]:
     """What a checkpoint records about its run. A run resumes only with the same identity."""
     identity = fixed_settings(config) | {
         "data.train digest": train_index.digest,
         "data.val digest": val_index.digest,
         "data.shuffle": resolve_shuffle(config.data, train_index),
+        _INIT_DIGEST: "" if initial is None else initial.sha256,
     }
     return {
         "format": STATE_FORMAT,
         "identity": identity,
+        "model.init": "" if initial is None else initial.source,
+        "classes": list(train_index.classes),
         "versions": {"distrain": __version__, "torch": torch.__version__},
     }
 

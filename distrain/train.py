@@ -32,7 +32,7 @@ def train(config: Config) -> int:
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
     with Group(patience=config.resilience.patience) as group, open_stop_request(config, group) as stop:
-        check_resumable(config, train_index, val_index, group)
+        initial = check_resumable(config, train_index, val_index, group)
         try:
             with (
                 Attempt(config, group) as attempt,
@@ -41,7 +41,7 @@ def train(config: Config) -> int:
             ):
                 session = Session(
                     config=config, plan=plan, train_index=train_index, val_index=val_index,
-                    group=group, stop=stop, tracker=tracker, attempt=attempt,
+                    group=group, stop=stop, tracker=tracker, attempt=attempt, initial=initial,
                 )  # fmt: skip
                 accuracy, digest = train_with_rollbacks(session)
         except Stopped as stopped:

@@ -53,6 +53,12 @@ def test_the_changed_run_trains(on_dataset, tmp_path):
     assert (tmp_path / "mine" / "checkpoints").is_dir()
 
 
+def test_the_fine_tuning_run_trains(on_dataset, finished, tmp_path):
+    words = readme_command("torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml run.name=tuned")
+    small = [f"run.dir={tmp_path}", *on_dataset, *SMALL, f"model.init={finished[1]}"]
+    assert "done: top-1" in run([*words, *small])
+
+
 def test_all_ways_to_run_train(on_dataset, tmp_path):
     small = [f"run.dir={tmp_path}", *on_dataset, *SMALL, "train.epochs=1", "evaluate.batch=64"]
     ways = re.findall(r"^\| one (?:process|machine) \| `(.*)` \|$", TEXT, re.MULTILINE)
@@ -73,6 +79,15 @@ def test_the_settings_of_strategy_precision_and_memory_exist(monkeypatch):
     assert len(overrides) == 6
     for override in overrides:
         assert is_accepted(monkeypatch, override, *EXTRA.get(override, []))
+
+
+def test_the_settings_of_fine_tuning_exist(monkeypatch):
+    table = TEXT[TEXT.index("## Start from weights") : TEXT.index("## Ways to run")]
+    overrides = re.findall(r"^\| `([a-z_.]+=[^`]*)` \|", table, re.MULTILINE)
+    assert len(overrides) == 4
+    for override in overrides:
+        options = ["model.name=regnety_400mf", "data.image_size=224", "data.val_resize=256"]
+        assert is_accepted(monkeypatch, override, "model.options={}", *options)
 
 
 @pytest.mark.slow

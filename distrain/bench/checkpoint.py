@@ -21,7 +21,7 @@ from distrain.bench.step_cli import UNUSED_SETTINGS
 from distrain.checkpoint import Checkpointer
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, UserError
-from distrain.learner import Learner
+from distrain.learner import Learner, build_network
 from distrain.parallel.group import Group
 
 ROWS = {
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(settings: Config, folder: Path, rounds: int, group: Group) -> tuple[int, dict[str, list[float]]]:
     """Return the bytes of the state and, for each of ROWS, the seconds of every round after a warm-up round."""
-    learner = Learner(settings, group, None, lambda line: None)
+    learner = Learner(settings, group, build_network(settings, group.device), None, lambda line: None)
     step = distrain_candidate(learner, group.device)
     seconds: dict[str, list[float]] = {name: [] for name in ROWS}
     with closing(Checkpointer(folder, group, settings.checkpoint)) as checkpoints:

@@ -80,7 +80,9 @@ def open_candidate(benchmark: StepBenchmark, name: str, group: Group, folder: st
     config.check_ranks(settings, group.world)
     if name in (BARE, PLAIN_DDP):
         return baseline_candidate(settings, group, name)
-    return distrain_candidate(Learner(settings, group, None, lambda line: None), group.device)
+    return distrain_candidate(
+        Learner(settings, group, build_network(settings, group.device), None, lambda line: None), group.device
+    )
 
 
 def distrain_candidate(learner: Learner, device: torch.device) -> Callable[[], int]:

@@ -145,6 +145,13 @@ class ModelConfig(Section):
     name: str = option(MISSING, "a network listed by `python -m distrain models`")
     num_classes: int = option(1000, "width of the classifier; must equal the number of classes in the index")
     options: dict[str, Any] = option({}, "options of that network, as listed by `models show NAME`")
+    init: str = option(
+        "",
+        "weights to start from: a file, a URL, torchvision[:V1|V2], timm:NAME or runs/NAME[:best|last|STEP][:ema|raw]; "
+        "empty: random",
+        location=True,
+        on_resume="free",
+    )
 
 
 @dataclass
@@ -176,6 +183,9 @@ class TrainConfig(Section):
     )
     activation_gb: float = option(
         0.0, "recompute=auto: memory budget for a rank's activations, 10^9 bytes", on_resume="free"
+    )
+    freeze: list[str] = option(
+        [], "parts that are not trained, by name or glob, such as [stem, stages.0] or ['*', '!head']"
     )
     compile: bool = option(False, "compile the network's blocks with torch.compile", on_resume="free")
     max_minutes: float = option(
@@ -233,6 +243,10 @@ class OptimizerConfig(Section):
     )
     decay_norms: bool = option(True, "apply weight decay to normalization weights and all biases too")
     clip_norm: float = option(0.0, "max gradient norm; 0 disables clipping", min=0, on_resume="changeable")
+    head_lr_factor: float = option(1.0, "learning rate of the classifier, as a multiple of optimizer.lr", above=0)
+    layer_decay: float = option(
+        1.0, "ratio of the learning rates of a layer and the one after it, for fine-tuning", above=0, max=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,6 +270,9 @@ class ScheduleConfig(Section):
 class LossConfig(Section):
     label_smoothing: float = option(
         0.0, "fraction of the target spread over all classes", min=0, below=1, on_resume="changeable"
+    )
+    class_weights: str = option(
+        "", "balanced: rare classes weigh more; or a JSON file {CLASS: WEIGHT}; empty: all equal", location=True
     )
 
 

@@ -19,6 +19,7 @@ from distrain.execution.fitting import fit_memory
 from distrain.execution.memory_format import MEMORY_FORMATS, find_faster_format
 from distrain.execution.recomputation import blocks_of, find_least_level, recompute_level, set_level
 from distrain.execution.trial import example_images, forward_backward
+from distrain.models.freezing import FrozenBatchNorm2d
 from distrain.parallel.group import Group
 
 
@@ -77,5 +78,5 @@ def _convert_to_sync_batch_norm(network: nn.Module, group: Group) -> None:
         raise UserError("parallel.batch_norm=sync works on GPUs only: set parallel.batch_norm=lane")
     for parent in list(network.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.BatchNorm2d):
+            if isinstance(child, nn.BatchNorm2d) and not isinstance(child, FrozenBatchNorm2d):
                 setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

@@ -13,6 +13,7 @@ from torch import nn
 from distrain.errors import UserError, nearest
 from distrain.models.complexity import check_resolution
 from distrain.models.densenet import DenseNet, DenseNetConfig, cifar_config
+from distrain.models.freezing import freeze
 from distrain.models.options import check, create
 from distrain.models.published import PUBLISHED, Published
 from distrain.models.recomputation import RECOMPUTATIONS, set_recomputation
@@ -32,6 +33,7 @@ __all__ = [
     "StageConfig",
     "build",
     "check_resolution",
+    "freeze",
     "load_weights",
     "network_config",
     "save_weights",

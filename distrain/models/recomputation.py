@@ -67,7 +67,8 @@ class _PreserveStatistics(AbstractContextManager[None]):
     """
 
     def __init__(self, block: Block, inner: AbstractContextManager[Any]) -> None:
-        self.norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+        # A frozen one, which is not in training mode, reads its running statistics.
+        self.norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
         self.inner = inner
         self.saved: list[tuple[nn.Module, str, torch.Tensor]] = []
 

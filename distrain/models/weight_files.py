@@ -3,11 +3,13 @@
 import argparse
 import hashlib
 import http.client
+import json
 import re
 import shutil
 import urllib.parse
 import urllib.request
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,45 @@ Tensors = dict[str, torch.Tensor]
 _WRAPPERS = ("model_state", "state_dict", "model")  # keys of pycls, timm and torchvision's training script
 _EMA_KEYS = ("ema_state", "state_dict_ema", "model_ema")  # likewise
 
+_RECORD = "distrain"  # key of the metadata of a .safetensors file
+
 _TIMEOUT_S = 60
 
 
-def read_weights(source: str | Path) -> tuple[Tensors, list[str]]:
-    """Return the tensors by name, unwrapped from a training checkpoint, and the keys of any EMA weights in the file.
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a network, by the names that their library gives them, and what is known of them."""
 
-    Raises UserError if the source cannot be downloaded or read, or contains no tensors.
+    source: str
+    tensors: Tensors
+    sha256: str
+    """Of the file, or of the tensors where there is no file of their own."""
+    ignored: tuple[str, ...] = ()
+    """Keys of EMA weights that the file also holds."""
+    classes: tuple[str, ...] = ()
+    """Names of the classifier's outputs; empty if unknown."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the source says of the network: network, options, preprocessing; empty if unknown."""
+
+
+def read_weights(source: str | Path) -> Weights:
+    """Read a file, .safetensors or torch.save, by path or URL; tensors are unwrapped from a training checkpoint.
+
+    Raises UserError if the source cannot be downloaded or read, contains no tensors or values that are not finite.
     """
     is_remote = str(source).startswith(("http://", "https://"))
     path = _fetch(str(source)) if is_remote else Path(source)
     if not path.is_file():
         raise UserError(f"{source}: weights file not found")
+    content: Any
+    record: dict[str, Any] = {}
     try:
-        content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+        if path.suffix == ".safetensors":
+            content, record = _read_safetensors(path)
+        else:
+            content = _read_torch(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:  # torch.load raises almost anything for a corrupt file
         hint = ""
         if is_remote:
@@ -49,11 +76,20 @@ def read_weights(source: str | Path) -> tuple[Tensors, list[str]]:
     tensors = {_normalize_name(str(name)): v for name, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"{source}: contains no tensors")
-    return tensors, ema_keys
+    require_finite(str(source), tensors)
+    classes = tuple(map(str, record.get("classes", ())))
+    return Weights(str(source), tensors, digest, tuple(ema_keys), classes, record)
 
 
-def write_weights(content: dict[str, Any], path: Path) -> None:
-    """Write tensors by name to a .safetensors file, or any content with torch.save.
+def require_finite(source: str, tensors: Tensors) -> None:
+    """Raises UserError if a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} holds NaN or infinite values: use the weights of an earlier epoch")
+
+
+def write_weights(content: dict[str, Any], path: Path, record: dict[str, Any] | None = None) -> None:
+    """Write tensors by name to a .safetensors file with a `record` of the network, or any content with torch.save.
 
     Raises UserError if the file cannot be written.
     """
@@ -62,7 +98,7 @@ def write_weights(content: dict[str, Any], path: Path) -> None:
             if path.suffix == ".safetensors":
                 from safetensors.torch import save
 
-                file.write(save(content))
+                file.write(save(content, {_RECORD: json.dumps(record)} if record else None))
             else:
                 torch.save(content, file)
     except OSError as error:
@@ -70,8 +106,8 @@ def write_weights(content: dict[str, Any], path: Path) -> None:
 
 
 def _normalize_name(name: str) -> str:
-    """Strip the prefixes of DDP and torch.compile, and rename norm.1 (old torchvision DenseNets) to norm1."""
-    name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
+    """Strip the prefixes of DDP, torch.compile and wrappers, and rename norm.1 (old torchvision DenseNets) to norm1."""
+    name = re.sub(r"^(module\.|_orig_mod\.|network\.|model\.)+", "", name)
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
@@ -81,10 +117,15 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(path: Path) -> Tensors:
-    from safetensors.torch import load_file
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a file, and the record that `write_weights` wrote beside them, if any."""
+    from safetensors import safe_open
 
-    return load_file(path)
+    with safe_open(path, "pt") as file:
+        record = json.loads((file.metadata() or {}).get(_RECORD, "{}"))
+        if not isinstance(record, dict):
+            raise TypeError(f"its {_RECORD} metadata is not a JSON object")
+        return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118, no mapping
 
 
 def _explain(error: Exception) -> str:

@@ -3,11 +3,12 @@
 pycls trains on BGR images, everyone else on RGB, so the input channels of the stem are flipped in conversion.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import nn
 
 from distrain.errors import UserError, nearest
@@ -15,7 +16,7 @@ from distrain.models.densenet import DenseNet
 from distrain.models.published import PUBLISHED
 from distrain.models.regnet import AnyNet, RegNetConfig
 from distrain.models.regnet_widths import WidthRule
-from distrain.models.weight_files import Tensors, read_weights, write_weights
+from distrain.models.weight_files import Tensors, Weights, read_weights, write_weights
 
 OURS = "distrain"
 
@@ -107,22 +108,23 @@ _NAMINGS: dict[type[nn.Module], dict[str, dict[str, str]]] = {
 }
 
 
-def load_weights(network: nn.Module, source: str | Path) -> str:
+def load_weights(network: nn.Module, source: str | Path | Weights, classes: Sequence[str] = ()) -> str:
     """Load weights into `network` from a file (.safetensors or torch.save) or a URL, in any known naming.
 
-    A classifier for another number of classes keeps its initialization. Returns a one-line summary: what was loaded,
-    what is newly initialized and which EMA weights were ignored. Raises UserError if the source cannot be read or has
-    missing keys, unexpected keys or shape mismatches, before any weight changes.
+    `classes` are the names of the network's outputs. Where source and network both name their classes, the rows of the
+    classifier are copied by name, and other classes keep their initialization; otherwise a classifier for another
+    number of classes does. Returns a one-line summary: what was loaded, what is newly initialized and which EMA
+    weights were ignored. Raises UserError if the source cannot be read or has missing keys, unexpected keys, shape
+    mismatches or values that are not finite, before any weight changes.
     """
-    tensors, ema_keys = read_weights(source)
-    naming, names = _detect_naming(network, tensors, source)
+    weights = source if isinstance(source, Weights) else read_weights(source)
+    naming, names = _detect_naming(network, weights)
     state = network.state_dict()
-    found = {name: tensors[foreign] for name, foreign in names.items() if foreign in tensors}
+    found = {name: weights.tensors[foreign] for name, foreign in names.items() if foreign in weights.tensors}
     if naming == "pycls" and "stem.conv.weight" in found:
         found["stem.conv.weight"] = found["stem.conv.weight"].flip(1)
     initialized = []
-    if head := _head_mismatch(state, found):
-        found = {name: tensor for name, tensor in found.items() if not name.startswith("head.")}
+    if head := _fit_head(state, found, weights.classes, classes):
         initialized.append(head)
     missing = {name for name in state if name not in found and not name.startswith("head.")}
     counters = {name for name in missing if name.endswith(".num_batches_tracked")}
@@ -130,30 +132,35 @@ def load_weights(network: nn.Module, source: str | Path) -> str:
         initialized.append("num_batches_tracked")
     mismatches = [
         _summarize("missing keys", missing - counters),
-        _summarize("unexpected keys", tensors.keys() - names.values()),
+        _summarize("unexpected keys", weights.tensors.keys() - names.values()),
         _summarize("shape mismatch", (n for n, tensor in found.items() if tensor.shape != state[n].shape)),
     ]
     if any(mismatches):
         raise UserError(
-            f"{source}: weights ({naming} names) do not match this network: "
-            f"{'; '.join(text for text in mismatches if text)}{_suggest_width_rule(network, found)}"
+            f"{weights.source}: weights ({naming} names) do not match this network: "
+            f"{'; '.join(text for text in mismatches if text)}{_suggest_network(network, weights, found)}"
         )
     network.load_state_dict({**state, **found})
-    summary = f"{source}: loaded {len(found)} tensors ({naming} names)"
+    summary = f"{weights.source}: loaded {len(found)} tensors ({naming} names)"
     summary += f"; newly initialized: {', '.join(initialized) or 'none'}"
-    return summary + (f"; ignored: {', '.join(ema_keys)}" if ema_keys else "")
+    return summary + (f"; ignored: {', '.join(weights.ignored)}" if weights.ignored else "")
 
 
-def save_weights(network: nn.Module, path: str | Path, naming: str = OURS) -> None:
+def save_weights(
+    network: nn.Module, path: str | Path, naming: str = OURS, record: dict[str, Any] | None = None
+) -> None:
     """Save the weights as .safetensors, or with torch.save for any other suffix, in a naming: distrain, torchvision,
-    timm or pycls. Raises UserError if the naming does not support the network or the file cannot be written."""
+    timm or pycls. A .safetensors file also holds the `record`, JSON values that describe the network.
+
+    Raises UserError if the naming does not support the network or the file cannot be written.
+    """
     names = translate_names(network, naming)
     tensors = {names[name]: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     if naming == "pycls":
         stem = names["stem.conv.weight"]
         tensors[stem] = tensors[stem].flip(1)
     as_pycls = naming == "pycls" and Path(path).suffix != ".safetensors"
-    write_weights({"model_state": tensors} if as_pycls else tensors, Path(path))
+    write_weights({"model_state": tensors} if as_pycls else tensors, Path(path), record)
 
 
 def translate_names(network: nn.Module, naming: str) -> dict[str, str]:
@@ -180,7 +187,7 @@ def _translate(name: str, naming: str, templates: Mapping[str, str]) -> str:
     return f"{template.format(a=a + 1, b=b + 1, b0=b)}.{leaf}"
 
 
-def _detect_naming(network: nn.Module, tensors: Tensors, source: str | Path) -> tuple[str, dict[str, str]]:
+def _detect_naming(network: nn.Module, weights: Weights) -> tuple[str, dict[str, str]]:
     """Return the naming that shares the most names with the file, and its names of the network's tensors."""
     best, best_names, max_shared = "", {}, 0
     for naming in (OURS, *_NAMINGS[type(network)]):
@@ -188,21 +195,69 @@ def _detect_naming(network: nn.Module, tensors: Tensors, source: str | Path) -> 
             names = translate_names(network, naming)
         except UserError:  # this naming lacks a module of the network, so the file cannot use it
             continue
-        shared = len(tensors.keys() & names.values())
+        shared = len(weights.tensors.keys() & names.values())
         if shared > max_shared:
             best, best_names, max_shared = naming, names, shared
-    if 2 * max_shared < len(tensors):
-        family, example = type(network).__name__, next(iter(tensors))
-        raise UserError(f"{source}: not the weights of any {family}: unexpected keys such as {example}")
+    if 2 * max_shared < len(weights.tensors):
+        family, example = type(network).__name__, next(iter(weights.tensors))
+        raise UserError(
+            f"{weights.source}: not the weights of any {family}: unexpected keys such as {example}"
+            f"{_suggest_network(network, weights, {})}"
+        )
     return best, best_names
 
 
-def _head_mismatch(state: Tensors, found: Tensors) -> str:
-    """Return why the classifier cannot be loaded from the file, or an empty string."""
+def _fit_head(state: Tensors, found: Tensors, in_file: Sequence[str], classes: Sequence[str]) -> str:
+    """Make the classifier in `found` that of `classes`. Returns what of it is newly initialized and why, or ''."""
     if "head.weight" not in found or "head.bias" not in found:
+        _drop_head(found)
         return "head (not in the file)"
-    in_file, in_network = found["head.bias"].numel(), state["head.bias"].numel()
-    return "" if in_file == in_network else f"head (the file has {in_file} classes, the network {in_network})"
+    rows, outputs = found["head.bias"].numel(), state["head.bias"].numel()
+    if found["head.weight"].shape != (rows, state["head.weight"].shape[1]):
+        return ""  # reported as a shape mismatch
+    if len(in_file) != rows or len(classes) != outputs or _are_numbers(in_file) or _are_numbers(classes):
+        if rows == outputs:
+            return ""
+        _drop_head(found)
+        return f"head (the file has {rows} classes, the network {outputs})"
+    index = {name: row for row, name in enumerate(in_file)}
+    known = [number for number, name in enumerate(classes) if name in index]
+    if not known:
+        _drop_head(found)
+        return f"head (none of its {outputs} classes is among the {rows} of the file)"
+    source = torch.tensor([index[classes[number]] for number in known])
+    for name in ("head.weight", "head.bias"):
+        tensor = state[name].cpu().to(found[name].dtype, copy=True)
+        tensor[known] = found[name][source]
+        found[name] = tensor
+    return f"{outputs - len(known)} of {outputs} classes of the head" if len(known) < outputs else ""
+
+
+def _drop_head(found: Tensors) -> None:
+    for name in [name for name in found if name.startswith("head.")]:
+        del found[name]
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    """Whether names are only the numbers of the classes, which say nothing of what they are."""
+    return list(classes) == [str(number) for number in range(len(classes))]
+
+
+def _suggest_network(network: nn.Module, weights: Weights, found: Tensors) -> str:
+    """Return how to load the file, if it holds a published network, or an empty string."""
+    if rule := _suggest_width_rule(network, found):
+        return rule
+    matrix = next((t for t in reversed(weights.tensors.values()) if t.ndim == 2), None)
+    if matrix is None:
+        return ""
+    classes, width = matrix.shape
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    parameters = sum(t.numel() for name, t in weights.tensors.items() if not name.endswith(buffers))
+    features = parameters - classes * (width + 1)
+    for name, entry in PUBLISHED.items():
+        if entry.cost.params - entry.num_classes * (width + 1) == features:
+            return f"; they look like those of {name}: set model.name={name}"
+    return ""
 
 
 def _suggest_width_rule(network: nn.Module, found: Tensors) -> str:

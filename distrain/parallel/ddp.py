@@ -35,7 +35,7 @@ class DDP:
         saved: State | None,
     ) -> None:
         self._module = network
-        self._parameters = list(network.parameters())
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self._micro_batches = len(group.lanes(micro_batches))
         # DDP averages over ranks, a step averages over lanes; the ratio also holds if ranks differ in lanes.
         self._loss_weight = group.world / micro_batches
@@ -81,7 +81,8 @@ class DDP:
         (loss * (self._loss_weight * self._scale.value)).backward()
 
     def update(self, lr: float) -> Update:
-        update = Update(*update_clipped(self._optimizer, self._parameters, lr, self._scale.value, self._clip_norm))
+        parameters = list(self._parameters.values())
+        update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
         self._optimizer.zero_grad()
         self._scale.update(update.applied)
         return update
@@ -91,14 +92,14 @@ class DDP:
 
     def state(self) -> State:
         tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._parameters.items():
             values = self._optimizer.state[parameter]
             tensors.update({f"optimizer/{name}/{key}": value for key, value in values.items()})
         return tensors | self._scale.state()
 
     def _load(self, saved: State) -> None:
         self._module.load_state_dict(model_state(saved))
-        for name, parameter in self._module.named_parameters():
+        for name, parameter in self._parameters.items():
             for key, value in optimizer_state(saved, name).items():
                 self._optimizer.state[parameter][key].copy_(value)
         self._scale.load(saved)

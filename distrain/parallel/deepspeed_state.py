@@ -4,7 +4,7 @@ DeepSpeed has no public way to load a state, and its own checkpoints are tied to
 Every private name of DeepSpeed that we use stands in this file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,17 @@ def init_partition_state(zero: Any) -> None:
     init_state(zero.optimizer, flat_partitions(zero))
     if not _is_stage3(zero):
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def gather(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copies of parameters that stage 3 partitions and no optimizer owns. All ranks must call this together."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    tensors = {}
+    for name, parameter in parameters.items():
+        with GatheredParameters([parameter]):
+            tensors[name] = parameter.detach().clone()
+    return tensors
 
 
 def read_optimizer_state(zero: Any, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:

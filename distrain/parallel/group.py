@@ -120,6 +120,10 @@ class Group:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def broadcast_tensor(self, tensor: torch.Tensor) -> None:
+        """Copy the main rank's tensor into that of every rank, which has the same shape."""
+        dist.broadcast(tensor, src=0)
+
     def gather(self, value: T) -> list[T]:
         """Return every rank's value, by rank, on every rank. They must be picklable."""
         values: list[Any] = [None] * self.world

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distrain.models.freezing import FrozenBatchNorm2d
 from distrain.parallel.group import Group
 
 
@@ -23,7 +24,11 @@ class LaneStatistics:
         self._group = group
         self._lanes = lanes
         self._metrics = tuple(metrics)
-        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+        norms = [
+            norm
+            for norm in module.modules()
+            if isinstance(norm, _BatchNorm) and norm.track_running_stats and not isinstance(norm, FrozenBatchNorm2d)
+        ]
         self._running = _flatten_buffers(norms, ("running_mean", "running_var"), torch.float32, group.device)
         self._batches_tracked = _flatten_buffers(norms, ("num_batches_tracked",), torch.int64, group.device)
         self._running_before = torch.empty_like(self._running)

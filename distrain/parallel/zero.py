@@ -31,7 +31,8 @@ class Zero:
     ) -> None:
         self._module = network
         self._group = group
-        self._parameters = dict(network.named_parameters())
+        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
         self._buffers = dict(network.named_buffers())
         self._micro_batches = micro_batches // group.world
         self._stage = int(config.parallel.strategy.removeprefix("zero"))
@@ -113,9 +114,8 @@ class Zero:
             return dict(self._module.state_dict())
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._buffers | {
-            name: safe_get_full_fp32_param(parameter) for name, parameter in self._parameters.items()
-        }
+        trained = {name: safe_get_full_fp32_param(parameter) for name, parameter in self._parameters.items()}
+        return self._buffers | trained | deepspeed_state.gather(self._frozen)
 
     def state(self) -> State:
         tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}

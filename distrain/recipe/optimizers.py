@@ -1,5 +1,7 @@
-"""Optimizers: which parameters have weight decay, the state kept for each, and a clipped step."""
+"""Optimizers: weight decay and learning rate of each parameter, the state kept for each, and a clipped step."""
 
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +11,11 @@ from torch.nn.utils import get_total_norm
 from torch.optim import SGD, AdamW, Optimizer
 
 from distrain.config import OptimizerConfig
+from distrain.models.complexity import count_complexity
 from distrain.recipe.layerwise import LAMB, LARS
+
+_LAYER = re.compile(r"(?:stages|blocks)\.\d+\.\d+|transitions\.\d+|[^.]+")
+_RESOLUTION = 1024  # at which every network has an output
 
 _STATE_NAMES: dict[type[Optimizer], tuple[str, ...]] = {
     SGD: ("momentum_buffer",),
@@ -20,7 +26,7 @@ _STATE_NAMES: dict[type[Optimizer], tuple[str, ...]] = {
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Build the configured optimizer over all parameters of `module`."""
+    """Build the configured optimizer over all parameters of `module` that are not frozen."""
     groups = group_parameters(module, config)
     settings: dict[str, Any] = {"lr": torch.finfo(torch.float32).tiny}  # set at every step from the schedule
     if config.name in ("sgd", "lars"):
@@ -37,13 +43,43 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def group_parameters(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Group parameters by weight decay: matrices (convolutions, classifier) have it, vectors (norms, biases) may."""
-    matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
+    """Group the parameters that are not frozen by learning rate and weight decay: matrices (convolutions, classifier)
+    have it, vectors (norms, biases) may."""
+    factors = lr_factors(module, config)
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim <= 1, factors[name]].append(parameter)
     return [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": config.weight_decay if config.decay_norms else 0.0},
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if not is_vector or config.decay_norms else 0.0,
+            "lr_factor": factor,
+        }
+        for (is_vector, factor), parameters in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1]))
     ]
+
+
+def lr_factors(module: nn.Module, config: OptimizerConfig) -> dict[str, float]:
+    """The learning rate of each parameter by name, as a multiple of the schedule's.
+
+    It falls by `layer_decay` from each layer to the one before it (Bao et al. 2022, BEiT, appendix), where a layer is
+    the stem, a block or a transition; that of the classifier is `head_lr_factor`.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    if config.layer_decay == config.head_lr_factor == 1:
+        return dict.fromkeys(names, 1.0)
+    executed = [_layer_of(name) for name in count_complexity(module, _RESOLUTION)]
+    depth = {layer: number for number, layer in enumerate(dict.fromkeys(executed))}
+    factors = {layer: config.layer_decay ** (len(depth) - 1 - number) for layer, number in depth.items()}
+    factors["head"] = config.head_lr_factor
+    return {name: factors[_layer_of(name)] for name in names}
+
+
+def _layer_of(name: str) -> str:
+    match = _LAYER.match(name)
+    assert match is not None
+    return match[0]
 
 
 def init_state(optimizer: Optimizer, parameters: Iterable[torch.Tensor] | None = None) -> None:
@@ -69,9 +105,9 @@ def counts_steps(optimizer: Optimizer) -> bool:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of all parameter groups."""
+    """Set the learning rate of all parameter groups, each times its factor."""
     for settings in optimizer.param_groups:
-        settings["lr"] = lr
+        settings["lr"] = lr * settings["lr_factor"]
 
 
 def update_clipped(

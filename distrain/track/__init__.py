@@ -28,8 +28,10 @@ class Tracker(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def begin(self) -> None:
+    def begin(self, tags: Mapping[str, str]) -> None:
         """Begin to report, now that training begins; until then only `info` works. Calls after the first do nothing.
+
+        `tags` are set on the MLflow run.
 
         Raises UserError or TemporaryError if the run's folder cannot be written.
         """
@@ -73,7 +75,7 @@ class NullTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def begin(self) -> None: ...
+    def begin(self, tags: Mapping[str, str]) -> None: ...
 
     def info(self, line: str) -> None: ...
 
@@ -94,7 +96,7 @@ class MainTracker:
         self._spool: Spool | None = None
         self._mlflow: MlflowSender | None = None
 
-    def begin(self) -> None:
+    def begin(self, tags: Mapping[str, str]) -> None:
         if self._spool is not None:
             return
         with translated_errors(self._folder):
@@ -108,6 +110,7 @@ class MainTracker:
                 self._config.run.name,
                 folder=self._folder,
                 params=flatten(map_text(mask_secrets, to_dict(self._config))),
+                tags=tags,
                 spool=self._spool,
                 warn=self._console.info,
             )

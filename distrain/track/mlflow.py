@@ -38,6 +38,7 @@ class MlflowSender:
         name: str,
         folder: Path,
         params: Mapping[str, Any],
+        tags: Mapping[str, str],
         spool: Spool,
         warn: Callable[[str], None],
     ) -> None:
@@ -46,6 +47,7 @@ class MlflowSender:
         self._name = name
         self._folder = folder
         self._params = params
+        self._tags = tags
         self._spool = spool
         self._warn = warn
         self._news = threading.Condition()
@@ -81,7 +83,9 @@ class MlflowSender:
         warned = False
         while True:
             try:
-                _Connection(self._uri, self._experiment, self._name, self._folder, self._params).follow(self)
+                _Connection(self._uri, self._experiment, self._name, self._folder, self._params, self._tags).follow(
+                    self
+                )
                 self._delivered = True
                 return
             except Exception as error:  # training continues whatever MLflow does
@@ -114,7 +118,15 @@ class MlflowSender:
 class _Connection:
     """The MLflow run, found or created, and what it has received so far."""
 
-    def __init__(self, uri: str, experiment: str, name: str, folder: Path, params: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        name: str,
+        folder: Path,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+    ) -> None:
         for variable, value in _ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         from mlflow import MlflowClient
@@ -128,6 +140,8 @@ class _Connection:
         self._received = self._fetch_received()
         self._next = 0  # number of the first spool entry that is not sent
         self._log_params(params)
+        for key, value in tags.items():
+            self._client.set_tag(self._run_id, key, value)
 
     def follow(self, sender: MlflowSender) -> None:
         """Forward the spool until the training ends."""

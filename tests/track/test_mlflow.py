@@ -88,7 +88,7 @@ def test_a_run_that_stopped_or_failed_is_shown_as_that(client, restarted, on_dat
 def end_with(error: Exception, settings) -> None:
     """Begin to report a run, and end it with this error."""
     with open_tracker(settings, is_main=True, steps=5) as tracker:
-        tracker.begin()
+        tracker.begin({})
         raise error
 
 

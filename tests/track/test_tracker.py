@@ -20,7 +20,7 @@ def settings(on_dataset, tmp_path):
 
 def report(settings, is_main: bool) -> str:
     with open_tracker(settings, is_main, steps=5) as tracker:
-        tracker.begin()
+        tracker.begin({})
         tracker.info("a line")
         tracker.log(1, {"train/loss": 2.0})
         tracker.advance(1)
@@ -61,7 +61,7 @@ def test_text_is_printed_as_it_is(settings, capsys):
 def test_a_run_folder_that_cannot_be_created_is_the_users_mistake_in_one_line(on_dataset, folder):
     loaded = config.load(None, [*on_dataset, "model.name=densenet_bc_10_4", f"run.dir={folder}", "run.name=x"])
     with pytest.raises(UserError, match=rf"^{folder}/x: the run's folder cannot be used: .*; set run.dir to a folder"):
-        open_tracker(loaded, True, steps=5).begin()
+        open_tracker(loaded, True, steps=5).begin({})
 
 
 def test_a_disk_that_is_full_at_the_start_may_be_free_later():
