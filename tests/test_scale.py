@@ -8,6 +8,8 @@ import pytest
 from support.counting import record_operations
 from support.processes import Result, train
 
+from distrain.checkpoint import committed
+
 RANKS, NODES = 4, 2
 MAINS = (0, 2)  # the first rank of each node
 
@@ -16,7 +18,7 @@ class Counted:
     """A run and what each of its ranks did, in order."""
 
     def __init__(self, folder: Path, *settings: str) -> None:
-        prefix = folder.with_name(f"{folder.name}-operations-")
+        prefix = folder.with_name(f"{folder.name}-operations-{len(list(folder.parent.iterdir()))}-")
         self.folder = folder
         self.result: Result = train(folder, *settings, ranks=RANKS, prepare=partial(record_operations, prefix, 2))
         assert self.result.code == 0, self.result.output
@@ -28,11 +30,17 @@ class Counted:
         first, *_, last = (number for number, line in enumerate(operations) if line.startswith("step "))
         return [line.replace(f"{self.folder}/", "") for line in operations[first:last] if str(self.folder) in line]
 
+    def values(self, name: str) -> list[int]:
+        """The number that each rank recorded last under a name."""
+        return [int([line for line in lines if f"{name} " in line][-1].split()[-1]) for lines in self.operations]
+
+
+LIMITS = ("batch.lanes=4", "train.epochs=1", "checkpoint.every_steps=1000", "resilience.patience=30")
+
 
 @pytest.fixture(scope="module")
 def run(settings, tmp_path_factory) -> Counted:
-    limits = ("batch.lanes=4", "train.epochs=1", "checkpoint.every_steps=1000", "resilience.patience=30")
-    return Counted(tmp_path_factory.mktemp("counted") / "run", *settings, *limits)
+    return Counted(tmp_path_factory.mktemp("counted") / "run", *settings, *LIMITS)
 
 
 def test_a_training_job_looks_at_its_folder_on_the_main_rank_alone(run):
@@ -48,3 +56,13 @@ def test_a_training_job_looks_at_its_folder_on_the_main_rank_alone(run):
         "stat quarantine.jsonl",
         "stat metrics.jsonl",  # every track.every_steps
     }
+
+
+def test_a_restart_reads_the_checkpoint_once_per_node(run, settings):
+    (newest,) = committed(run.folder / "checkpoints")
+    size = sum(file.stat().st_size for file in newest.iterdir())
+    again = Counted(run.folder, *settings, *LIMITS)
+    assert again.result.digest == run.result.digest
+    read = again.values("restore read")
+    assert [read[rank] < 1.2 * size for rank in MAINS] == [True] * NODES
+    assert sum(read) < 1.2 * NODES * size

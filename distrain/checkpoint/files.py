@@ -105,20 +105,20 @@ def verify(path: Path) -> dict[str, Any]:
 
     Raises DamagedCheckpointError naming the file that differs, TemporaryError if one cannot be read just now.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
         try:
             found = checksum_file(path / name)
         except FileNotFoundError as error:
             raise DamagedCheckpointError(f"{name} is missing") from error
         except OSError as error:
-            raise _unreadable(path / name, error) from error
+            raise unreadable(path / name, error) from error
         if found != expected:
             raise DamagedCheckpointError(f"{name} has {found}, the manifest says {expected}")
     try:
         metadata = Reader(path).read_metadata()
     except OSError as error:
-        raise _unreadable(path / METADATA, error) from error
+        raise unreadable(path / METADATA, error) from error
     if foreign := {entry.relative_path for entry in metadata.storage_data.values()} - manifest["files"].keys():
         raise DamagedCheckpointError(f"{min(foreign)} is not in the manifest")
     return manifest
@@ -131,7 +131,7 @@ def newest_manifest(folder: Path) -> dict[str, Any] | None:
     """
     for path in reversed(committed(folder)):
         with suppress(DamagedCheckpointError):
-            return _read_manifest(path)
+            return read_manifest(path)
     return None
 
 
@@ -148,7 +148,7 @@ def read(path: Path) -> Snapshot:
 
     Raises TemporaryError if it cannot be read just now.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     try:
         entries = tensors_in(path).items()
         tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
@@ -156,7 +156,7 @@ def read(path: Path) -> Snapshot:
             warnings.simplefilter("ignore")  # about loading without a process group, which is intended
             load(tensors, storage_reader=Reader(path), no_dist=True)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     extra = {key: value for key, value in manifest.items() if key not in ("step", "files")}
     return Snapshot(manifest["step"], tensors, extra)
 
@@ -233,7 +233,7 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
     return f"sha256:{hasher.hexdigest()[:32]}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
     """Raises DamagedCheckpointError if the manifest is not as it was written, TemporaryError if it cannot be read."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -246,7 +246,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{MANIFEST} is missing") from error
     except OSError as error:
-        raise _unreadable(path / MANIFEST, error) from error
+        raise unreadable(path / MANIFEST, error) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(f"{MANIFEST} is not readable: {error}") from error
     if not is_intact or any(Path(name).name != name for name in names):
@@ -260,7 +260,7 @@ def _checksum_content(content: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
-def _unreadable(path: Path, error: OSError) -> TemporaryError:
+def unreadable(path: Path, error: OSError) -> TemporaryError:
     return TemporaryError(f"{path}: cannot be read: {error.strerror}; check the file system and run again", scope="all")
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from distrain.checkpoint.distribution import load_on_nodes
 from distrain.checkpoint.files import (
     Snapshot,
     checkpoint_path,
@@ -25,7 +26,6 @@ from distrain.checkpoint.files import (
     clear_tmp,
     commit,
     committed,
-    read,
     read_best,
     remove,
     set_aside,
@@ -157,34 +157,39 @@ class Checkpointer:
 
         Raises UserError if all are damaged, TemporaryError if one cannot be read just now.
         """
-        chosen = self._group.on_main(self._choose)
-        if chosen is None:
-            return None
-        snapshot = read(chosen)
-        self._last, self._is_committed = snapshot.step, True
-        return snapshot
+        for path in self._group.on_main(self._candidates):
+            try:
+                snapshot = load_on_nodes(self._group, path)
+            except DamagedCheckpointError as error:
+                self._group.on_main(partial(self._set_aside, path, str(error)))
+                continue
+            self._last, self._is_committed = snapshot.step, True
+            return snapshot
+        self._group.on_main(self._require_none_damaged)
+        return None
 
     def _prepare_folder(self) -> None:
         with translated_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             clear_tmp(self._folder)
 
-    def _choose(self) -> Path | None:
-        """The checkpoint to load, if there is any."""
-        for path in reversed(committed(self._folder)):
-            try:
-                verify(path)
-                return path
-            except DamagedCheckpointError as error:
-                self._require_current()
-                aside = set_aside(path, str(error))
-                log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, error, aside.name)
+    def _candidates(self) -> list[Path]:
+        """The checkpoints to try, newest first."""
+        with translated_errors(self._folder):
+            return committed(self._folder)[::-1]
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        with translated_errors(self._folder):
+            self._require_current()
+            aside = set_aside(path, reason)
+        log.error("checkpoint %s is damaged: %s; set aside as %s", path.name, reason, aside.name)
+
+    def _require_none_damaged(self) -> None:
         if damaged := set_aside_names(self._folder):
             raise UserError(
                 f"{self._folder}: every checkpoint of this run is damaged ({', '.join(damaged)}): restore one from a "
                 "copy, or delete the folder to train from the beginning"
             )
-        return None
 
     def _write(self, snapshot: Snapshot, best: float | None) -> None:
         step = snapshot.step
