@@ -4,9 +4,11 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from support.processes import SMALL, Training, train
 
+from distrain.resilience.claim import newest_attempt
 from distrain.resilience.stopping import StopRequest
 
 # With everything that draws random numbers in a forward pass.
@@ -73,3 +75,28 @@ def test_a_time_budget_saves_and_stops_and_applies_to_every_start(on_dataset, tm
     steps = list(second.series("train/loss"))
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) > done
+
+
+def test_a_stop_file_under_torchrun_ends_the_job_though_it_may_restart(on_dataset, tmp_path):
+    rendezvous = ("--standalone", "--max-restarts", "3")
+    settings = (*SHORT, *on_dataset, "train.epochs=1000", "evaluate.every_epochs=1000")
+    training = Training(tmp_path / "run", *settings, ranks=2, rendezvous=rendezvous)
+    training.wait_for_step(3)
+    (tmp_path / "run" / "stop").touch()
+    stopped = training.wait()
+    assert stopped.output.count("stopped by file") == 1, stopped.output
+    assert newest_attempt(tmp_path / "run").number == 1
+
+
+def test_control_c_twice_ends_a_rank_that_waits_for_another_one(on_dataset, tmp_path):
+    settings = (*SHORT, *on_dataset, "train.epochs=1000", "evaluate.every_epochs=1000", "resilience.patience=600")
+    training = Training(tmp_path / "run", *settings, ranks=2)
+    training.wait_for_step(3)
+    frozen, waiting = training.workers()
+    frozen.suspend()
+    for _ in range(2):
+        time.sleep(1)  # to wait in an exchange, where Python handles no signal
+        waiting.send_signal(signal.SIGINT)
+    psutil.wait_procs([waiting], timeout=20)
+    assert not waiting.is_running() or waiting.status() == psutil.STATUS_ZOMBIE
+    training.kill()
