@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,7 +29,7 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True, pri
     Without `durable` nothing is flushed to disk, which is enough for a file that only running processes read. Only its
     owner can read a `private` file. Raises OSError.
     """
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat on other hosts
     try:
         with tmp.open("wb") as file:
             if private:

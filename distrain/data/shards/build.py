@@ -6,7 +6,6 @@ complete.
 """
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from distrain.data.image import ImageError, check
 from distrain.data.index import Index
+from distrain.data.shards.drafts import create_json, draft, remove_abandoned
 from distrain.data.shards.interrupts import Poll, map_threads
 from distrain.data.shards.labels import composed
 from distrain.data.shards.scan import ShardFacts, join, read_shard
@@ -27,7 +27,7 @@ from distrain.data.shards.source_images import SourceImages
 from distrain.data.storage.client import error_reason, explain, is_temporary
 from distrain.data.storage.index_file import load_index, save_index
 from distrain.errors import UserError, printable
-from distrain.files import read_json, sync_folder, write_atomically, write_json
+from distrain.files import read_json, write_atomically
 from distrain.rng import Stream, hash64
 
 _FORMAT = 1
@@ -79,6 +79,7 @@ def build(
     order = np.argsort(hash64(seed, Stream.ORDER, np.arange(len(sources))), kind="stable")
     starts = _split_evenly(sources.size[order], shard_bytes)
     digits = max(6, len(str(len(order) - 1)))
+    index_file = out / f"{split}.parquet"
 
     def build_one(number: int, poll: Poll) -> _BuiltShard:
         first, end = starts[number], starts[number + 1]
@@ -86,7 +87,7 @@ def build(
             f"{position:0{digits}}_{_stem(sources.names[image])}": int(image)
             for position, image in enumerate(order[first:end], first)
         }
-        shard = _build_shard(sources, out, f"{split}-{number:06d}.tar", keys, poll)
+        shard = _build_shard(sources, out / f"{split}-{number:06d}.tar", index_file, keys, poll)
         done(end - first)
         return shard
 
@@ -94,6 +95,7 @@ def build(
         out.mkdir(parents=True, exist_ok=True)
         _check_same_classes(out, split, sources.classes)
         _check_same_build(out / f"{split}.build.json", _build_record(sources, shard_bytes, seed))
+        remove_abandoned(out, split)
         shards = list(map_threads(build_one, range(len(starts) - 1), workers))
         unreadable = [problem for shard in shards for problem in shard.unreadable]
         _list_unreadable(out / f"{split}.unreadable.txt", unreadable)
@@ -103,33 +105,26 @@ def build(
             raise UserError(f"{out}: none of the {len(sources):,} images can be read; the first: {name}: {reason}")
         label = np.concatenate([facts.labels.number for facts in found])
         index = join(str(out), found, label, sources.classes)
-        save_index(index, out / f"{split}.parquet")
+        save_index(index, index_file)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written: {error_reason(error)}") from error
     return Built(index, sum(shard.reused for shard in shards), unreadable)
 
 
-def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """Write a tar atomically; equal samples give equal bytes. Raises OSError."""
+def write_shard(path: Path, samples: Iterable[Sample], index: Path) -> None:
+    """Write a tar atomically; equal samples give equal bytes. An `index` of the shard it replaces is removed first.
+    Raises OSError."""
     from webdataset import TarWriter
 
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with tmp.open("wb") as file:
-            with TarWriter(file, mtime=0, user="", group="", encoder=False) as writer:
-                for key, suffix, image, label in samples:
-                    writer.write({"__key__": key, suffix: image, "cls": str(label).encode()})
-            file.flush()
-            os.fsync(file.fileno())
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with draft(path, index) as file, TarWriter(file, mtime=0, user="", group="", encoder=False) as writer:
+        for key, suffix, image, label in samples:
+            writer.write({"__key__": key, suffix: image, "cls": str(label).encode()})
 
 
-def _build_shard(sources: SourceImages, out: Path, name: str, keys: dict[str, int], poll: Poll) -> _BuiltShard:
+def _build_shard(sources: SourceImages, path: Path, index: Path, keys: dict[str, int], poll: Poll) -> _BuiltShard:
     """Reuse an existing shard if it is complete, else write it, unless it would be empty."""
     unreadable: list[tuple[str, str]] = []
+    out, name = path.parent, path.name
     facts = _read_existing(sources, out, name, keys, poll)
     if facts is not None:
         excluded = {key: keys[key] for key in keys.keys() - set(facts.keys)}
@@ -141,7 +136,7 @@ def _build_shard(sources: SourceImages, out: Path, name: str, keys: dict[str, in
     first = next(samples, None)
     if first is None:
         return _BuiltShard(None, False, unreadable)
-    write_shard(out / name, _chain(first, samples))
+    write_shard(path, _chain(first, samples), index)
     facts = read_shard(str(out), name, decode=False, poll=poll)
     return _BuiltShard(facts._replace(keys=[]), False, unreadable)
 
@@ -223,7 +218,10 @@ def _build_record(sources: SourceImages, shard_bytes: int, seed: int) -> dict[st
 
 
 def _check_same_build(file: Path, record: dict[str, Any]) -> None:
-    """Write the record of this build, or raise UserError if it differs from that of an earlier one in the folder."""
+    """Write the record of this build, or raise UserError if it differs from that of another one in the folder, also
+    of one that has begun at the same time."""
+    if not file.exists():
+        create_json(file, record)
     before = read_json(file, "delete it and run the build again")
     changed = [key for key, value in record.items() if before.get(key, value) != value]
     if changed:
@@ -231,7 +229,6 @@ def _check_same_build(file: Path, record: dict[str, Any]) -> None:
             f"{file}: this folder has shards built from other images or settings ({', '.join(changed)} differ); "
             "choose another folder, or delete the split's files"
         )
-    write_json(file, record)
 
 
 def _check_same_classes(out: Path, split: str, classes: tuple[str, ...]) -> None:

@@ -84,10 +84,10 @@ def write(out: Path, split: str, images: Images) -> list[str]:
         Image.fromarray(images.pixels[number]).save(png, "PNG")
         return Sample(f"{number:06d}", "png", png.getvalue(), int(images.labels[number]))
 
-    names = []
+    names, index = [], out / f"{split}.parquet"
     for start in track(range(0, len(images.pixels), _SHARD_SAMPLES), description=f"writing {split}"):
         name = f"{split}-{start // _SHARD_SAMPLES:06d}.tar"
-        write_shard(out / name, map(sample, range(start, min(start + _SHARD_SAMPLES, len(images.pixels)))))
+        write_shard(out / name, map(sample, range(start, min(start + _SHARD_SAMPLES, len(images.pixels)))), index)
         names.append(name)
     return names
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from distrain.data.storage.download import StoreClosed
+from distrain.data.storage.locks import is_still_at, remove_idle, try_lock
 from distrain.errors import UserError
 
 _POLL = 0.02  # seconds
@@ -39,7 +40,7 @@ class ShardCache:
         with self._translated_errors():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for fd in folder.glob("*.part"):  # left by killed downloads; active ones are locked
-                _remove_idle(fd)
+                remove_idle(fd)
 
     def touch(self, name: str) -> bool:
         """Mark a shard as just used. Returns whether it is cached."""
@@ -77,7 +78,7 @@ class ShardCache:
                 if (found, length) == (crc32, size):
                     return False
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if _is_still_at(file, self._shard_path(name)):
+                if is_still_at(file, self._shard_path(name)):
                     self._shard_path(name).unlink()
             return True
 
@@ -86,7 +87,7 @@ class ShardCache:
         while (file := self._open(name)) is None:
             fd = self._lock_partial(name)
             try:
-                if _is_still_at(fd, self._partial_path(name)) and self._complete(fd, name, size, download):
+                if is_still_at(fd, self._partial_path(name)) and self._complete(fd, name, size, download):
                     return os.dup(fd)
             finally:
                 os.close(fd)
@@ -123,7 +124,7 @@ class ShardCache:
     def _lock_partial(self, name: str) -> int:
         file = os.open(self._partial_path(name), os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            while not _try_lock(file):
+            while not try_lock(file):
                 self._pause()
         except BaseException:
             os.close(file)
@@ -149,7 +150,7 @@ class ShardCache:
             if not files:
                 return False
             path, stat = files.pop()
-            if _remove_idle(path):
+            if remove_idle(path):
                 used -= stat.st_size
         return True
 
@@ -211,38 +212,7 @@ class ShardCache:
         )
 
 
-def _remove_idle(path: Path) -> bool:
-    """Remove a file unless it is locked. Returns whether it was removed."""
-    try:
-        file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        idle = _try_lock(file) and _is_still_at(file, path)
-        if idle:
-            path.unlink()
-        return idle
-    finally:
-        os.close(file)
-
-
 def _stamp(file: int | Path) -> None:
     """Set a file's times to now; the kernel's own time stamps can be several milliseconds old."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_still_at(file: int, path: Path) -> bool:
-    """Whether a path still names this open file."""
-    try:
-        return os.path.samestat(os.fstat(file), path.stat())
-    except FileNotFoundError:
-        return False
