@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "doctor",
         help="check the hosts of a run before it starts",
         description="Compare hosts: cores or GPUs, drivers, the network between them, clocks, disks, access to the "
-        "data, and whether they have the same code and configuration. Prints every unhealthy host with the reason.",
+        "data, whether run.dir is shared, code and configuration. Prints every unhealthy host with the reason.",
         epilog="exit codes: 0 all hosts are healthy; 78 at least one is not; else the check failed",
     )
     _add_hosts(doctor)

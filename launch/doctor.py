@@ -10,8 +10,10 @@ import socket
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -57,6 +59,7 @@ def collect_facts(settings: Config, group: Group) -> list[Facts]:
         speeds = [speed for node, _, speed in ranks if int(node) == number]
         facts["gmacs"] = min(speeds)
         facts["ranks"] = len(speeds)
+    look_for_token(settings.run.folder, group, hosts, first_ranks)
     measure_clocks(group, hosts, first_ranks)
     measure_links(group, hosts, first_ranks)
     all_reduce = measure_all_reduce(group)
@@ -78,7 +81,8 @@ def examine_host(settings: Config) -> Facts:
     attempt("code", digest_code)
     attempt("config", lambda: hashlib.sha256(config.to_yaml(settings).encode()).hexdigest()[:12])
     attempt("data", lambda: " ".join(index.digest[:12] for index in load_indexes(settings)))
-    folders = {"run": settings.run.folder, "cache": cache_folder(settings.download)}
+    attempt("cache folder", lambda: str(cache_folder(settings.download)))
+    folders = {"run": settings.run.folder} | ({"cache": Path(facts["cache folder"])} if "cache folder" in facts else {})
     for name, folder in folders.items():
         attempt(f"{name}_free", partial(free_bytes, folder))
         attempt(f"{name}_write_rate", partial(measure_write_rate, folder))
@@ -91,6 +95,21 @@ def examine_host(settings: Config) -> Facts:
         memory = [torch.cuda.mem_get_info(device) for device in range(facts["gpus"])]
         facts["gpu_used"] = max(1 - available / total for available, total in memory)
     return facts
+
+
+def look_for_token(folder: Path, group: Group, hosts: Sequence[Facts], first_ranks: Sequence[int]) -> None:
+    """Add to each host whether it finds in its run folder what the first host has written there."""
+    token = Path(f".doctor-{uuid.uuid4().hex}")
+    if group.is_main:
+        with suppress(OSError):  # among the errors already
+            (folder / token).write_text(socket.gethostname())
+    token, written = group.broadcast((token, (folder / token).exists()))
+    found = group.gather(not written or (folder / token).exists())
+    if group.is_main:
+        with suppress(OSError):
+            (folder / token).unlink(missing_ok=True)
+    for facts, rank in zip(hosts, first_ranks, strict=True):
+        facts["run_shared"] = found[rank]
 
 
 def free_bytes(folder: Path) -> int:
@@ -221,6 +240,10 @@ def find_unhealthy(hosts: Sequence[Facts]) -> dict[str, list[str]]:
                 note(facts, f"slow disk: {name} folder writes {show_rate(facts[f'{name}_write_rate'])}")
             if facts.get(f"{name}_free", _MIN_FREE) < _MIN_FREE:
                 note(facts, f"disk almost full: {name} folder has {decimal(facts[f'{name}_free'])} free")
+        if not facts.get("run_shared", True):
+            note(
+                facts, f"run.dir is not shared: a file that {hosts[0]['host']} writes to the run's folder is not there"
+            )
         if abs(facts["clock_s"]) > _MAX_CLOCK_SKEW_S:
             note(facts, f"clock is {facts['clock_s']:+.1f} s off")
         if facts.get("link_rate", _MIN_LINK_RATE) < _MIN_LINK_RATE:

@@ -2,12 +2,15 @@
 
 import errno
 import os
+import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 
+from distrain.config import DownloadConfig
 from distrain.data.storage.cache import ShardCache
+from distrain.data.storage.remote import cache_folder
 from distrain.errors import UserError
 
 CONTENT = b"0123456789"
@@ -74,3 +77,68 @@ def test_a_cached_shard_of_another_user_is_one_line_in_every_method(cache, folde
             UserError, match=rf"^{folder}: cannot cache shards: .*; set download\.cache to another folder"
         ):
             use()
+
+
+@pytest.fixture
+def default(tmp_path, monkeypatch) -> Path:
+    """Where the default cache is in an empty TMPDIR."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path / f"distrain-{os.getuid()}"
+
+
+def test_the_default_cache_is_this_users_alone(default):
+    before = os.umask(0)
+    try:
+        folder = cache_folder(DownloadConfig())
+    finally:
+        os.umask(before)
+    assert folder == default / "shards"
+    assert [path.stat().st_mode & 0o777 for path in (default, folder)] == [0o700, 0o700]
+    assert cache_folder(DownloadConfig()) == folder
+
+
+def make_writable(folder: Path) -> None:
+    folder.mkdir()
+    folder.chmod(0o770)
+
+
+def make_foreign(folder: Path) -> None:
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+
+
+def make_link(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    folder.symlink_to("elsewhere")
+
+
+PREPARED = {
+    r"can be written by other users \(mode 770\)": make_writable,
+    r"belongs to another user \(id 12345\)": make_foreign,
+    "is a symbolic link": make_link,
+    "is not a folder": Path.touch,
+}
+
+
+@pytest.mark.parametrize("problem", PREPARED)
+@pytest.mark.parametrize("inside", [False, True], ids=["folder", "subfolder"])
+def test_a_default_cache_that_another_user_may_have_prepared_is_refused(default, problem, inside):
+    if os.getuid() and "another user" in problem:
+        pytest.skip("needs root")
+    prepared = default / "shards" if inside else default
+    if inside:
+        default.mkdir(mode=0o700)
+    PREPARED[problem](prepared)
+    with pytest.raises(UserError, match=rf"^{prepared}: {problem} and is not used, .*: remove it, or set download.cac"):
+        cache_folder(DownloadConfig())
+
+
+@pytest.mark.parametrize("name", ["new.part", "new.shard", "lock"])
+def test_a_link_in_a_cache_is_never_followed(cache, folder, tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(victim)
+    with pytest.raises(UserError, match=rf"^{folder}: cannot cache shards: "):
+        read(cache, "new")
+    assert victim.read_bytes() == b"precious"

@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 import pytest
-from support.processes import SMALL, environment
+from support.processes import SMALL, environment, free_port
 
 from launch.doctor import find_unhealthy
 
@@ -34,6 +34,7 @@ def check_with_third(**changes: object) -> dict[str, list[str]]:
         ({"link_rate": 1e7}, "slow network: 10.0 MB/s"),
         ({"run_free": 2 * 10**8}, "disk almost full: run folder has 200.0 MB free"),
         ({"cache_write_rate": 2e6}, "slow disk: cache folder writes 2.0 MB/s"),
+        ({"run_shared": False}, "run.dir is not shared: a file that n0 writes to the run's folder is not there"),
         ({"errors": ["data: no such file"]}, "data: no such file"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
@@ -46,6 +47,24 @@ def test_an_unhealthy_host_is_named_with_the_reason(changes, reason):
 
 def test_equal_hosts_are_healthy():
     assert check_with_third() == {}
+
+
+def test_a_run_folder_on_the_disk_of_each_host_is_found_before_training(on_dataset, tmp_path):
+    port, hosts = free_port(), []
+    for number in range(2):
+        variables = {
+            "RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "GROUP_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "DISTRAIN_HOST": f"n{number}",
+        }  # fmt: skip
+        (own := tmp_path / f"n{number}").mkdir()
+        command = [sys.executable, "-m", "launch.check", *SMALL, *on_dataset, "run.dir=runs", "run.name=run"]
+        options = {"cwd": own, "env": {**environment(), **variables}, "text": True}
+        hosts.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options))
+    output = hosts[0].communicate(timeout=120)[0]
+    assert "unhealthy: n1: run.dir is not shared: a file that n0 writes to the run's folder is not there" in output
+    assert [host.wait(timeout=60) for host in hosts] == [78, 78]
+    assert not list(tmp_path.glob("*/runs/run/.doctor-*"))
 
 
 def test_a_path_with_an_equals_sign_is_a_configuration_and_not_an_override(on_dataset, tmp_path):

@@ -111,7 +111,7 @@ class ShardCache:
 
     def _open(self, name: str) -> int | None:
         try:
-            file = os.open(self._shard_path(name), os.O_RDONLY)
+            file = os.open(self._shard_path(name), os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -122,7 +122,7 @@ class ShardCache:
         return file
 
     def _lock_partial(self, name: str) -> int:
-        file = os.open(self._partial_path(name), os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(self._partial_path(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             while not try_lock(file):
                 self._pause()
@@ -183,7 +183,7 @@ class ShardCache:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        file = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -17,6 +17,7 @@ from distrain.config import DownloadConfig
 from distrain.data.index import Index
 from distrain.data.storage.cache import ShardCache, Write
 from distrain.data.storage.download import Downloader, DownloadError, StoreClosed
+from distrain.data.storage.private import create_private_folder
 from distrain.data.storage.retry import RetryPolicy
 from distrain.data.storage.store import LocalStore, Store, damaged
 from distrain.errors import UserError
@@ -107,6 +108,18 @@ def open_store(index: Index, download: DownloadConfig) -> Store:
 
 
 def cache_folder(download: DownloadConfig) -> Path:
-    """Return the folder of downloaded shards, by default one per user below TMPDIR."""
-    default = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}" / "shards"
-    return Path(download.cache).expanduser() if download.cache else default
+    """Return the folder of downloaded shards, by default one per user below TMPDIR, which is then created.
+
+    Raises UserError if that one is not this user's alone.
+    """
+    if download.cache:
+        return Path(download.cache).expanduser()
+    own = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}"
+    try:
+        for folder in (own, own / "shards"):
+            create_private_folder(folder, "remove it, or set download.cache to another folder")
+    except OSError as error:
+        raise UserError(
+            f"{own}: cannot cache shards: {error.strerror}; set download.cache to another folder", scope="rank"
+        ) from error
+    return own / "shards"
