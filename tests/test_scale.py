@@ -5,10 +5,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from support.counting import record_operations
 from support.processes import Result, train
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from distrain.checkpoint import committed
+from distrain.checkpoint.writing import share_of, write_metadata, write_share
 
 RANKS, NODES = 4, 2
 MAINS = (0, 2)  # the first rank of each node
@@ -66,3 +69,20 @@ def test_a_restart_reads_the_checkpoint_once_per_node(run, settings):
     read = again.values("restore read")
     assert [read[rank] < 1.2 * size for rank in MAINS] == [True] * NODES
     assert sum(read) < 1.2 * NODES * size
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_tensors_that_each_rank_writes_follow_from_their_sizes(tmp_path):
+    tensors = {f"layer{number}": torch.full((number % 50 + 1,), float(number)) for number in range(300)}
+    tensors |= {"image": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last), "step": torch.tensor(7.0)}
+    for world in (1, 3, 1024):
+        shares = [share_of(rank, world, tensors) for rank in range(world)]
+        assert sorted(name for share in shares for name in share) == sorted(tensors)
+        sizes = [sum(tensors[name].nbytes for name in share) for share in shares if share]
+        assert len(sizes) == min(world, 64)
+        assert max(sizes) - min(sizes) <= max(tensor.nbytes for tensor in tensors.values())
+    written = [write_share(tmp_path, rank, 3, tensors) for rank in range(3)]
+    write_metadata(tmp_path, tensors, [file for file in written if file is not None])
+    read = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
+    load(read, checkpoint_id=tmp_path, no_dist=True)  # by torch alone
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)

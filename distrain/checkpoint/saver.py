@@ -13,14 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from distrain.checkpoint.distribution import load_on_nodes
 from distrain.checkpoint.files import (
     Snapshot,
     checkpoint_path,
-    checksum_file,
     checksum_tensors,
     choose_kept,
     clear_tmp,
@@ -35,7 +32,8 @@ from distrain.checkpoint.files import (
     verify,
     write_best,
 )
-from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError
+from distrain.checkpoint.metadata import DamagedCheckpointError
+from distrain.checkpoint.writing import WrittenFile, write_metadata, write_share
 from distrain.config import STATE_FORMAT, CheckpointConfig
 from distrain.config.renamed import RENAMED_KEYS
 from distrain.errors import StaleAttemptError, TemporaryError, UserError
@@ -198,9 +196,10 @@ class Checkpointer:
         try:
             self._agree(step, lambda: failpoint("checkpoint.write", step))
             self._require_equal_states(snapshot)
-            reports = self._agree(step, partial(self._write_files, snapshot, tmp))
-            files = {name: report for reported in reports for name, report in reported.items()}
-            self._agree(step, partial(self._commit, tmp, final, snapshot, files))
+            rank, world = self._group.rank, self._group.world
+            reports = self._agree(step, partial(write_share, tmp, rank, world, snapshot.tensors))
+            written = [file for file in reports if file is not None]
+            self._agree(step, partial(self._commit, tmp, final, snapshot, written))
             failpoint("checkpoint.commit", step)
         except _WriteError:
             if self._group.is_main:
@@ -222,9 +221,8 @@ class Checkpointer:
         result, reason, fatal = None, "", None
         try:
             result = work()
-        # CheckpointException is a BaseException and would end the thread without a message.
-        except (OSError, CheckpointException) as error:
-            reason = " ".join(str(_cause(error)).split())
+        except OSError as error:
+            reason = " ".join(str(error).split())
         except TemporaryError as error:  # a newer attempt has started
             reason, fatal = str(error), error
         outcomes: list[Any] = [None] * self._group.world
@@ -258,24 +256,20 @@ class Checkpointer:
             scope="all",
         )
 
-    def _write_files(self, snapshot: Snapshot, tmp: Path) -> dict[str, dict[str, int]]:
-        """Write this rank's share. Returns size and checksum of its files by name."""
-        save(snapshot.tensors, checkpoint_id=tmp, process_group=self._writers)
-        own = [*tmp.glob(f"__{self._group.rank}_*"), *([tmp / METADATA] if self._group.is_main else [])]
-        return {path.name: checksum_file(path) for path in own}
-
-    def _commit(self, tmp: Path, final: Path, snapshot: Snapshot, files: dict[str, dict[str, int]]) -> None:
+    def _commit(self, tmp: Path, final: Path, snapshot: Snapshot, written: list[WrittenFile]) -> None:
         def before_commit() -> None:
             failpoint("checkpoint.rename", snapshot.step)
             self._require_current()
 
         if not self._group.is_main:
             return
-        failpoint("checkpoint.manifest", snapshot.step)
         if final.exists():  # never overwritten
             shutil.rmtree(tmp)
-        else:
-            commit(tmp, final, snapshot, files, before_commit)
+            return
+        files = [*written, write_metadata(tmp, snapshot.tensors, written)]
+        failpoint("checkpoint.manifest", snapshot.step)
+        reports = {file.name: {"size": file.size, "crc32": file.crc32} for file in files}
+        commit(tmp, final, snapshot, reports, before_commit)
 
     def _record_best(self, step: int, top1: float) -> None:
         try:
@@ -336,9 +330,3 @@ def _renamed_settings(identity: dict[str, Any]) -> str:
     """The settings of an older run that have other names now."""
     renamed = [f"{key} is now {RENAMED_KEYS[key]}" for key in sorted(identity) if key in RENAMED_KEYS]
     return f" ({', '.join(renamed)})" if renamed else ""
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The exception inside torch's report of failed ranks."""
-    failures = getattr(error, "failures", None)
-    return next(iter(failures.values()))[0] if failures else error

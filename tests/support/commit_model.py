@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 START = {0: ("claim", "clear", "choose", "agree"), 1: ("agree",)}
 SAVE = {
     0: (
-        "agree", "agree", "write data", "flush data", "agree written", "write metadata", "flush metadata",
-        "rename metadata", "agree", "write manifest", "flush manifest", "rename manifest", "flush draft",
+        "agree", "agree", "write data", "flush data", "agree", "write metadata", "flush metadata", "rename metadata",
+        "flush draft", "write manifest", "flush manifest", "rename manifest", "flush draft",
         "check attempts", "rename draft to final", "flush checkpoints", "agree", "check attempts",
         "rename final to removed", "flush checkpoints", "remove",
     ),
-    1: ("agree", "agree", "write data", "flush data", "agree written", "agree", "agree"),
+    1: ("agree", "agree", "write data", "flush data", "agree", "agree"),
 }  # fmt: skip
 STEPS = 2  # saves of each attempt, at steps that follow the restored one
 KEEP = 1  # checkpoints that are not pruned
@@ -147,7 +147,7 @@ class Model:
             yield from self._exchange(state, attempt)
             for rank, me in enumerate(pair):
                 number, operation = self._next(me, rank)
-                if operation and not operation.startswith("agree"):
+                if operation and operation != "agree":
                     yield from self._operate(state, attempt, rank, number, operation)
 
     def _kills(self, state: State) -> Iterator[State]:
@@ -169,7 +169,7 @@ class Model:
     def _exchange(self, state: State, attempt: int) -> Iterator[State]:
         """Both ranks exchange how they fared, or one finds the other gone."""
         pair = state.ranks[attempt - 1]
-        waits = [self._next(me, rank)[1].startswith("agree") for rank, me in enumerate(pair)]
+        waits = [self._next(me, rank)[1] == "agree" for rank, me in enumerate(pair)]
         for rank in (0, 1):
             if waits[rank] and not self._runs(pair[1 - rank], 1 - rank):
                 yield state.with_rank(attempt, rank, alive=False)
@@ -196,7 +196,7 @@ class Model:
             yield done
             return
         # Once a save is committed, an error only leaves something to be removed later.
-        is_agreed_on = any(operation.startswith("agree") for _, operation in left)
+        is_agreed_on = any(operation == "agree" for _, operation in left)
         failed = done.with_rank(attempt, rank, failed=is_agreed_on, skipped=not is_agreed_on and bool(left))
         yield _effect(state, done, failed, attempt, rank, state.chosen[attempt - 1] + number, operation)
         if not state.fault and number:

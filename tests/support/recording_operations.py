@@ -14,7 +14,7 @@ from distrain import cli
 record = Path(f"{os.environ['OPERATIONS']}-{os.environ['RANK']}").open("w")  # noqa: SIM115, until the process ends
 _NAMES = (
     (r"checkpoints/step-\d+\.\w+\.tmp/__\d_\d\.distcp$", "data"),
-    (r"checkpoints/step-\d+\.\w+\.tmp/\.metadata(\.tmp)?$", "metadata"),
+    (r"checkpoints/step-\d+\.\w+\.tmp/\.metadata(\.\w+)*(\.tmp)?$", "metadata"),
     (r"checkpoints/step-\d+\.\w+\.tmp/manifest\.json(\.\w+)*(\.tmp)?$", "manifest"),
     (r"checkpoints/step-\d+\.removed\.tmp$", "removed"),
     (r"checkpoints/step-\d+\.\w+\.tmp$", "draft"),
