@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from distrain.data.loading.quarantine import Quarantine
-from distrain.errors import UserError
+from distrain.errors import TemporaryError, UserError
+from distrain.resilience.file_calls import Disturbance, FileCalls
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -97,6 +98,18 @@ def test_a_list_that_cannot_be_opened_is_one_line(path, monkeypatch):
     monkeypatch.setattr(Path, "open", fail_read_only)
     with pytest.raises(UserError, match=rf"^{path}: cannot record bad samples: Read-only file system; free disk space"):
         quarantine.add(1, "bad")
+
+
+def test_a_file_system_that_fails_for_a_moment_is_no_mistake_and_does_not_end_training(path):
+    quarantine = Quarantine(path, "train", 100, 1.0)
+    quarantine.add(1, "bad")
+    with FileCalls(path.parent) as files:
+        files.disturb(Disturbance(("open", "read", "stat"), errno.EIO, 1000.0))
+        assert quarantine.count() == 1
+        with pytest.raises(TemporaryError, match=rf"^{path}: cannot record bad samples: .*, and run again$"):
+            quarantine.add(2, "bad")
+    quarantine.add(2, "bad")
+    assert quarantine.count() == 2
 
 
 def fail_read_only(*args):

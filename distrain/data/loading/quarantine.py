@@ -5,11 +5,12 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from distrain.errors import UserError
+from distrain.errors import TemporaryError, UserError
+from distrain.files import may_pass
 
 
 class Quarantine:
@@ -17,7 +18,8 @@ class Quarantine:
 
     Only lines that any rank wrote since this object was created count. Lines of earlier starts of the run remain as a
     record: the data may have been fixed since, and what is still bad is found again. `limit` is the max fraction of
-    the split's `samples` that may be bad; at least one must be good. Raises UserError if the file cannot be used.
+    the split's `samples` that may be bad; at least one must be good. Raises
+    UserError if the file cannot be used, TemporaryError if that may pass.
     """
 
     def __init__(self, path: Path, split: str, samples: int, limit: float) -> None:
@@ -28,16 +30,17 @@ class Quarantine:
         self._lock = threading.Lock()
         self._known: set[int] = set()
         self._read = 0
-        with self._as_user_error():
+        with self._one_line():
             if path.exists():
                 with path.open("rb") as file:
                     self._read = _complete_lines(file.read())
 
     def add(self, sample: int, reason: str) -> None:
-        """Record a bad sample. Raises UserError if there are too many."""
+        """Record a bad sample. Raises UserError if there are too many or the file cannot be used, TemporaryError if
+        that may pass."""
         with self._lock:
             if sample not in self._known:
-                with self._as_user_error():
+                with self._one_line():
                     self._append(sample, reason)
             bad = len(self._known)
         if bad == self._samples:
@@ -53,12 +56,12 @@ class Quarantine:
             )
 
     def count(self) -> int:
-        """Return the number of bad samples that all ranks have found so far."""
-        with self._lock, self._as_user_error():
+        """Return the number of bad samples that all ranks have found so far, as far as the file can be read now."""
+        with self._lock, suppress(TemporaryError), self._one_line():
             if self._path.exists() and self._path.stat().st_size > self._read:
                 with self._path.open("rb") as file:
                     self._catch_up(file)
-            return len(self._known)
+        return len(self._known)
 
     def _append(self, sample: int, reason: str) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,15 +91,14 @@ class Quarantine:
         return len(content) > complete
 
     @contextmanager
-    def _as_user_error(self) -> Iterator[None]:
+    def _one_line(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"{self._path}: cannot record bad samples: {error.strerror}; free disk space, or set run.dir to a "
-                "writable folder",
-                scope="rank",
-            ) from error
+            text = f"{self._path}: cannot record bad samples: {error.strerror}; free disk space"
+            if may_pass(error):
+                raise TemporaryError(f"{text} or check its file system, and run again") from error
+            raise UserError(f"{text}, or set run.dir to a writable folder", scope="rank") from error
 
 
 def _complete_lines(content: bytes) -> int:
