@@ -36,7 +36,7 @@ from distrain.resilience.file_calls import NEED_SPACE, FileCalls, draw_disturban
 ANY_TIME = "time"
 RECORD = "faults.jsonl"
 HOLD = "faults.hold"
-_HELD_STEP_S = 1.0
+_HELD_STEP_S = 0.5
 _DAMAGE = ("flip", "truncate")
 _FULL_DISK_BYTES = 1000  # max size of a file on the simulated full disk
 

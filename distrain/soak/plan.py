@@ -1,6 +1,7 @@
 """What happens to a run in a soak: a pure function of the seed."""
 
 import random
+from typing import NamedTuple
 
 from distrain.resilience.faults import ANY_TIME, Fault
 
@@ -25,15 +26,48 @@ _RANDOM: dict[str, dict[str, int]] = {
 _MAIN_RANK_ONLY = ("checkpoint.manifest", "checkpoint.rename")
 
 
-def draw_faults(seed: int, count: int, steps: int, ranks: int) -> list[Fault]:
-    """`count` random faults, spread over the run, in order of their steps."""
+# What is done beside the run, with the share of all faults that it has.
+_BESIDE = {"second-start": 0.03, "other-settings": 0.03, "two-attempts": 0.03, "power-cut": 0.04}
+_BESIDE_FROM, _BESIDE_TO = 0.05, 0.8  # of the run, which must still be training when it is done
+
+
+class Action(NamedTuple):
+    """Done beside the run, `seconds` after it has reached `step`."""
+
+    kind: str
+    step: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}@{ANY_TIME}:{self.step}+{self.seconds:g}"
+
+
+def draw_plan(
+    seed: int, count: int, steps: int, ranks: int, power_cuts: bool = True
+) -> tuple[list[Fault], list[Action]]:
+    """`count` random faults and actions, spread over the run, each in order of their steps."""
     draw = random.Random(seed)
+    kinds = [kind for kind in _BESIDE if power_cuts or kind != "power-cut"]
+    due = {kind: draw.random() for kind in kinds}
     faults: list[Fault] = []
+    actions: list[Action] = []
     for number in range(count):
         first, last = number * steps // count, (number + 1) * steps // count - 1
-        (failpoint,) = draw.choices(list(_RANDOM), [3 if name == ANY_TIME else 1 for name in _RANDOM])
-        (kind,) = draw.choices(list(_RANDOM[failpoint]), list(_RANDOM[failpoint].values()))
-        rank = 0 if failpoint in _MAIN_RANK_ONLY or kind in ("flip", "truncate") else draw.randrange(ranks)
-        seconds = round(draw.uniform(0, 1), 2) if failpoint == ANY_TIME else 0.0
-        faults.append(Fault(kind, failpoint, draw.randint(first, last), rank, seconds))
-    return faults
+        step, seconds = draw.randint(first, last), round(draw.uniform(0, 1), 2)
+        if _BESIDE_FROM * steps <= step < _BESIDE_TO * steps:
+            for kind in kinds:
+                due[kind] += _BESIDE[kind] / (_BESIDE_TO - _BESIDE_FROM)
+            kind = max(kinds, key=due.__getitem__)
+            if due[kind] >= 1:
+                due[kind] -= 1
+                actions.append(Action(kind, step, seconds))
+                continue
+        faults.append(_draw_fault(draw, step, seconds, ranks))
+    return faults, actions
+
+
+def _draw_fault(draw: random.Random, step: int, seconds: float, ranks: int) -> Fault:
+    (failpoint,) = draw.choices(list(_RANDOM), [6 if name == ANY_TIME else 1 for name in _RANDOM])
+    (kind,) = draw.choices(list(_RANDOM[failpoint]), list(_RANDOM[failpoint].values()))
+    rank = 0 if failpoint in _MAIN_RANK_ONLY or kind in ("flip", "truncate") else draw.randrange(ranks)
+    return Fault(kind, failpoint, step, rank, seconds if failpoint == ANY_TIME else 0.0)

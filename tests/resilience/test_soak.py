@@ -1,20 +1,120 @@
+import errno
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import SMALL, readme_command
 
 from distrain.__main__ import main
-from distrain.soak.plan import draw_faults
+from distrain.files import write_atomically
+from distrain.resilience.faults import parse_fault
+from distrain.soak.account import Account, find_problems, summarize
+from distrain.soak.disk import Disk, why_impossible
+from distrain.soak.plan import Action, draw_plan
 
 
-def test_faults_are_reproducible_and_spread_over_the_run():
-    faults = draw_faults(seed=3, count=50, steps=1000, ranks=3)
-    assert faults == draw_faults(seed=3, count=50, steps=1000, ranks=3)
-    assert faults != draw_faults(seed=4, count=50, steps=1000, ranks=3)
-    assert [fault.step // 20 for fault in faults] == list(range(50))
+def test_a_plan_is_reproducible_and_spread_over_the_run():
+    faults, actions = draw_plan(seed=3, count=100, steps=2000, ranks=3)
+    assert (faults, actions) == draw_plan(seed=3, count=100, steps=2000, ranks=3)
+    assert faults != draw_plan(seed=4, count=100, steps=2000, ranks=3)[0]
+    assert sorted(step // 20 for step in [entry.step for entry in (*faults, *actions)]) == list(range(100))
     assert {fault.rank for fault in faults} == {0, 1, 2}
     assert len({(fault.kind, fault.failpoint) for fault in faults}) > 15
+    assert [parse_fault(str(fault)) for fault in faults] == faults
+    assert {action.kind for action in actions} == {"second-start", "other-settings", "two-attempts", "power-cut"}
+
+
+def test_where_power_cannot_be_cut_no_cut_is_drawn():
+    faults, actions = draw_plan(seed=3, count=100, steps=2000, ranks=2, power_cuts=False)
+    assert len(faults) + len(actions) == 100
+    assert {action.kind for action in actions} == {"second-start", "other-settings", "two-attempts"}
+
+
+FAULTS = [
+    parse_fault("sigkill@time:5+0.5/1"),
+    parse_fault("clock@train.step:7"),
+    parse_fault("flip@checkpoint.commit:8"),
+]
+ACTIONS = [Action("two-attempts", 9, 0.5)]
+RIGHT = Account(
+    fired=[
+        {"fault": "sigkill@time:5+0.5/1", "attempt": 1},
+        {"fault": "clock@train.step:7/0", "attempt": 2},
+        {"fault": "flip@checkpoint.commit:8/0", "attempt": 2, "checkpoint": "step-00000008"},
+    ],
+    done=[
+        {"action": "two-attempts@time:9+0.5", "attempt": 2, "problem": None},
+        {"action": "two-attempts@time:9+0.5", "attempt": 2, "problem": ""},
+        {"action": "restarted", "attempt": 3, "problem": ""},
+    ],
+    attempts=[{"attempt": 1, "cause": ""}, {"attempt": 2, "cause": "exited"}, {"attempt": 4, "cause": "exited"}],
+    last_attempt=4,
+    losses={1: 0.5, 2: 0.25},
+    damaged=["step-00000008"],
+    digest="sha256:1",
+)  # fmt: skip
+
+
+def problems_of(**changed: Any) -> list[str]:
+    return find_problems(FAULTS, ACTIONS, replace(RIGHT, **changed), {1: 0.5, 2: 0.25}, "sha256:1")
+
+
+def test_a_soak_in_which_all_is_right_has_no_problems():
+    assert problems_of() == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"fired": RIGHT.fired[:2], "damaged": []}, "flip@checkpoint.commit:8/0 fired 0 times"),
+        ({"fired": [*RIGHT.fired, RIGHT.fired[0]]}, "sigkill@time:5+0.5/1 fired 2 times"),
+        ({"done": RIGHT.done[::2]}, "two-attempts@time:9+0.5 fired 0 times"),
+        ({"done": RIGHT.done[:2]}, "attempt 3 ended, and nothing was injected into it"),
+        ({"losses": {1: 0.5}}, "1 steps are in no metrics, the first is 2"),
+        ({"losses": {1: 0.5, 2: 0.3}}, "1 steps had another loss, the first is 2"),
+        ({"damaged": ["step-00000012"]}, "checkpoint step-00000012 is damaged"),
+        ({"digest": "sha256:2"}, "other weights: sha256:2, uninterrupted sha256:1"),
+        (
+            {"attempts": [{"attempt": 2, "cause": "UserError: no"}]},
+            "attempt 1 ended as if by a mistake: UserError: no",
+        ),
+        (
+            {"done": [*RIGHT.done[::2], {**RIGHT.done[1], "problem": "both continued"}]},
+            "two-attempts@time:9+0.5: both continued",
+        ),
+    ],
+)
+def test_what_is_not_as_it_was_planned_is_a_problem(changed, problem):
+    assert problems_of(**changed) == [problem]
+
+
+def test_restarts_across_a_step_of_the_clock_do_not_count_as_hours():
+    attempts = [
+        {"cause": "exited", "lost_steps": 2, "seconds": {"down": down}} for down in (1.0, 86400.0, -3600.0, 3.0)
+    ]
+    assert summarize(attempts) == "down 2.00; steps lost 2.0, at most 2"
+
+
+@pytest.mark.skipif(bool(why_impossible()), reason=why_impossible())
+def test_a_power_cut_loses_what_is_not_synced_and_nothing_else(tmp_path):
+    disk = Disk(tmp_path / "image", tmp_path / "disk")
+    disk.mount()
+    try:
+        write_atomically(disk.folder / "synced", "kept")
+        (disk.folder / "not-synced").write_text("lost")
+        disk.cut_power()
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            (disk.folder / "later").write_text("lost")
+        disk.unmount()
+        disk.mount()
+        assert (disk.folder / "synced").read_text() == "kept"
+        assert not (disk.folder / "not-synced").exists() or not (disk.folder / "not-synced").read_text()
+        assert not (disk.folder / "later").exists()
+    finally:
+        disk.unmount()
 
 
 def soak(monkeypatch, *words: str) -> int:
@@ -36,10 +136,14 @@ def test_a_run_survives_random_faults_bit_for_bit(monkeypatch, capsys, on_datase
     small = (*SMALL, *on_dataset, "batch.lanes=3", "batch.per_lane=4", "train.epochs=15", "checkpoint.every_steps=5")
     limits = ("evaluate.batch=16", "evaluate.every_epochs=0.5", "resilience.patience=4", f"run.dir={tmp_path}")
     output = tmp_path / "soak.json"
-    assert soak(monkeypatch, *command[4:], *small, *limits, "--seed", "1", "--json", str(output)) == 0
+    assert soak(monkeypatch, *command[4:], *small, *limits, "--seed", "5", "--json", str(output)) == 0
     results = json.loads(output.read_text())
-    assert len(results["fired"]) == 25
-    assert results["digests"]["soaked"] == results["digests"]["uninterrupted"]
+    done = [entry["action"].split("@")[0] for entry in results["done"] if entry["problem"] == ""]
+    actions = sum(kind != "restarted" for kind in done)
+    assert len(results["fired"]) + actions == 25
+    assert {"second-start", "other-settings", "two-attempts"} < {*done}
+    assert results["problems"] == []
+    assert results["digest"] == results["uninterrupted"]
     shown = capsys.readouterr().out
-    assert "the same bits" in shown
+    assert "the same bits, nothing lost" in shown
     assert "resuming at step" in shown
