@@ -1,18 +1,21 @@
 """The limit of open files, which a rank needs for its connections to all others."""
 
+import math
 import resource
 from contextlib import suppress
 
 from distrain.errors import UserError
 
-_GROUPS = 3  # process groups in which every rank is connected to every other: gradients, messages, and torch's own
-_OTHER = 54  # the store, files, libraries
+_GROUPS = 3  # in which every rank is connected to every other: gradients, control, background
+_OTHER = 48  # files, libraries, messages of the watchdog
+_FREE = 3 / 4  # of the limit: each of two sets of shards may have an eighth of it open
 _ENOUGH = 1 << 20  # some programs get slow with an unlimited number
 
 
 def count_open_files(world: int) -> int:
     """How many files and sockets a process of a job of `world` ranks has open at most."""
-    return _GROUPS * (world - 1) + _OTHER
+    store = world if world > 1 else 0  # through which they meet, on the main rank: one connection from each
+    return math.ceil((_GROUPS * (world - 1) + store + _OTHER) / _FREE)
 
 
 def raise_open_files(world: int) -> None:

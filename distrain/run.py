@@ -21,6 +21,7 @@ from distrain.data.loading.requests import train_requests
 from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
 from distrain.data.sampling.order import resolve_shuffle
 from distrain.data.sampling.plan import Plan
+from distrain.data.storage.remote import check_store
 from distrain.errors import Stopped, UserError
 from distrain.evaluate import Accuracy, evaluate
 from distrain.failpoints import failpoint
@@ -183,8 +184,10 @@ def open_run(session: Session) -> Iterator[Run]:
         checkpoints = stack.enter_context(
             closing(Checkpointer(folder, group, config.checkpoint, attempt.token, attempt.require_current))
         )
+        for _, index in splits:
+            group.on_node_mains(partial(check_store, index))
         train_loader, val_loader = (
-            stack.enter_context(closing(make_loader(config, name, index, quarantine, group.device)))
+            stack.enter_context(closing(make_loader(config, name, index, quarantine, group.device, checked=True)))
             for (_, index), quarantine in zip(splits, quarantines, strict=True)
         )
         manifest = run_manifest(config, session.train_index, session.val_index, session.initial)

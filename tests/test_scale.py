@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.counting import record_operations
+from support.counting import few_open_files, record_operations
 from support.processes import Result, train
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from distrain.checkpoint import committed
 from distrain.checkpoint.writing import share_of, write_metadata, write_share
+from distrain.open_files import count_open_files
 
 RANKS, NODES = 4, 2
 MAINS = (0, 2)  # the first rank of each node
@@ -86,3 +87,27 @@ def test_the_tensors_that_each_rank_writes_follow_from_their_sizes(tmp_path):
     read = {name: torch.empty(tensor.shape) for name, tensor in tensors.items()}
     load(read, checkpoint_id=tmp_path, no_dist=True)  # by torch alone
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_the_shards_are_looked_at_once_per_node(run):
+    looks = [[line for line in lines if line.startswith("stat") and line.endswith(".tar")] for lines in run.operations]
+    assert [len(set(found)) for found in looks] == [7 if rank in MAINS else 0 for rank in range(RANKS)]
+    assert [len(found) for found in looks] == [len(set(found)) for found in looks]
+
+
+def test_every_rank_has_fewer_sockets_than_are_counted(run):
+    own = 8  # the agent, the store, listening ones, messages
+    groups = 3 * (RANKS - 1)
+    sockets = run.values("sockets")
+    assert sockets[0] <= groups + RANKS + own
+    assert max(sockets[1:]) <= groups + own
+    assert count_open_files(1024) * 3 / 4 >= 3 * 1023 + 1024 + own
+
+
+def test_a_limit_of_open_files_that_is_too_low_for_the_ranks_is_one_line(settings, tmp_path):
+    refused = train(tmp_path / "run", *settings, "batch.lanes=1024", prepare=few_open_files)
+    assert refused.code == 78
+    assert refused.lines == [
+        "1,024 ranks need 5,522 open files per process, and the hard limit (ulimit -Hn) here is 4,096: raise it on "
+        "every host, in /etc/security/limits.conf or with LimitNOFILE= of the service"
+    ]

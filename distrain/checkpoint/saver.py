@@ -39,7 +39,7 @@ from distrain.config.renamed import RENAMED_KEYS
 from distrain.errors import StaleAttemptError, TemporaryError, UserError
 from distrain.failpoints import failpoint
 from distrain.files import translated_errors
-from distrain.parallel.group import Group, new_gloo_group
+from distrain.parallel.group import Group
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,6 @@ class Checkpointer:
         self._folder = folder
         self._group = group
         self._config = config
-        self._writers = new_gloo_group()  # a separate one, because it communicates during training
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staged: dict[str, torch.Tensor] = {}
         self._writing: Future[None] | None = None
@@ -226,7 +225,7 @@ class Checkpointer:
         except TemporaryError as error:  # a newer attempt has started
             reason, fatal = str(error), error
         outcomes: list[Any] = [None] * self._group.world
-        dist.all_gather_object(outcomes, (result, reason, fatal is not None), group=self._writers)
+        dist.all_gather_object(outcomes, (result, reason, fatal is not None), group=self._group.background)
         if fatal is not None:
             raise fatal
         for _, why, is_fatal in outcomes:

@@ -63,7 +63,8 @@ class Group:
         except dist.DistError as error:
             reason = str(error).split("\n", 1)[0]
             raise TemporaryError(f"rank {self.rank} could not reach all other ranks: {reason}") from error
-        self.control = new_gloo_group()  # small messages between CPUs, apart from the gradients
+        self.control = _new_gloo_group()  # small messages between CPUs, apart from the gradients
+        self.background = _new_gloo_group()  # those of a thread that saves while the others train
         if self.patience and self.world > 1:
             self._await_all_ranks()
         self.peers: list[Peer] = self.gather(Peer.own(environment.local_rank))
@@ -147,6 +148,22 @@ class Group:
             raise error
         return cast(T, result)
 
+    def on_node_mains(self, work: Callable[[], None]) -> None:
+        """Do `work` on the first rank of each node.
+
+        A UserError or TemporaryError that it raises on any of them is raised on every rank.
+        """
+        error = None
+        if self.is_node_main:
+            try:
+                work()
+            except (UserError, TemporaryError) as raised:
+                error = raised
+                error.scope = "all"
+        for rank, found in enumerate(self.gather(error)):
+            if found is not None:
+                raise found if rank == 0 else type(found)(f"{self.peers[rank].host}: {found}", scope="all")
+
     def any(self, flag: bool) -> bool:
         """Return on every rank whether `flag` is true on any."""
         return self.max(float(flag)) > 0
@@ -162,8 +179,7 @@ class Group:
         dist.barrier(group=self.control)
 
 
-def new_gloo_group() -> dist.ProcessGroup:
-    """Return a new group of all ranks for CPU tensors. All ranks must create their groups in the same order."""
+def _new_gloo_group() -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     return group

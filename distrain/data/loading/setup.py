@@ -46,11 +46,16 @@ def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
     return Quarantine(config.run.folder / "quarantine.jsonl", split, len(index), config.data.max_bad)
 
 
-def make_loader(config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device) -> Loader:
-    """Open the loader `name` of a run over an index. Raises UserError if it is not installed on this machine."""
+def make_loader(
+    config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device, checked: bool = False
+) -> Loader:
+    """Open the loader `name` of a run over an index. Raises UserError if it is not installed on this machine.
+
+    `checked`: whether `check_store` has been called for the index on this host.
+    """
     if name == "dali":
         require_dali()
-    reader = SampleReader(index, open_store(index, config.download), quarantine)
+    reader = SampleReader(index, open_store(index, config.download, checked), quarantine)
     batch = max(config.batch.per_lane, config.evaluate.batch)
     return open_loader(name, config.data, config.augment, config.run.seed, batch, reader, device)
 

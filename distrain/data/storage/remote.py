@@ -19,7 +19,7 @@ from distrain.data.storage.cache import ShardCache, Write
 from distrain.data.storage.download import Downloader, DownloadError, StoreClosed
 from distrain.data.storage.private import create_private_folder
 from distrain.data.storage.retry import RetryPolicy
-from distrain.data.storage.store import LocalStore, Store, damaged
+from distrain.data.storage.store import LocalStore, Store, damaged, require_shards
 from distrain.errors import UserError
 from distrain.masking import mask_urls
 
@@ -102,9 +102,18 @@ class RemoteStore:
         return sha256(f"{mask_urls(self._index.location(shard))} {size} {crc32}".encode()).hexdigest()[:24]
 
 
-def open_store(index: Index, download: DownloadConfig) -> Store:
-    """Open a store for local or remote shards. Raises UserError when they cannot be used."""
-    return RemoteStore(index, download) if index.remote else LocalStore(index)
+def open_store(index: Index, download: DownloadConfig, checked: bool = False) -> Store:
+    """Open a store for local or remote shards. Raises UserError when they cannot be used.
+
+    `checked`: whether `check_store` has been called for the index on this host.
+    """
+    return RemoteStore(index, download) if index.remote else LocalStore(index, checked)
+
+
+def check_store(index: Index) -> None:
+    """Look at all local shards. Raises UserError for one that cannot be used."""
+    if not index.remote:
+        require_shards(index)
 
 
 def cache_folder(download: DownloadConfig) -> Path:

@@ -51,24 +51,30 @@ def damaged(index: Index, sample: int) -> DataError:
     )
 
 
+def require_shards(index: Index) -> None:
+    """Raises UserError naming the first local shard that is missing or whose size differs from the index."""
+    for shard, (_, size, _) in enumerate(index.shards):
+        path = index.location(shard)
+        try:
+            found = os.stat(path).st_size  # noqa: PTH116, Path would make thousands of objects
+        except OSError as error:
+            raise UserError(
+                f"{path}: shard cannot be opened: {error.strerror}; restore it or index the shards again"
+            ) from error
+        if found != size:
+            raise UserError(
+                f"{path}: shard has {found:,} bytes, {size:,} when it was indexed; restore it or index it again"
+            )
+
+
 class LocalStore:
     """Reads shards in place, from a local or mounted folder."""
 
-    def __init__(self, index: Index) -> None:
-        """Raises UserError naming the first shard that is missing or whose size differs from the index."""
+    def __init__(self, index: Index, checked: bool = False) -> None:
+        """`checked`: whether `require_shards` has been called for the index on this host; if not, it is called."""
         self._index = index
-        for shard, (_, size, _) in enumerate(index.shards):
-            path = index.location(shard)
-            try:
-                found = os.stat(path).st_size  # noqa: PTH116, Path would make thousands of objects
-            except OSError as error:
-                raise UserError(
-                    f"{path}: shard cannot be opened: {error.strerror}; restore it or index the shards again"
-                ) from error
-            if found != size:
-                raise UserError(
-                    f"{path}: shard has {found:,} bytes, {size:,} when it was indexed; restore it or index it again"
-                )
+        if not checked:
+            require_shards(index)
         self._compare_lock = threading.Lock()
         self._mismatched: dict[int, bool] = {}
         # Opening is slow on network file systems, and there may be more shards than a process may open files.
