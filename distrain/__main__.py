@@ -58,11 +58,12 @@ def run() -> int:
     try:
         return cli.run(sys.argv[1:])
     except (UserError, TemporaryError) as error:
-        if error.scope == "all":
+        if error.scope in ("main", "all"):
             yield_to_main_rank()
         elif error.scope == "peer":
             yield_to_failed_rank()
-        print_error(error)
+        if error.scope != "main" or rank_or_zero() == 0:
+            print_error(error)
         return EXIT_USER if isinstance(error, UserError) else 1
 
 

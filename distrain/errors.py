@@ -13,9 +13,10 @@ EXIT_DONE = 0
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, everything saved, run again
 EXIT_USER = 78  # EX_CONFIG of sysexits.h: the user's mistake, running again will not help
 
-Scope = Literal["all", "rank", "peer"]
-"""Who reports an error. all: every rank has it, the main rank reports for them. rank: this rank has it and reports it
-itself. peer: another rank failed, and that one or the launcher reports the cause."""
+Scope = Literal["main", "all", "rank", "peer"]
+"""Who reports an error. main: the main rank has it, the others learned it from there. all: every rank has it, the main
+rank reports for them, unless it does not end. rank: this rank has it and reports it itself. peer: another rank failed,
+and that one or the launcher reports the cause."""
 
 
 class UserError(Exception):

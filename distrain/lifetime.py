@@ -31,6 +31,14 @@ def end_with_agent() -> None:
         os._exit(1)
 
 
+def has_agent() -> bool:
+    """Whether an agent, ours or torchrun's, has started this process as a rank."""
+    try:
+        return _find_agent() is not None
+    except ProcessLookupError:  # it has ended
+        return False
+
+
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when the process `parent` ends.
 

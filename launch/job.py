@@ -25,6 +25,7 @@ from launch.stopping import STOP_LINE
 _EXIT_KILLED = 128 + signal.SIGINT
 _EXIT_SSH = 255  # ssh lost the connection to the host or could not connect
 _GRACE_S = 20.0  # for the other nodes to exit after one has failed
+_GRACE_USER_S = 4.0  # the same after one has reported a mistake of the user, which the others need not repeat
 _POLL_S = 10.0  # between attempts to reach a lost host
 
 # A shell reads lines NAME=VALUE byte by byte, up to an empty one, and leaves the rest to the program.
@@ -173,11 +174,13 @@ class Job:
                     if code == _EXIT_SSH:
                         info(f"lost {name}")
                     if code != 0:
-                        deadline = min(deadline, time.monotonic() + _GRACE_S)
+                        grace = _GRACE_USER_S if code == EXIT_USER else _GRACE_S
+                        deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() > deadline:
                 for name, process in self._nodes.items():
                     if name not in codes:
-                        info(f"{name} is still running {_GRACE_S:.0f} s after another node failed: killed")
+                        if EXIT_USER not in codes.values():
+                            info(f"{name} is still running {_GRACE_S:.0f} s after another node failed: killed")
                         kill(process)
                 deadline = float("inf")
             time.sleep(0.05)

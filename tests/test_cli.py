@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from support.processes import SMALL, environment, free_port
 
 from distrain.errors import UserError
 from distrain.masking import mask_secrets
@@ -79,6 +80,23 @@ def test_variables_left_over_from_another_launcher_are_refused(variables, messag
     with pytest.raises(UserError) as caught:
         read_environment(variables)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_variables_left_over_that_make_a_start_wait_are_named_at_once(on_dataset, tmp_path, rank):
+    left = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "distrain", *SMALL, *on_dataset, "batch.lanes=2", f"run.dir={tmp_path}"]
+    started = subprocess.Popen(
+        [*command, "run.name=run"], env={**environment(), **left}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        expected = (
+            f"distrain: rank {rank} waits for all 2 ranks to connect to 127.0.0.1:{left['MASTER_PORT']}, as RANK,"
+        )
+        assert any(line.startswith(expected) for line in started.stderr)
+    finally:
+        started.kill()
+        started.communicate()
 
 
 def test_empty_variables_and_those_of_slurm_and_mpi_are_ignored():

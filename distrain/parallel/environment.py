@@ -1,12 +1,19 @@
 """The rank of this process, as torchrun or another launcher set it in the environment."""
 
+import logging
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from distrain.errors import UserError
+from distrain.lifetime import has_agent
+
+log = logging.getLogger(__name__)
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_REPORT_WAITING_S = 3.0
 _CURE = "unset it, or start the ranks with torchrun or `python -m launch`"
 
 
@@ -58,3 +65,24 @@ def rank_or_zero() -> int:
         return read_environment().rank
     except UserError:
         return 0
+
+
+@contextmanager
+def report_waiting(environment: Environment) -> Iterator[None]:
+    """Say what is awaited if connecting to the other ranks takes seconds, unless an agent starts them all: in a
+    terminal the variables may be left over, and no other rank will come."""
+    if environment.world == 1 or has_agent():
+        yield
+        return
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    text = (
+        f"rank {environment.rank} waits for all {environment.world} ranks to connect to {where}, as RANK, WORLD_SIZE, "
+        "MASTER_ADDR and MASTER_PORT in the environment say; if nothing starts the others, unset these variables"
+    )
+    timer = threading.Timer(_REPORT_WAITING_S, log.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distrain.errors import TemporaryError, UserError
-from distrain.parallel.environment import read_environment
+from distrain.parallel.environment import read_environment, report_waiting
 from distrain.parallel.nodes import Peer, find_nodes
 
 # For torchrun: without it restarted ranks may connect to addresses of the previous attempt and hang.
@@ -59,7 +59,8 @@ class Group:
         # Longer than the watchdog's patience, so that the watchdog is the one to name a rank that hangs.
         timeout = timedelta(seconds=max(60.0, 2 * self.patience)) if self.patience else None
         try:
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world)
+            with report_waiting(environment):
+                dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.world)
         except dist.DistError as error:
             reason = str(error).split("\n", 1)[0]
             raise TemporaryError(f"rank {self.rank} could not reach all other ranks: {reason}") from error
@@ -142,7 +143,7 @@ class Group:
                 result = work()
             except (UserError, TemporaryError) as raised:
                 error = raised
-                error.scope = "all"
+                error.scope = "main"
         result, error = self.broadcast((result, error))
         if error is not None:
             raise error

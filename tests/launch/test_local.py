@@ -1,14 +1,17 @@
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from support.processes import SMALL, digest_on_one_node, environment, read_metrics
 
-from distrain.resilience.claim import newest_attempt
+from distrain.processes import machine_id, process_ticks
+from distrain.resilience.claim import AttemptRecord, newest_attempt
 
 # 6 epochs of 203 samples, 16 per step, are 76 steps.
 SETTINGS = (
@@ -102,6 +105,24 @@ def test_a_run_folder_that_cannot_be_created_is_reported_in_one_line(settings, t
     assert done.returncode == 78, done.stdout + done.stderr
     assert "cannot create the log folder: Not a directory; set run.dir elsewhere" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+@pytest.mark.slow
+def test_a_mistake_that_ranks_on_two_nodes_find_prints_its_line_once(settings, tmp_path):
+    words = ("local", "--nodes", "2", "--ranks", "1", f"run.dir={tmp_path}", "run.name=run", *settings)
+    missing = launch(*words, "data.train=/nowhere.parquet")
+    assert missing.returncode == 78
+    assert (missing.stdout + missing.stderr).count("/nowhere.parquet: index not found") == 1
+
+
+def test_a_second_start_on_two_nodes_is_refused_in_one_line(settings, tmp_path):
+    words = ("local", "--nodes", "2", "--ranks", "1", f"run.dir={tmp_path}", "run.name=run", *settings)
+    (attempts := tmp_path / "run" / "attempts").mkdir(parents=True)
+    this = AttemptRecord(1, host="here", machine=machine_id(), pid=os.getpid(), started=process_ticks(os.getpid()))
+    (attempts / "00000001.json").write_text(json.dumps(asdict(this)))
+    second = launch(*words)
+    assert second.returncode == 78
+    assert (second.stdout + second.stderr).count(f"attempt 1 of this run is alive, as process {os.getpid()}") == 1
 
 
 @pytest.mark.slow
