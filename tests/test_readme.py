@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from support.images import encoded
 from support.processes import README, SMALL, environment, readme_command
 
 from distrain.__main__ import main
@@ -57,6 +58,16 @@ def test_the_fine_tuning_run_trains(on_dataset, finished, tmp_path):
     words = readme_command("torchrun --nproc-per-node 2 -m distrain --config configs/quickstart.yaml run.name=tuned")
     small = [f"run.dir={tmp_path}", *on_dataset, *SMALL, f"model.init={finished[1]}"]
     assert "done: top-1" in run([*words, *small])
+
+
+@pytest.mark.parametrize("tool", ["predict", "export"])
+def test_the_commands_for_a_trained_network_run(tool, finished, tmp_path):
+    (tmp_path / "photo.png").write_bytes(encoded(1, "PNG", (30, 20)))
+    words = readme_command(f"python -m distrain {tool} runs/mine")
+    given = {"runs/mine": str(finished[1]), "photos": str(tmp_path), "sheet.png": f"{tmp_path}/sheet.png"}
+    out = ["--out", f"{tmp_path}/mine.onnx"] if tool == "export" else []
+    assert run([*(given.get(word, word) for word in words), *out])
+    assert (tmp_path / ("mine.onnx" if tool == "export" else "sheet.png")).stat().st_size > 1000
 
 
 def test_all_ways_to_run_train(on_dataset, tmp_path):

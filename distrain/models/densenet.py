@@ -204,10 +204,14 @@ class DenseNet(nn.Module):
         self.apply(_initialize)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(global_avg_pool(self.features(x)))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [n, 3, h, w] to the maps [n, c, h', w'] that the classifier averages."""
         x = self.stem(x)
         for module in self._trunk():
             x = module(x)
-        return self.head(global_avg_pool(F.relu(self.norm(x), inplace=True)))
+        return F.relu(self.norm(x), inplace=True)
 
     def count(self, counter: ComplexityCounter, size: int) -> int:
         counter.norm(self.norm, counter.sequential([self.stem, *self._trunk()], size))

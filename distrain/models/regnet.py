@@ -280,12 +280,14 @@ class AnyNet(nn.Module):
             self._zero_gammas()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(global_avg_pool(self.features(x))))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [n, 3, h, w] to the maps [n, c, h', w'] that the classifier averages."""
         x = self.stem(x)
         for stage in self.stages:
             x = stage(x)
-        if self.final is not None:
-            x = F.relu(self.final(x), inplace=True)
-        return self.head(self.dropout(global_avg_pool(x)))
+        return x if self.final is None else F.relu(self.final(x), inplace=True)
 
     def count(self, counter: ComplexityCounter, size: int) -> int:
         size = counter.sequential([self.stem, *(block for stage in self.stages for block in stage.children())], size)

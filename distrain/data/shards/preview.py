@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,15 +15,13 @@ from rich.filesize import decimal
 from distrain import config
 from distrain.config import BatchConfig, Config, DataConfig, RunConfig
 from distrain.data.index import Index
-from distrain.errors import UserError
-from distrain.files import write_atomically
+from distrain.sheet import write_sheet
 
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 _LISTED_CLASSES = 20  # up to this number, classes are listed individually
 _BAR = 40
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = " 12345678"
-_CAPTION = 16  # pixels below each image
 
 
 def summarize(index: Index) -> Iterator[str]:
@@ -72,12 +69,7 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
             stream.close()
     pixels = batch.images.permute(0, 2, 3, 1).numpy()
     names = [index.classes[label] for label in batch.labels.tolist()]
-    try:
-        png = BytesIO()
-        _arrange(pixels, names).save(png, "PNG")
-        write_atomically(path, png.getvalue(), durable=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    write_sheet(path, list(pixels), names)
 
 
 def _sheet_config(index_path: str, config_file: str | None, count: int, folder: str) -> Config:
@@ -88,26 +80,6 @@ def _sheet_config(index_path: str, config_file: str | None, count: int, folder: 
         return Config(run=RunConfig(name="sheet", dir=folder), data=data, batch=batch)
     settings = [f"data.train={index_path}", f"data.val={index_path}", "data.max_bad=1"]
     return replace(config.load(config_file, [*settings, "run.name=sheet", f"run.dir={folder}"]), batch=batch)
-
-
-def _arrange(pixels: NDArray[np.uint8], names: list[str]) -> Any:
-    """Return a PIL image: a grid of images [n, h, w, 3], each with its name below. Small images are enlarged."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side = pixels.shape[1]
-    scale = max(1, -(-96 // side))  # at least 96 pixels, so that names fit
-    tile = side * scale
-    columns = min(len(pixels), max(1, int(np.ceil(np.sqrt(len(pixels) * 1.5)))))
-    rows = -(-len(pixels) // columns)
-    sheet = Image.new("RGB", (columns * (tile + 4) + 4, rows * (tile + 4 + _CAPTION) + 4), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for number, (image, name) in enumerate(zip(pixels, names, strict=True)):
-        left, top = 4 + number % columns * (tile + 4), 4 + number // columns * (tile + 4 + _CAPTION)
-        sheet.paste(Image.fromarray(image).resize((tile, tile), Image.Resampling.NEAREST), (left, top))
-        while draw.textlength(name, font) > tile:
-            name = name.rstrip("…")[:-1] + "…"
-        draw.text((left, top + tile), name, "black", font)
-    return sheet
 
 
 def _quantile_name(percent: int) -> str:

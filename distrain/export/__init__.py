@@ -1,0 +1,1 @@
+"""Trained networks as products: load, predict, export."""

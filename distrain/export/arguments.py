@@ -1,0 +1,40 @@
+"""Command-line arguments of every tool that takes a model."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from distrain.config.values import ValueProblem, read_text
+from distrain.data.shards.labels import read_classes
+from distrain.errors import UserError
+from distrain.export.load import Model, load, load_any
+
+MODEL_HELP = (
+    "a run (runs/NAME[:best|last|STEP][:ema|raw]), weights (a file, a URL, torchvision[:V1|V2], timm:NAME) or an "
+    "exported .onnx or .pt2 file"
+)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, and what weights that distrain did not write leave open."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--network", metavar="NAME", help="of weights that do not say of which network they are")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="key=value", help="an option of that network; repeatable"
+    )
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each, where MODEL has none")
+
+
+def load_model(args: argparse.Namespace, programs: bool = True) -> Model:
+    """Load what `add_model_arguments` describe. Raises UserError; also for exported programs, if not `programs`."""
+    options = {}
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text}: expected key=value, such as stem=cifar")
+        try:
+            options[key] = read_text(value, Any, key)
+        except ValueProblem as error:
+            raise UserError(f"--option {text}: {error}") from error
+    classes = read_classes(args.classes) if args.classes else ()
+    return (load_any if programs else load)(args.model, args.network, options or None, classes)
