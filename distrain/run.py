@@ -181,9 +181,8 @@ def open_run(session: Session) -> Iterator[Run]:
     name = group.on_main(partial(choose_loader, config, session.plan, session.train_index, group.device, info))
     with ExitStack() as stack:
         folder = config.run.folder / "checkpoints"
-        checkpoints = stack.enter_context(
-            closing(Checkpointer(folder, group, config.checkpoint, attempt.token, attempt.require_current))
-        )
+        checks = attempt.token, attempt.require_current, session.tracker.sync
+        checkpoints = stack.enter_context(closing(Checkpointer(folder, group, config.checkpoint, *checks)))
         for _, index in splits:
             group.on_node_mains(partial(check_store, index))
         train_loader, val_loader = (

@@ -59,14 +59,18 @@ class Checkpointer:
         config: CheckpointConfig,
         token: str = "",
         require_current: Callable[[], None] = lambda: None,
+        sync_records: Callable[[], None] = lambda: None,
     ) -> None:
         """`token` identifies this attempt of the run, the same on all ranks. `require_current` is called on the main
         rank before checkpoints are committed or removed; what it raises, except an OSError, ends the attempt.
+        `sync_records` flushes what is recorded of the steps before, which no later start repeats once the checkpoint is
+        committed; if it raises OSError, the checkpoint is not.
 
         Raises UserError if `folder` cannot be written, TemporaryError if that may change.
         """
         self._token = token
         self._require_current = require_current
+        self._sync_records = sync_records
         self._folder = folder
         self._group = group
         self._config = config
@@ -265,6 +269,7 @@ class Checkpointer:
         if final.exists():  # never overwritten
             shutil.rmtree(tmp)
             return
+        self._sync_records()
         files = [*written, write_metadata(tmp, snapshot.tensors, written)]
         failpoint("checkpoint.manifest", snapshot.step)
         reports = {file.name: {"size": file.size, "crc32": file.crc32} for file in files}

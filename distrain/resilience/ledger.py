@@ -55,6 +55,8 @@ class Ledger:
             }
             with _reported(self._folder), (self._folder / "attempts.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def end(self, cause: str, crashed: bool) -> None:
         """Record how the attempt ended, unless a newer one has started."""

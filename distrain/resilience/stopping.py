@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import ClassVar, Self
@@ -49,8 +50,10 @@ class StopRequest:
         return self.reason.startswith(("file ", "train.max_minutes"))
 
     def __bool__(self) -> bool:
-        if not self.reason and self._file is not None and self._file.exists():
-            self.reason = f"file {self._file}"
+        if not self.reason and self._file is not None:
+            with suppress(OSError):  # a folder that is temporarily unavailable is looked at again in the next step
+                if self._file.exists():
+                    self.reason = f"file {self._file}"
         if not self.reason and time.monotonic() > self._deadline:
             self.reason = f"train.max_minutes={self._minutes:g}"
         return bool(self.reason)

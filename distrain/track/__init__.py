@@ -45,6 +45,13 @@ class Tracker(Protocol):
         """Report metrics after `step` updates; those that were reported before a restart are skipped."""
         ...
 
+    def sync(self) -> None:
+        """Flush the metrics to disk: no later start reports those before the checkpoint from which it resumes.
+
+        Raises OSError.
+        """
+        ...
+
     def advance(self, step: int) -> None:
         """Update the progress bar."""
         ...
@@ -80,6 +87,8 @@ class NullTracker:
     def info(self, line: str) -> None: ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def sync(self) -> None: ...
 
     def advance(self, step: int) -> None: ...
 
@@ -142,6 +151,10 @@ class MainTracker:
         self._console.report(step, metrics)
         if self._spool is not None and self._spool.append(step, metrics) and self._mlflow is not None:
             self._mlflow.notify()
+
+    def sync(self) -> None:
+        if self._spool is not None:
+            self._spool.sync()
 
     def advance(self, step: int) -> None:
         self._console.advance(step)

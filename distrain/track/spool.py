@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -50,6 +51,15 @@ class Spool:
             self._unwritten += json.dumps(entry._asdict()).encode() + b"\n"
             self._write()
         return True
+
+    def sync(self) -> None:
+        """Flush all entries to disk. Raises OSError."""
+        with self._lock:
+            if self._unwritten:
+                self._write()
+            if self._unwritten:
+                raise OSError(f"{self._file.name}: metrics cannot be written")
+        os.fsync(self._file.fileno())
 
     def _write(self) -> None:
         """Write what is not on disk yet; if that fails it is kept for the next call."""

@@ -1,6 +1,4 @@
-import errno
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,8 @@ import pytest
 from support.processes import SMALL, readme_command
 
 from distrain.__main__ import main
-from distrain.files import write_atomically
 from distrain.resilience.faults import parse_fault
 from distrain.soak.account import Account, find_problems, summarize
-from distrain.soak.disk import Disk, why_impossible
 from distrain.soak.plan import Action, draw_plan
 
 
@@ -96,25 +92,6 @@ def test_restarts_across_a_step_of_the_clock_do_not_count_as_hours():
         {"cause": "exited", "lost_steps": 2, "seconds": {"down": down}} for down in (1.0, 86400.0, -3600.0, 3.0)
     ]
     assert summarize(attempts) == "down 2.00; steps lost 2.0, at most 2"
-
-
-@pytest.mark.skipif(bool(why_impossible()), reason=why_impossible())
-def test_a_power_cut_loses_what_is_not_synced_and_nothing_else(tmp_path):
-    disk = Disk(tmp_path / "image", tmp_path / "disk")
-    disk.mount()
-    try:
-        write_atomically(disk.folder / "synced", "kept")
-        (disk.folder / "not-synced").write_text("lost")
-        disk.cut_power()
-        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-            (disk.folder / "later").write_text("lost")
-        disk.unmount()
-        disk.mount()
-        assert (disk.folder / "synced").read_text() == "kept"
-        assert not (disk.folder / "not-synced").exists() or not (disk.folder / "not-synced").read_text()
-        assert not (disk.folder / "later").exists()
-    finally:
-        disk.unmount()
 
 
 def soak(monkeypatch, *words: str) -> int:

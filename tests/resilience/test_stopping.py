@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 from support.processes import SMALL, Training, train
 
 from distrain.resilience.claim import newest_attempt
+from distrain.resilience.file_calls import Disturbance, FileCalls
 from distrain.resilience.stopping import StopRequest
 
 # With everything that draws random numbers in a forward pass.
@@ -26,6 +28,16 @@ def test_a_signal_sets_the_flag_and_is_named(tmp_path, number):
         os.kill(os.getpid(), number)
         assert stop
         assert stop.reason == number.name
+
+
+def test_a_stop_file_that_cannot_be_looked_for_just_now_is_found_later(tmp_path):
+    with StopRequest(tmp_path) as stop, FileCalls(tmp_path) as files:
+        (tmp_path / "stop").touch()
+        files.disturb(Disturbance(("stat",), errno.EIO, 1.0))
+        assert not stop
+        deadline = time.monotonic() + 30
+        while not stop:
+            assert time.monotonic() < deadline
 
 
 def test_control_c_twice_exits_at_once(tmp_path):

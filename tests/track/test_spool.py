@@ -1,5 +1,7 @@
 import resource
 
+import pytest
+
 from distrain.track.spool import Spool
 
 
@@ -45,9 +47,11 @@ def test_metrics_that_a_full_disk_rejects_are_written_once_there_is_room(tmp_pat
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, limits[1]))
     try:
         spool.append(2, {"a": 2.0})
+        with pytest.raises(OSError, match=r"metrics\.jsonl: metrics cannot be written"):
+            spool.sync()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "metrics cannot be written" in caplog.text
     assert [entry.step for entry in Spool(tmp_path / "metrics.jsonl").entries()] == [1]
-    spool.append(3, {"a": 3.0})
-    assert [entry.step for entry in Spool(tmp_path / "metrics.jsonl").entries()] == [1, 2, 3]
+    spool.sync()
+    assert [entry.step for entry in Spool(tmp_path / "metrics.jsonl").entries()] == [1, 2]

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ class Quarantine:
                 entry = {"time": now, "split": self._split, "sample": sample, "reason": reason}
                 file.write((b"\n" if truncated else b"") + json.dumps(entry).encode() + b"\n")
                 file.flush()  # so that a full disk raises here, not in close
+                os.fsync(file.fileno())  # once a checkpoint is saved, no later start finds it again
                 self._known.add(sample)
 
     def _catch_up(self, file: IO[bytes]) -> bool:
