@@ -50,6 +50,10 @@ def read_weights(source: str | Path) -> Weights:
     """
     is_remote = str(source).startswith(("http://", "https://"))
     path = _fetch(str(source)) if is_remote else Path(source)
+    if path.is_dir():
+        step = re.fullmatch(r"step-0*(\d+)", path.name)
+        cure = f"give {path.absolute().parents[1]}:{step[1]}" if step else "give a file"
+        raise UserError(f"{source}: a {'checkpoint' if step else 'folder'} and not a weights file: {cure}")
     if not path.is_file():
         raise UserError(f"{source}: weights file not found")
     content: Any
@@ -73,12 +77,27 @@ def read_weights(source: str | Path) -> Weights:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise UserError(f"{source}: expected a mapping of names to tensors, found a {type(content).__name__}")
-    tensors = {_normalize_name(str(name)): v for name, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{source}: contains no tensors")
+    tensors = _select_tensors(str(source), content)
     require_finite(str(source), tensors)
     classes = tuple(map(str, record.get("classes", ())))
     return Weights(str(source), tensors, digest, tuple(ema_keys), classes, record)
+
+
+def _select_tensors(source: str, content: dict[Any, Any]) -> Tensors:
+    """The tensors of a mapping, by their names without prefixes. Raises UserError if there are none of a network."""
+    tensors = {_normalize_name(str(name)): v for name, v in content.items() if isinstance(v, torch.Tensor)}
+    tensors.pop("n_averaged", None)  # a counter of torch's AveragedModel
+    if not tensors:
+        nested = [
+            str(name)
+            for name, value in content.items()
+            if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+        ]
+        where = f" at its top level, only below {', '.join(nested)}: save that mapping alone" if nested else ""
+        raise UserError(f"{source}: contains no tensors{where}")
+    if any(name.startswith(("model/", "ema/")) for name in tensors):
+        raise UserError(f"{source}: the state of a run, not the weights of a network: give the run, as runs/NAME:STEP")
+    return tensors
 
 
 def require_finite(source: str, tensors: Tensors) -> None:
@@ -140,14 +159,23 @@ def _explain(error: Exception) -> str:
 def _fetch(url: str) -> Path:
     """Return the file in torch's cache, downloading it if it is absent. Files are keyed by the whole URL, as names may
     repeat."""
+    url, _, fragment = url.partition("#")
+    pinned = re.fullmatch(r"sha256=([0-9a-f]{64})", fragment.lower())
     try:
+        if not pinned and not _is_authentic(url):
+            raise UserError(
+                f"{url}: over http:// anybody on the way can replace the file: use https://, or append "
+                "#sha256= and its 64 digits"
+            )
         name = Path(urllib.parse.urlsplit(url).path).name
         key = hashlib.sha256(url.encode()).hexdigest()[:16]
         path = Path(torch.hub.get_dir()) / "checkpoints" / f"{key}-{name}"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            checksum = re.search(r"-([0-9a-f]{8,})\.", name)
-            _download(url, path, checksum[1] if checksum else "")
+            named = re.search(r"-([0-9a-f]{8,})\.", name)
+            _download(url, path, pinned[1] if pinned else named[1] if named else "", bool(pinned))
+        elif pinned:
+            _require_checksum(path, pinned[1])
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an invalid URL
         raise UserError(
             f"{url}: download failed: {error} (retry, or download it manually and pass the path)"
@@ -155,20 +183,33 @@ def _fetch(url: str) -> Path:
     return path
 
 
-def _download(url: str, path: Path, checksum: str) -> None:
-    """Download `url` to `path` atomically. `checksum`: required prefix of its SHA-256, in hex."""
+def _is_authentic(url: str) -> bool:
+    """Whether what is read from a URL is what its host sends."""
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme != "http" or parts.hostname in (None, "localhost", "::1") or parts.hostname.startswith("127.")
+
+
+def _require_checksum(path: Path, checksum: str) -> None:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(checksum):
+        raise OSError(f"its SHA-256 starts with {digest[: len(checksum)]}, not with {checksum} as required")
+
+
+def _download(url: str, path: Path, checksum: str, pinned: bool) -> None:
+    """Download `url` to `path` atomically. `checksum`: required prefix of its SHA-256, in hex; `pinned`: all of it, so
+    that it does not matter where the file comes from."""
     partial = path.with_name(f"{uuid.uuid4().hex}.partial")
     request = urllib.request.Request(url, headers={"User-Agent": "distrain"})
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response, partial.open("xb") as file:
+            if not pinned and not _is_authentic(response.url):
+                raise OSError(f"redirected to {response.url}, which is not https://")
             shutil.copyfileobj(response, file)
             length, expected = file.tell(), response.headers.get("Content-Length")
         if expected is not None and length != int(expected):
             raise OSError(f"received only {length:,} of {int(expected):,} bytes")
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if not digest.startswith(checksum):
-            raise OSError(f"its SHA-256 starts with {digest[: len(checksum)]}, not with {checksum} from its name")
+        _require_checksum(partial, checksum)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
