@@ -19,6 +19,7 @@ from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import record_rollback
+from distrain.resilience.watchdog import Watchdog
 from distrain.rng import Stream, torch_seed
 from distrain.run import Run, Session, check_resumable, open_run, open_stop_request
 from distrain.track import open_tracker
@@ -31,11 +32,16 @@ def train(config: Config) -> int:
     """
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
-    with Group(patience=config.resilience.patience) as group, open_stop_request(config, group) as stop:
+    patience = config.resilience.patience
+    with (
+        Group(patience=patience) as group,
+        Watchdog(group, config.run.folder, patience) as watchdog,
+        open_stop_request(config, group) as stop,
+    ):
         initial = check_resumable(config, train_index, val_index, group)
         try:
             with (
-                Attempt(config, group) as attempt,
+                Attempt(config, group, watchdog) as attempt,
                 open_tracker(config, group.is_main, plan.steps) as tracker,
                 attempt.watched(),
             ):

@@ -1,6 +1,8 @@
 """What a job asks of a shared file system and of each host, counted in real runs: it must not grow with the ranks."""
 
+import mmap
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -29,8 +31,9 @@ class Counted:
         self.operations = [Path(f"{prefix}{rank}").read_text().splitlines() for rank in range(RANKS)]
 
     def training(self, rank: int) -> list[str]:
-        """The operations of a rank on the run's folder while it trains, without those of its first and last step."""
-        operations = self.operations[rank]
+        """The operations of a rank on the run's folder while it trains, without those of its first and last step and of
+        saves."""
+        operations = [line for line in self.operations[rank] if "/checkpoints" not in line]
         first, *_, last = (number for number, line in enumerate(operations) if line.startswith("step "))
         return [line.replace(f"{self.folder}/", "") for line in operations[first:last] if str(self.folder) in line]
 
@@ -39,7 +42,7 @@ class Counted:
         return [int([line for line in lines if f"{name} " in line][-1].split()[-1]) for lines in self.operations]
 
 
-LIMITS = ("batch.lanes=4", "train.epochs=1", "checkpoint.every_steps=1000", "resilience.patience=30")
+LIMITS = ("batch.lanes=4", "train.epochs=1", "checkpoint.every_steps=8", "resilience.patience=30")
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +65,16 @@ def test_a_training_job_looks_at_its_folder_on_the_main_rank_alone(run):
     }
 
 
-def test_a_restart_reads_the_checkpoint_once_per_node(run, settings):
-    (newest,) = committed(run.folder / "checkpoints")
-    size = sum(file.stat().st_size for file in newest.iterdir())
+def test_a_restart_reads_the_checkpoint_once_per_node_and_keeps_no_copy(run, settings):
+    before, newest = committed(run.folder / "checkpoints")
+    shutil.rmtree(newest)
+    size = sum(file.stat().st_size for file in before.iterdir())
     again = Counted(run.folder, *settings, *LIMITS)
     assert again.result.digest == run.result.digest
     read = again.values("restore read")
     assert [read[rank] < 1.2 * size for rank in MAINS] == [True] * NODES
     assert sum(read) < 1.2 * NODES * size
+    assert max(again.values("memory")) <= mmap.PAGESIZE  # the heartbeats
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -27,10 +27,10 @@ class Attempt:
     without a new checkpoint.
     """
 
-    def __init__(self, config: Config, group: Group) -> None:
+    def __init__(self, config: Config, group: Group, watchdog: Watchdog) -> None:
         self._config = config
         self._group = group
-        self._watchdog = Watchdog(group, config.run.folder, config.resilience.patience)
+        self._watchdog = watchdog
         self._ledger: Ledger | None = None
         self._claim: Claim | None = None
         self._began = time.monotonic()
@@ -50,9 +50,13 @@ class Attempt:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Watch the ranks for as long as they train, and arm the faults that the configuration asks for."""
-        with self._watchdog, Faults(self._config.resilience.faults, self._config.run.folder, self._group.rank):
-            yield
+        """Expect progress of this rank for as long as it trains, and arm the faults that the configuration asks for."""
+        self.heartbeat("start", 0)
+        try:
+            with Faults(self._config.resilience.faults, self._config.run.folder, self._group.rank):
+                yield
+        finally:
+            self._watchdog.finish()
 
     def restored(self, step: int) -> None:
         """Record that the state after `step` updates is loaded and training begins."""

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 class Watchdog:
     """Ends this process, and with it the attempt, if any rank makes no progress for `patience` seconds.
 
+    Frozen processes are found from the beginning; others have to make progress from their first heartbeat on.
     A context manager that owns the thread. A patience of 0 disables it.
     """
 
@@ -62,12 +63,16 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._beat = self._beat._replace(beats=DONE)
+        self.finish()
         self._done.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
         if self._messages is not None:
             self._messages.close()
+
+    def finish(self) -> None:
+        """Record that this rank need not be watched any more."""
+        self._beat = self._beat._replace(beats=DONE)
 
     def heartbeat(self, phase: str, step: int) -> None:
         """Record that this rank makes progress, and where it is."""
@@ -95,7 +100,8 @@ class Watchdog:
                 self._look_at(neighbor, *self._node.read(neighbor), self._patience)
             if messages is not None:
                 self._look_at_next_node(messages)
-            self._look_at(rank, self._beat.beats, self._beat, 1.25 * self._patience)
+            if self._beat.beats:
+                self._look_at(rank, self._beat.beats, self._beat, 1.25 * self._patience)
 
     def _wait(self, messages: NodeMessages | None) -> str:
         """Wait for a moment; return the text of an alarm that another node sends meanwhile, else ""."""

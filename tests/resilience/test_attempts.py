@@ -10,7 +10,7 @@ from functools import partial
 
 import psutil
 import pytest
-from support.counting import place_on_nodes
+from support.counting import freeze_before_the_attempt, place_on_nodes
 from support.processes import Training, read_metrics, train
 
 from distrain.checkpoint import newest_step
@@ -89,6 +89,15 @@ def test_a_frozen_rank_is_named_and_the_attempt_ends(uninterrupted, settings, tm
     stacks = [path.read_text() for path in (folder / "stacks").iterdir()]
     assert any("train_step" in text for text in stacks)
     assert train(folder, *settings, ranks=2).digest == uninterrupted.digest
+
+
+def test_a_rank_that_freezes_before_the_attempt_begins_is_named(settings, tmp_path):
+    frozen = partial(freeze_before_the_attempt, 1)
+    ended = train(tmp_path / "run", *settings, "resilience.patience=2", ranks=2, prepare=frozen)
+    assert ended.code != 0
+    assert "distrain: rank 1 on " in ended.output
+    assert "made no progress for 2 s, in phase start of step 0" in ended.output
+    assert not (tmp_path / "run" / "attempts").exists()
 
 
 def test_a_frozen_node_is_named_by_the_next_one_and_a_suspended_job_is_not(settings, tmp_path):

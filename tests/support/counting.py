@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def record_operations(prefix: Path, ranks_per_node: int) -> None:
     def recorded_failpoint(name: str, step: int) -> None:
         failpoint(name, step)
         sockets = [path for path in Path("/proc/self/fd").iterdir() if _is_socket(path)]
+        write(f"step {step} memory {_shared_memory()}")
         write(f"step {step} sockets {len(sockets)}")
 
     def recorded_restore(self):
@@ -54,6 +56,16 @@ def _is_socket(descriptor: Path) -> bool:
         return False
 
 
+def _shared_memory() -> int:
+    """Bytes that this process shares with the other ranks of its node."""
+    ranges = [
+        line.split()[0].split("-")
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/memfd:distrain" in line
+    ]
+    return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+
 def _bytes_read() -> int:
     """Bytes that this process has read by system calls."""
     return int(Path("/proc/self/io").read_text().split()[1])
@@ -63,3 +75,15 @@ def few_open_files() -> None:
     """Make this process one of 1,024 ranks that may open 4,096 files."""
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1024", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+
+
+def freeze_before_the_attempt(rank: int) -> None:
+    """Suspend this process, if it is this rank, when it has met the others and has not begun to train."""
+    from distrain import run, train
+
+    def check_resumable(*arguments):
+        if os.environ["RANK"] == str(rank):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return original(*arguments)
+
+    original, train.check_resumable = run.check_resumable, check_resumable  # type: ignore[attr-defined]
