@@ -11,6 +11,7 @@ FAILPOINTS = {
     "train.step": "when a step begins",
     "data.request": "when the images of a step are requested",
     "evaluate.batch": "before a batch of validation",
+    "checkpoint.restore": "before a checkpoint is read to resume from it",
     "checkpoint.stage": "when the state is copied to host memory for a checkpoint",
     "checkpoint.write": "before the files of a checkpoint are written",
     "checkpoint.manifest": "before the manifest of a checkpoint is written",

@@ -160,6 +160,7 @@ class Checkpointer:
         """
         for path in self._group.on_main(self._candidates):
             try:
+                failpoint("checkpoint.restore", step_of(path))
                 snapshot = load_on_nodes(self._group, path)
             except DamagedCheckpointError as error:
                 self._group.on_main(partial(self._set_aside, path, str(error)))

@@ -122,6 +122,6 @@ def report(console: Console, account: Account, problems: list[str]) -> None:
     console.print(f"mean seconds over all restarts: {summarize(account.attempts)}")
     for problem in problems:
         console.print(f"PROBLEM: {problem}", markup=False)
-    verdict = "as it must not be" if problems else "the same bits, nothing lost"
+    verdict = "not as it must be" if problems else "the same bits, nothing lost"
     done = sum("@" in entry["action"] and entry["problem"] is not None for entry in account.done)
     console.print(f"{len(account.fired) + done} faults, {account.last_attempt} attempts: {verdict}, {account.digest}")

@@ -1,6 +1,7 @@
 """What happens to a run in a soak: a pure function of the seed."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from distrain.resilience.faults import ANY_TIME, Fault
@@ -15,6 +16,7 @@ _RANDOM: dict[str, dict[str, int]] = {
     "evaluate.batch": {
         "sigkill": 1, "sigstop": 1, "exception": 1, "hang": 1, "exit": 1, "sigterm": 1, "estale": 2, "delay": 1,
     },
+    "checkpoint.restore": {"eio": 2, "estale": 2, "sigkill": 1, "delay": 1},
     "checkpoint.stage": {"sigkill": 1, "exception": 1, "exit": 1, "enospc": 2, "delay": 1},
     "checkpoint.write": {
         "sigkill": 1, "exit": 1, "ioerror": 1, "diskfull": 2, "sigterm": 1, "eio": 2, "estale": 2, "enospc": 2,
@@ -23,6 +25,8 @@ _RANDOM: dict[str, dict[str, int]] = {
     "checkpoint.rename": {"sigkill": 1, "exit": 1, "eio": 1, "estale": 1, "delay": 1},
     "checkpoint.commit": {"sigkill": 1, "flip": 1, "truncate": 1, "eio": 2, "estale": 2},
 }  # fmt: skip
+_AT_THE_END = ("train.step", "evaluate.batch")  # reached even if the last checkpoint has been saved
+_END = 0.95  # of the run
 _MAIN_RANK_ONLY = ("checkpoint.manifest", "checkpoint.rename")
 
 
@@ -62,12 +66,17 @@ def draw_plan(
                 due[kind] -= 1
                 actions.append(Action(kind, step, seconds))
                 continue
-        faults.append(_draw_fault(draw, step, seconds, ranks))
+        if step < _END * steps:
+            faults.append(_draw_fault(draw, tuple(_RANDOM), step, seconds, ranks))
+        elif faults and faults[-1].step < _END * steps:
+            faults.append(Fault("sigkill", "train.step", step, 0))  # for faults that wait for a restart
+        else:
+            faults.append(_draw_fault(draw, _AT_THE_END, step, seconds, ranks))
     return faults, actions
 
 
-def _draw_fault(draw: random.Random, step: int, seconds: float, ranks: int) -> Fault:
-    (failpoint,) = draw.choices(list(_RANDOM), [6 if name == ANY_TIME else 1 for name in _RANDOM])
+def _draw_fault(draw: random.Random, failpoints: Sequence[str], step: int, seconds: float, ranks: int) -> Fault:
+    (failpoint,) = draw.choices(failpoints, [6 if name == ANY_TIME else 1 for name in failpoints])
     (kind,) = draw.choices(list(_RANDOM[failpoint]), list(_RANDOM[failpoint].values()))
     rank = 0 if failpoint in _MAIN_RANK_ONLY or kind in ("flip", "truncate") else draw.randrange(ranks)
     return Fault(kind, failpoint, step, rank, seconds if failpoint == ANY_TIME else 0.0)
