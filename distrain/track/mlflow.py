@@ -6,6 +6,7 @@ when the server answers again, also after a restart of the run.
 
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from distrain.errors import UserError
 from distrain.files import read_json, write_json
 from distrain.masking import mask_secrets
 from distrain.track.spool import Spool
@@ -171,9 +173,13 @@ class _Connection:
             return run_id
         return str(self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=name).info.run_id)
 
-    def _fetch_received(self) -> set[tuple[int, str]]:
+    def _fetch_received(self) -> set[tuple[int, str, str]]:
         names = self._client.get_run(self._run_id).data.metrics
-        return {(point.step, name) for name in names for point in self._client.get_metric_history(self._run_id, name)}
+        return {
+            (point.step, name, _value_key(point.value))
+            for name in names
+            for point in self._client.get_metric_history(self._run_id, name)
+        }
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         """MLflow refuses to change a parameter, so the first value stays."""
@@ -192,7 +198,7 @@ class _Connection:
             Metric(name, value, entry.time, entry.step)
             for entry in entries
             for name, value in entry.metrics.items()
-            if (entry.step, name) not in self._received
+            if (entry.step, name, _value_key(value)) not in self._received
         ]
         for start in range(0, len(missing), _METRICS_PER_CALL):
             self._client.log_batch(self._run_id, metrics=missing[start : start + _METRICS_PER_CALL])
@@ -219,11 +225,28 @@ def _create_database(path: Path) -> None:
                 tmp.rename(path)
 
 
+def _value_key(value: float) -> str:
+    """A float64 as it is, and one for all that databases cannot hold, which they return as something else."""
+    return repr(value) if abs(value) < sys.float_info.max else "not finite"
+
+
 def _identity(folder: Path) -> str:
-    """A unique id of the run, kept in its folder."""
-    path = folder / "run.json"
+    """A unique id of the run, kept in its folder. A copy of the folder is another run, and a moved one is not."""
+    path, own = folder / "run.json", str(folder.resolve())
     found = read_json(path, "delete it; the run is then reported as a new MLflow run")
-    if not found:
-        found = {"id": uuid.uuid4().hex}
-        write_json(path, found)
-    return str(found["id"])
+    kept = found if "id" in found and not _is_copy(found, folder) else {"id": uuid.uuid4().hex}
+    if kept.get("folder") != own:
+        kept = {"id": kept["id"], "folder": own}
+        write_json(path, kept)
+    return str(kept["id"])
+
+
+def _is_copy(found: dict[str, Any], folder: Path) -> bool:
+    """Whether the folder in which an id was recorded is another one and still has it."""
+    original = Path(str(found.get("folder", folder)))
+    try:
+        if original.samefile(folder):
+            return False
+        return read_json(original / "run.json", "").get("id") == found["id"]
+    except (OSError, UserError):
+        return False

@@ -17,13 +17,13 @@ def plot_curves(entries: Sequence[Entry], path: Path) -> Path:
         (axes[1], "top1", "top-1 accuracy, %", 100),
     ):
         for split, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("val", {"marker": "o"})):
-            points = [
-                (entry.step, scale * entry.metrics[f"{split}/{metric}"])
-                for entry in sorted(entries, key=lambda entry: entry.step)
+            points = {  # of entries for the same step the last one counts
+                entry.step: scale * entry.metrics[f"{split}/{metric}"]
+                for entry in entries
                 if f"{split}/{metric}" in entry.metrics
-            ]
+            }
             if points:
-                ax.plot(*zip(*points, strict=True), label=split, **style)
+                ax.plot(*zip(*sorted(points.items()), strict=True), label=split, **style)
         ax.set_xlabel("step")
         ax.set_ylabel(label)
         ax.grid(alpha=0.3)

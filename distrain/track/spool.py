@@ -13,6 +13,9 @@ from typing import NamedTuple
 log = logging.getLogger(__name__)
 
 
+_TIMES = ("train/images_per_second", "checkpoint/stall_seconds")  # which differ each time that a step is trained
+
+
 class Entry(NamedTuple):
     """Metrics after `step` updates, at `time` in milliseconds since 1970."""
 
@@ -22,13 +25,13 @@ class Entry(NamedTuple):
 
 
 class Spool:
-    """Appends entries to a file and keeps them in memory. A metric is recorded once per step, even if a restarted run
-    trains the step again."""
+    """Appends entries to a file and keeps them in memory. When a restarted run trains a step again, what has another
+    value than before is recorded again: of entries for the same step the last one counts."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._entries, complete = _read(path)
-        self._seen = {(entry.step, name) for entry in self._entries for name in entry.metrics}
+        self._newest = {(entry.step, name): value for entry in self._entries for name, value in entry.metrics.items()}
         self._file = path.open("ab", buffering=0)
         self._file.truncate(complete)  # a line that a kill left incomplete
         self._size = complete
@@ -40,17 +43,21 @@ class Spool:
             return self._entries[start:]
 
     def append(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Record the metrics that are new at this step. Returns whether there were any."""
-        new = {name: float(value) for name, value in metrics.items() if (step, name) not in self._seen}
+        """Record the metrics that are new or different at this step. Returns whether there were any."""
+        new = {name: float(value) for name, value in metrics.items() if self._is_new(step, name, float(value))}
         if not new:
             return False
         entry = Entry(step, time.time_ns() // 1_000_000, new)
         with self._lock:
             self._entries.append(entry)
-            self._seen.update((step, name) for name in new)
+            self._newest.update(((step, name), value) for name, value in new.items())
             self._unwritten += json.dumps(entry._asdict()).encode() + b"\n"
             self._write()
         return True
+
+    def _is_new(self, step: int, name: str, value: float) -> bool:
+        before = self._newest.get((step, name))
+        return before is None or (repr(before) != repr(value) and name not in _TIMES)  # repr, as NaN differs from NaN
 
     def sync(self) -> None:
         """Flush all entries to disk. Raises OSError."""

@@ -1,7 +1,9 @@
 """Reports to a real MLflow store, the SQLite file that a run has by default."""
 
+import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -70,6 +72,41 @@ def test_the_configuration_is_logged_as_parameters_and_as_an_artifact_beside_the
 
 def test_the_end_of_a_run_shows_how_to_view_it(restarted):
     assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
+
+
+def test_a_copied_run_folder_is_another_run_and_a_moved_one_is_not(restarted, client, on_dataset, tmp_path):
+    uri = f"track.uri=sqlite:///{restarted.folder.parent}/mlflow.db"
+
+    def begin(name: str) -> str:
+        settings = config.load(None, [*LONGER, *on_dataset, f"run.dir={tmp_path}", f"run.name={name}", uri])
+        settings.track.experiment = "copies"
+        with open_tracker(settings, is_main=True, steps=5) as tracker:
+            tracker.begin({})
+            tracker.log(1, {"train/loss": 1.0})
+        return json.loads((tmp_path / name / "run.json").read_text())["id"]
+
+    original = begin("a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    copy = begin("b")
+    assert copy != original
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert [begin("b"), begin("c")] == [copy, original]
+    found = client.search_runs([client.get_experiment_by_name("copies").experiment_id])
+    assert sorted(run.data.tags["distrain.run"] for run in found) == sorted([copy, original])
+
+
+def test_the_values_of_a_step_that_is_trained_again_are_sent_too(restarted, client, on_dataset, tmp_path):
+    uri = f"track.uri=sqlite:///{restarted.folder.parent}/mlflow.db"
+    settings = config.load(None, [*LONGER, *on_dataset, f"run.dir={tmp_path}", "run.name=again", uri])
+    settings.track.experiment = "again"
+    for loss in (3.0, 3.0, 2.0, float("inf"), float("inf")):
+        with open_tracker(settings, is_main=True, steps=5) as tracker:
+            tracker.begin({})
+            tracker.log(1, {"train/loss": loss, "train/images_per_second": loss})
+    (run,) = client.search_runs([client.get_experiment_by_name("again").experiment_id])
+    history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    assert [point.value for point in history["train/loss"]][:2] == [3.0, 2.0]
+    assert {name: len(points) for name, points in history.items()} == {"train/loss": 3, "train/images_per_second": 1}
 
 
 @pytest.mark.parametrize(("error", "status"), [(Stopped("SIGTERM"), "SCHEDULED"), (RuntimeError("crash"), "FAILED")])
