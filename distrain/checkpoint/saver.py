@@ -139,11 +139,14 @@ class Checkpointer:
             )
 
     def is_best(self, top1: float) -> bool:
-        """Whether a validation accuracy in [0, 1] is the best so far, so that its checkpoint is to be kept."""
+        """Whether a validation accuracy in [0, 1] is the best so far, so that its checkpoint is to be kept.
+
+        Raises TemporaryError if the best one cannot be read just now.
+        """
         if not self._config.keep_best:
             return False
         self.wait()
-        best = self._group.on_main(lambda: read_best(self._folder))
+        best = self._group.on_main(self._read_best)
         return best is None or top1 > best[1]
 
     def close(self) -> None:
@@ -275,6 +278,10 @@ class Checkpointer:
         failpoint("checkpoint.manifest", snapshot.step)
         reports = {file.name: {"size": file.size, "crc32": file.crc32} for file in files}
         commit(tmp, final, snapshot, reports, before_commit)
+
+    def _read_best(self) -> tuple[int, float] | None:
+        with translated_errors(self._folder):
+            return read_best(self._folder)
 
     def _record_best(self, step: int, top1: float) -> None:
         try:

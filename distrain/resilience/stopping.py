@@ -1,5 +1,6 @@
 """Stop requests: a signal, a file, a time budget. They only set a flag; the training loop acts on it between steps."""
 
+import logging
 import os
 import signal
 import threading
@@ -8,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import ClassVar, Self
+
+log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -61,7 +64,10 @@ class StopRequest:
     def clear_file(self) -> None:
         """Remove the stop file, so that the next start does not stop at once."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            try:
+                self._file.unlink(missing_ok=True)
+            except OSError as error:  # must not hide that everything is saved
+                log.warning("%s cannot be removed: %s; remove it before the next start", self._file, error.strerror)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         StopRequest.sigterm_came |= number == signal.SIGTERM

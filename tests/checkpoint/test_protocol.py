@@ -1,5 +1,6 @@
 """The commit protocol: a committed checkpoint can be loaded, whatever failed on any rank."""
 
+import errno
 import json
 import os
 import pickle
@@ -7,15 +8,18 @@ import shutil
 import signal
 import socket
 import zlib
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from support.processes import Training, train, two_agents
 
-from distrain.checkpoint import MANIFEST, committed, read, verify
-from distrain.checkpoint.files import checksum_file, read_best, tensors_in
+from distrain.checkpoint import MANIFEST, Checkpointer, committed, read, verify
+from distrain.checkpoint.files import checksum_file, read_best, tensors_in, write_best
 from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError
+from distrain.config import CheckpointConfig
 from distrain.errors import TemporaryError
+from distrain.resilience.file_calls import Disturbance, FileCalls
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +97,14 @@ def test_a_temporary_read_error_is_not_taken_for_damage(run_folder, settings):
     data.write_bytes(content)
     assert train(run_folder, *settings).code == 0
     assert not list((run_folder / "checkpoints").glob("*.bad*"))
+
+
+def test_a_best_accuracy_that_cannot_be_read_just_now_is_one_line(group, tmp_path):
+    write_best(tmp_path, 7, 0.5)
+    with closing(Checkpointer(tmp_path, group, CheckpointConfig())) as checkpoints, FileCalls(tmp_path) as files:
+        files.disturb(Disturbance(("read",), errno.ESTALE, 1000.0))
+        with pytest.raises(TemporaryError, match=f"^{tmp_path}: .*; free space or check its file system"):
+            checkpoints.is_best(0.75)
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(run_folder, settings):

@@ -40,6 +40,14 @@ def test_a_stop_file_that_cannot_be_looked_for_just_now_is_found_later(tmp_path)
             assert time.monotonic() < deadline
 
 
+def test_a_stop_file_that_cannot_be_removed_does_not_hide_that_everything_is_saved(tmp_path, caplog):
+    with StopRequest(tmp_path) as stop, FileCalls(tmp_path) as files:
+        (tmp_path / "stop").touch()
+        files.disturb(Disturbance(("unlink",), errno.EIO, 1000.0))
+        stop.clear_file()
+        assert f"{tmp_path / 'stop'} cannot be removed: " in caplog.text
+
+
 def test_control_c_twice_exits_at_once(tmp_path):
     program = (
         "import os, pathlib, signal, time\n"
