@@ -28,6 +28,8 @@ TOOLS = {
     "shards": ("distrain.data.cli", "build, fetch, index, verify and preview training data"),
 }
 
+_OWN_SIGNALS = ("launch", "shards")  # tools that handle SIGINT and SIGTERM themselves
+
 _DESCRIPTION = """\
 Train DenseNet and RegNet image classifiers, on one process or many nodes.
 A run that was stopped or killed resumes when the same command is run again."""
@@ -61,7 +63,12 @@ def run(argv: Sequence[str]) -> int:
         parser = AnyOrder(prog=f"distrain {argv[0]}", description=f"{summary[0].upper()}{summary[1:]}.")
         importlib.import_module(module).add_arguments(parser)
         args = parser.parse_args(argv[1:])
-        return int(args.run(args))
+        if argv[0] in _OWN_SIGNALS:
+            return int(args.run(args))
+        from distrain.data.shards.interrupts import stop_on_signals
+
+        with stop_on_signals("what it has written is kept, run the same command again"):
+            return int(args.run(args))
     return _train(argv)
 
 

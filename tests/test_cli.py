@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 
@@ -125,3 +126,27 @@ def test_secrets_are_masked_and_other_text_is_not(monkeypatch, text, masked):
     assert mask_secrets(text) == masked
     assert mask_secrets(masked) == masked
     assert str(UserError(text)) == masked
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_tool_ends_at_a_signal_in_one_line_even_inside_a_library(number, code):
+    program = (
+        "import sys, time\n"
+        "from distrain.__main__ import entry\n"
+        "from distrain.checkpoint import cli\n"
+        "def wait(args):\n"
+        "    print('begun', flush=True)\n"
+        "    try: time.sleep(60)\n"
+        "    except KeyboardInterrupt: time.sleep(60)\n"
+        "cli.add_arguments = lambda parser: parser.set_defaults(run=wait)\n"
+        "sys.argv = ['distrain', 'checkpoints']\n"
+        "entry()\n"
+    )
+    tool = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert tool.stdout.readline() == "begun\n"
+    tool.send_signal(number)
+    errors = tool.communicate(timeout=30)[1]
+    assert errors == "distrain: interrupted; what it has written is kept, run the same command again\n"
+    assert tool.returncode == code

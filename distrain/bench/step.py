@@ -27,6 +27,7 @@ from distrain.config import Config
 from distrain.data.loading.loader import Batch, normalize
 from distrain.execution.trial import example_images
 from distrain.learner import Learner, build_network
+from distrain.lifetime import end_with_agent
 from distrain.parallel.group import Group
 from distrain.parallel.zero import import_deepspeed
 from distrain.train import train_step
@@ -189,4 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    end_with_agent()
     main()

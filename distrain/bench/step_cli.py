@@ -20,6 +20,7 @@ from distrain.bench.rounds import Rate, ratio
 from distrain.bench.step import BARE, PLAIN_DDP, StepBenchmark
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, UserError, nearest
+from distrain.lifetime import tied
 from distrain.models.complexity import count_complexity, total
 
 _VARIANTS = {
@@ -138,7 +139,7 @@ def _launch(benchmark: StepBenchmark, ranks: int) -> dict[str, Any]:
         if benchmark.memory:  # freed memory returns to the system at once, so that it does not count
             variables |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         completed = subprocess.run(
-            [*torchrun, "-m", "distrain.bench.step", str(file)], capture_output=True, text=True, env=variables
+            tied([*torchrun, "-m", "distrain.bench.step", str(file)]), capture_output=True, text=True, env=variables
         )
         if completed.returncode:
             print(completed.stderr, file=sys.stderr)
