@@ -21,6 +21,7 @@ TOOLS = {
     "models": ("distrain.models.cli", "list the networks, their cost and published accuracy"),
     "bench": ("distrain.bench.cli", "measure loaders and training steps against peers and limits"),
     "launch": ("launch.cli", "start a run on one machine, many machines or a Slurm cluster"),
+    "evaluate": ("distrain.evaluation.cli", "evaluate a classifier: accuracy, calibration, classes, confusions"),
     "predict": ("distrain.export.predict_cli", "classify images with a run, weights or an exported program"),
     "export": ("distrain.export.cli", "write a classifier for torchvision, timm, safetensors, torch.export or ONNX"),
     "checkpoints": ("distrain.checkpoint.cli", "list, verify, show and prune the checkpoints of a run"),

@@ -55,6 +55,8 @@ class Preprocessing:
     def data_config(self, **settings: Any) -> DataConfig:
         """The data settings of a run that would read images like this."""
         return DataConfig(
+            train="",
+            val="",
             image_size=self.crop,
             val_resize=self.resize,
             interpolation=self.interpolation,  # type: ignore[arg-type]

@@ -60,14 +60,18 @@ def test_the_fine_tuning_run_trains(on_dataset, finished, tmp_path):
     assert "done: top-1" in run([*words, *small])
 
 
-@pytest.mark.parametrize("tool", ["predict", "export"])
-def test_the_commands_for_a_trained_network_run(tool, finished, tmp_path):
+@pytest.mark.parametrize("tool", ["evaluate", "predict", "export"])
+def test_the_commands_for_a_trained_network_run(tool, finished, dataset, tmp_path):
     (tmp_path / "photo.png").write_bytes(encoded(1, "PNG", (30, 20)))
     words = readme_command(f"python -m distrain {tool} runs/mine")
-    given = {"runs/mine": str(finished[1]), "photos": str(tmp_path), "sheet.png": f"{tmp_path}/sheet.png"}
-    out = ["--out", f"{tmp_path}/mine.onnx"] if tool == "export" else []
-    assert run([*(given.get(word, word) for word in words), *out])
-    assert (tmp_path / ("mine.onnx" if tool == "export" else "sheet.png")).stat().st_size > 1000
+    result = {"evaluate": "out/confusion.png", "predict": "sheet.png", "export": "mine.onnx"}[tool]
+    given = {
+        **{"runs/mine": str(finished[1]), "photos": str(tmp_path), "sheet.png": str(tmp_path / result)},
+        **{"data/cifar10/val.parquet": f"{dataset}/val.parquet", "runs/quickstart": f"{finished[1]}:last:raw"},
+    }
+    out = {"evaluate": ["--out", f"{tmp_path}/out"], "predict": [], "export": ["--out", f"{tmp_path}/{result}"]}
+    assert run([*(given.get(word, word) for word in words), *out[tool]])
+    assert (tmp_path / result).stat().st_size > 1000
 
 
 def test_all_ways_to_run_train(on_dataset, tmp_path):

@@ -22,7 +22,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="key=value", help="an option of that network; repeatable"
     )
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, a line each, where MODEL has none")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="other class names for MODEL, a line each")
 
 
 def load_model(args: argparse.Namespace, programs: bool = True) -> Model:

@@ -41,7 +41,7 @@ def load(
 
     `source` is a run, `runs/NAME[:best|last|STEP][:ema|raw]`, or weights: a file, a URL, `torchvision[:V1|V2]` or
     `timm:NAME`. Weights that distrain did not write need the name of their `network` and its `options`, and have the
-    usual preprocessing of ImageNet. `classes` name the outputs where the source does not.
+    usual preprocessing of ImageNet. `classes` are other names for the outputs.
 
     >>> model = distrain.load("runs/mine")
     >>> scores = model(distrain.read_image("cat.jpg")).softmax(1)
@@ -70,7 +70,7 @@ def from_weights(
     outputs = next((len(t) for t in reversed(weights.tensors.values()) if t.ndim == 2), 0)
     if outputs == 0:
         raise UserError(f"{weights.source}: holds no classifier, only features: fine-tune it first with model.init")
-    names = tuple(weights.classes or classes or (str(number) for number in range(outputs)))
+    names = tuple(classes or weights.classes or (str(number) for number in range(outputs)))
     if len(names) != outputs:
         raise UserError(f"{weights.source}: has {outputs} classes, and {len(names)} names are given")
     built = models.build(name, outputs, **chosen)
