@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.processes import Training, train, two_agents
 
-from distrain.checkpoint import MANIFEST, Checkpointer, committed, read, verify
+from distrain.checkpoint import MANIFEST, Checkpointer, committed, distribution, read, verify
 from distrain.checkpoint.files import checksum_file, read_best, tensors_in, write_best
 from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError
 from distrain.config import CheckpointConfig
@@ -105,6 +105,28 @@ def test_a_best_accuracy_that_cannot_be_read_just_now_is_one_line(group, tmp_pat
         files.disturb(Disturbance(("read",), errno.ESTALE, 1000.0))
         with pytest.raises(TemporaryError, match=f"^{tmp_path}: .*; free space or check its file system"):
             checkpoints.is_best(0.75)
+
+
+def read_other_bytes() -> None:
+    """Make this rank, before it starts, the only one of a node whose disk or memory damages what rank 1 reads."""
+    os.environ["LOCAL_RANK"] = "0"
+    if os.environ["RANK"] == "1":
+        distribution._require_equal = raise_damage  # type: ignore[assignment]
+
+
+def raise_damage(name: str, *checksums: object) -> None:
+    raise DamagedCheckpointError(f"{name} has another checksum")
+
+
+def test_simulated_damage_on_a_node_without_the_main_rank_sets_nothing_aside(run_folder, settings):
+    before = committed(run_folder / "checkpoints")
+    failed = train(run_folder, *settings, ranks=2, prepare=read_other_bytes)
+    assert failed.code == 1
+    assert failed.lines == [
+        f"{before[-1]}: intact as rank 0 reads it, and damaged as rank 1 on {socket.gethostname()} does: .metadata has "
+        "another checksum; check the memory of that host and how it mounts the folder, and run again"
+    ]
+    assert committed(run_folder / "checkpoints") == before
 
 
 def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(run_folder, settings):
