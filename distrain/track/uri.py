@@ -32,6 +32,17 @@ def tracking_uri(config: Config) -> str:
     return f"{SQLITE}{folder}/mlflow.db"
 
 
+def _names_database(uri: str) -> bool:
+    """Whether a database's URI has a file or a host: without a file SQLite keeps everything in memory."""
+    kind, _, rest = uri.partition("://")
+    path, _, options = rest.partition("?")
+    if options and not all("=" in option for option in options.split("&")):  # a ? within the file's name
+        return False
+    if kind.lower().startswith("sqlite"):
+        return path.startswith("/") and path[1:] not in ("", ":memory:")
+    return bool(path)
+
+
 def _checked(key: str, uri: str) -> str:
     """Return `uri` if MLflow may be able to use it."""
     if uri == NO_MLFLOW:
@@ -43,9 +54,11 @@ def _checked(key: str, uri: str) -> str:
             f"{key}={uri} is not a tracking URI: write http://HOST:PORT, sqlite:///FILE or {NO_MLFLOW}"
             + (f" (or track.uri={NO_MLFLOW})" if key != "track.uri" else "")
         )
+    if scheme.partition("+")[0] in _DATABASES and not _names_database(uri):
+        raise UserError(f"{key}={uri} names no database that outlasts the run: write sqlite:///FILE or NAME://HOST/DB")
     try:
         parts = urlsplit(uri)
-        valid = scheme not in _SERVERS or bool(parts.hostname and parts.port != 0)
+        valid = scheme not in _SERVERS or bool(parts.hostname and parts.port != 0 and " " not in parts.hostname)
     except ValueError:
         valid = False
     if not valid:

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -82,16 +83,31 @@ def test_a_disk_that_is_full_at_the_start_may_be_free_later():
         ("./mlruns", "is not a tracking URI"),
         ("http://", "is not a valid URL"),
         ("http://host:port", "is not a valid URL"),
+        ("http://a host:80", "is not a valid URL"),
+        ("sqlite://", "names no database that outlasts the run"),
+        ("sqlite:///:memory:", "names no database that outlasts the run"),
+        ("sqlite:runs.db", "names no database that outlasts the run"),
+        ("sqlite:///why?.db", "names no database that outlasts the run"),
+        ("postgresql:", "names no database that outlasts the run"),
     ],
 )
 def test_a_tracking_uri_that_can_never_work_is_refused(monkeypatch, settings, uri, reason):
     settings.track.uri = uri
-    with pytest.raises(UserError, match=f"^track.uri={uri} {reason}"):
+    with pytest.raises(UserError, match=f"^{re.escape(f'track.uri={uri} {reason}')}"):
         tracking_uri(settings)
     settings.track.uri = ""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(UserError, match=f"^MLFLOW_TRACKING_URI={uri} {reason}"):
+    with pytest.raises(UserError, match=f"^{re.escape(f'MLFLOW_TRACKING_URI={uri} {reason}')}"):
         tracking_uri(settings)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["sqlite:///a b.db?timeout=30", "sqlite:////a/b.db", "postgresql://u:p@h/db", "databricks", "http://u:p@h:5/path"],
+)
+def test_a_tracking_uri_that_may_work_is_used_as_it_is(settings, uri):
+    settings.track.uri = uri
+    assert tracking_uri(settings) == uri
 
 
 def test_a_question_mark_in_the_folder_of_the_database_is_refused(monkeypatch, settings, tmp_path):
