@@ -25,6 +25,7 @@ from distrain.data.shards.verify import verify
 from distrain.data.storage.index_file import load_index, save_index
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError, printable
 from distrain.files import write_atomically
+from distrain.masking import mask_secrets
 
 MEGABYTE = 1_000_000
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -292,7 +293,8 @@ def _index(args: argparse.Namespace) -> int:
         )
     with writing(out):
         if notes.skipped:
-            write_atomically(skipped, "".join(f"{printable(name)}: {reason}\n" for name, reason in notes.skipped))
+            listed = "".join(f"{printable(name)}: {reason}\n" for name, reason in notes.skipped)
+            write_atomically(skipped, mask_secrets(listed))
         else:
             skipped.unlink(missing_ok=True)
         save_index(built, out)
@@ -300,9 +302,9 @@ def _index(args: argparse.Namespace) -> int:
     print_images(notes.undecodable, "of the images cannot be decoded; training will skip them:")
     print_images(notes.skipped, f"images are not indexed: {skipped}")
     for shard in notes.empty:
-        print(f"{shard}: has no samples")
+        info(f"{shard}: has no samples")
     for first, other in notes.copies:
-        print(f"{other}: has the same content as {first}, so its images count twice")
+        info(f"{other}: has the same content as {first}, so its images count twice")
     print_empty_classes(built)
     return EXIT_DONE
 
@@ -319,18 +321,18 @@ def _verify(args: argparse.Namespace) -> int:
             done=lambda samples: progress.advance(task, samples),
         )
         for problem in problems:
-            print(problem, flush=True)
+            info(problem)
             count += 1
     if count:
-        print(f"{args.index}: {count:,} problems")
+        info(f"{args.index}: {count:,} problems")
         return EXIT_USER
-    print(f"{args.index}: all {len(loaded):,} images in {len(loaded.shards):,} shards match the index")
+    info(f"{args.index}: all {len(loaded):,} images in {len(loaded.shards):,} shards match the index")
     return EXIT_DONE
 
 
 def _show(args: argparse.Namespace) -> int:
     loaded = load_index(args.index)
-    print("\n".join(summarize(loaded)))
+    print(mask_secrets("\n".join(summarize(loaded))))
     if args.sheet:
         draw_sheet(args.index, loaded, args.sheet, args.config, args.samples)
         print(f"\n{args.sheet}: {min(args.samples, len(loaded))} samples as the network sees them")

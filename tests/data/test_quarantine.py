@@ -132,3 +132,8 @@ def test_a_list_that_cannot_grow_is_one_line(path, small_files):
         UserError, match=rf"^{path}: cannot record bad samples: File too large; .*, or set run\.dir to a"
     ):
         quarantine.add(1, "bad")
+
+
+def test_a_password_in_a_shards_url_is_not_listed(path):
+    Quarantine(path, "train", 100, 1.0).add(1, "http://ada:hunter42@host/a.tar at 512: bad")
+    assert json.loads(path.read_text())["reason"] == "http://***@host/a.tar at 512: bad"

@@ -293,3 +293,23 @@ def test_the_sheet_shows_what_training_will_see(shards, dataset, tmp_path):
     for number in range(6):
         left, top = 4 + number % 3 * (side + 4), 4 + number // 3 * (side + 4 + caption)
         np.testing.assert_array_equal(drawn[top : top + side : 12, left : left + side : 12], images[number])
+
+
+def test_a_password_in_a_url_is_neither_printed_nor_listed(shards, tmp_path):
+    members = [("a.jpg", encoded(0)), ("a.cls", b"0"), ("b.jpg", b"bad"), ("b.cls", b"0"), ("._a.jpg", b"mac")]
+    write_tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "copy.tar", members)
+    index = tmp_path / "i.parquet"
+    with serve(tmp_path) as server:
+        urls = [f"http://ada:hunter42@{server.url.removeprefix('http://')}/{name}.tar" for name in ("a", "copy")]
+        printed = [shards("index", *urls, "--out", index)]
+        printed += [shards("show", index)]
+        write_tar(tmp_path / "a.tar", members[2:])
+        printed += [shards("verify", index)]
+    assert [code for code, _, _ in printed] == [0, 0, 78]
+    for _, out, err in printed:
+        assert "http://***@" in out
+        assert "hunter42" not in out + err
+    listed = (tmp_path / "i.skipped.txt").read_text()
+    assert "http://***@" in listed
+    assert "hunter42" not in listed

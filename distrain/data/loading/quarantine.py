@@ -12,6 +12,7 @@ from typing import IO
 
 from distrain.errors import TemporaryError, UserError
 from distrain.files import may_pass
+from distrain.masking import mask_secrets
 
 
 class Quarantine:
@@ -71,7 +72,7 @@ class Quarantine:
             truncated = self._catch_up(file)
             if sample not in self._known:
                 now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                entry = {"time": now, "split": self._split, "sample": sample, "reason": reason}
+                entry = {"time": now, "split": self._split, "sample": sample, "reason": mask_secrets(reason)}
                 file.write((b"\n" if truncated else b"") + json.dumps(entry).encode() + b"\n")
                 file.flush()  # so that a full disk raises here, not in close
                 os.fsync(file.fileno())  # once a checkpoint is saved, no later start finds it again

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distrain.data.index import Index
 from distrain.data.storage.client import error_reason
 from distrain.errors import UserError, printable
+from distrain.masking import mask_secrets
 
 LISTED = 10  # images or classes listed on the console; a file next to the index lists all images
 
@@ -20,7 +21,7 @@ def print_images(images: list[tuple[str, str]], what: str) -> None:
     if images:
         print(f"{len(images):,} {what}")
         for name, reason in images[:LISTED]:
-            print(f"  {printable(name)}: {reason}")
+            print(mask_secrets(f"  {printable(name)}: {reason}"))
 
 
 def print_empty_classes(built: Index) -> None:
@@ -31,7 +32,7 @@ def print_empty_classes(built: Index) -> None:
 
 
 def info(line: str) -> None:
-    print(printable(line))
+    print(mask_secrets(printable(line)), flush=True)
 
 
 @contextmanager
