@@ -7,6 +7,7 @@ from support.images import encoded, write_tar
 
 from distrain.data.shards.labels import read_classes, read_column
 from distrain.data.shards.scan import scan
+from distrain.data.shards.sources import find
 from distrain.errors import UserError
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
@@ -144,3 +145,15 @@ def test_a_class_list_that_is_not_utf_8_is_one_line(tmp_path):
     (tmp_path / "c.txt").write_bytes("Café\n".encode("utf-16"))
     with pytest.raises(UserError, match=r"c\.txt: not UTF-8 text at byte 0; save it as UTF-8"):
         read_classes(tmp_path / "c.txt")
+
+
+@pytest.mark.parametrize("name", ["cat\u200b", "cat\u00a0", "hot\ndog"])
+def test_names_that_only_look_equal_are_not_two_classes(tmp_path, name):
+    for entry in ("cat", name):
+        (tmp_path / "set" / entry).mkdir(parents=True)
+        (tmp_path / "set" / entry / "0.jpg").write_bytes(encoded(0))
+    with pytest.raises(UserError, match=r"set: the name of class folder '.*' has spaces around it or invisible"):
+        find(tmp_path / "set", "train")
+    (tmp_path / "a.csv").write_text(f'path,label\nset/cat/0.jpg,cat\nset/cat/0.jpg,"x{name}x"\n')
+    with pytest.raises(UserError, match=r"a\.csv: line \d has invisible characters in label 'x.*x'; delete them"):
+        find(tmp_path / "a.csv", "train")

@@ -148,6 +148,9 @@ def _name_classes(labels: Sequence[tuple[str, str]], texts: Sequence[str], kind:
         named = next(number for number, text in enumerate(texts) if not _looks_numeric(text))
         if any(map(_looks_numeric, texts)):
             remark = f"labels are taken as names, because {labels[named][0]} has label {texts[named]!r}"
+    for (where, _), text in zip(labels, texts, strict=True):
+        if not text.isprintable():  # as a class of its own it would look like another one
+            raise UserError(f"{where} has invisible characters in label {text!r}; delete them")
     names = sorted(set(texts))
     refuse_case_variants(names, "correct the labels, or list both with --classes FILE")
     return names, remark
@@ -200,9 +203,14 @@ def refuse_case_variants(names: Iterable[str], cure: str) -> None:
 
 
 def name_from_folder(folder: str, entry: str) -> str:
-    """Return the class named by a folder. Raises UserError if its name is not text."""
+    """Return the class named by a folder. Raises UserError if its name is not text or could be taken for another."""
     try:
         entry.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{folder}: the name of class folder {os.fsencode(entry)!r} is not UTF-8; rename it") from error
-    return composed(entry)
+    name = composed(entry)
+    if not name.isprintable() or name != name.strip():
+        raise UserError(
+            f"{folder}: the name of class folder {name!r} has spaces around it or invisible characters; rename it"
+        )
+    return name
