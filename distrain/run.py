@@ -1,6 +1,7 @@
 """A run in training: its components, and what the training loop calls between steps."""
 
 import time
+import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, newest_manifest, read_best
@@ -237,14 +239,19 @@ def open_stop_request(config: Config, group: Group) -> StopRequest:
 
 def make_learner(session: Session, saved: State | None) -> Learner:
     """Build the learner from a saved state, from the weights that model.init names, or from random ones."""
-    config, group, index = session.config, session.group, session.train_index
+    config, group = session.config, session.group
     network = build_network(config, group.device)
     if saved is None and session.initial is not None:
         session.initial.load_into(network, group, session.tracker.info)
+    weights = loss_weights(config, session.train_index)
+    on_device = None if weights is None else torch.from_numpy(weights).to(group.device)
+    return Learner(config, group, network, saved, session.tracker.info, on_device)
+
+
+def loss_weights(config: Config, index: Index) -> NDArray[np.float32] | None:
+    """The weight of each class in the loss, float32 [classes]; None for equal ones."""
     counts = np.bincount(index.label, minlength=len(index.classes))
-    weights = class_weights(config.loss.class_weights, index.classes, counts)
-    loss_weights = None if weights is None else torch.from_numpy(weights).to(group.device)
-    return Learner(config, group, network, saved, session.tracker.info, loss_weights)
+    return class_weights(config.loss.class_weights, index.classes, counts)
 
 
 def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> InitialWeights | None:
@@ -322,11 +329,13 @@ def run_manifest(
     config: Config, train_index: Index, val_index: Index, initial: InitialWeights | None
 ) -> dict[str, Any]:
     """What a checkpoint records about its run. A run resumes only with the same identity."""
+    weights = loss_weights(config, train_index)
     identity = fixed_settings(config) | {
         "data.train digest": train_index.digest,
         "data.val digest": val_index.digest,
         "data.shuffle": resolve_shuffle(config.data, train_index),
         _INIT_DIGEST: "" if initial is None else initial.sha256,
+        "loss.class_weights digest": "" if weights is None else f"{zlib.crc32(weights.tobytes()):08x}",
     }
     return {
         "format": STATE_FORMAT,

@@ -288,3 +288,7 @@ def test_class_weights_change_the_loss_as_in_torch(settings, tmp_path):
     weighted = train(tmp_path / "weighted", *chosen, f"loss.class_weights={tmp_path}/weights.json")
     assert weighted.code == 0, weighted.output
     assert weighted.series("train/loss") != plain.series("train/loss")
+    (tmp_path / "weights.json").write_text('{"red": 4, "green": 1, "blue": 1}')
+    refused = train(tmp_path / "weighted", *chosen, f"loss.class_weights={tmp_path}/weights.json")
+    assert refused.code == 78
+    assert "loss.class_weights digest was" in refused.output

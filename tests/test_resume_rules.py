@@ -11,9 +11,9 @@ data: shuffle window_shards balanced repeats image_size size_schedule interpolat
 augment: crop crop_scale crop_ratio crop_pad flip auto_augment color_jitter lighting erase
 model: name num_classes options
 batch: lanes per_lane
-train: precision
+train: precision freeze
 parallel: batch_norm
-optimizer: name nesterov betas eps trust decay_norms
+optimizer: name nesterov betas eps trust decay_norms head_lr_factor layer_decay
 ema: decay every_steps
 resilience: bad_steps spike rollbacks
 """
@@ -35,6 +35,8 @@ evaluate: every_epochs batch
 checkpoint: every_steps every_minutes keep keep_every_steps keep_best
 resilience: patience attempts faults
 track: uri experiment every_steps
+model: init
+loss: class_weights
 """
 
 

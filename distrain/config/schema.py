@@ -272,7 +272,10 @@ class LossConfig(Section):
         0.0, "fraction of the target spread over all classes", min=0, below=1, on_resume="changeable"
     )
     class_weights: str = option(
-        "", "balanced: rare classes weigh more; or a JSON file {CLASS: WEIGHT}; empty: all equal", location=True
+        "",
+        "balanced: rare classes weigh more; or a JSON file {CLASS: WEIGHT}; empty: all equal",
+        location=True,
+        on_resume="free",
     )
 
 
