@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import stat
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 from distrain.errors import TemporaryError, UserError
 
@@ -16,6 +19,7 @@ _PERMANENT = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
     errno.ELOOP, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EFBIG, errno.ENXIO, errno.ENODEV,
 }  # fmt: skip
+_CHECKSUM = "crc32"  # of what else the JSON object in a file holds
 
 
 def may_pass(error: OSError) -> bool:
@@ -47,26 +51,70 @@ def write_atomically(path: Path, content: str | bytes, durable: bool = True, pri
         sync_folder(path.parent)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file with `write_atomically`. Raises OSError."""
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading, without waiting for whoever writes to a FIFO. Raises OSError unless it is a file."""
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NONBLOCK)
+        if not (stat.S_ISREG(mode := os.fstat(descriptor).st_mode) or stat.S_ISDIR(mode)):  # open refuses a folder
+            os.close(descriptor)
+            raise OSError(errno.ENXIO, "Not a regular file", name)
+        return descriptor
+
+    return open(path, "rb", opener=opener)  # Path.open has no opener
 
 
-def read_json(path: Path, cure: str) -> dict[str, Any]:
+def read_regular(path: Path) -> bytes:
+    """The content of a file. Raises OSError, as open_regular does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object, with a checksum that `read_json` compares, with `write_atomically`. Raises OSError."""
+    write_atomically(path, json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1) + "\n")
+
+
+def read_json(path: Path, cure: str, types: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
     """Return the JSON object in a file, {} if there is no file.
 
-    Raises UserError, which names the file and the `cure`, if it holds anything else, as an interrupted write by an
-    older release or a damaged disk may leave it. Raises OSError if the file cannot be read.
+    Raises UserError, which names the file and the `cure`, if it holds anything else, lacks a member of `types` or is
+    not as `write_json` wrote it, as an interrupted write by an older release or a damaged disk may leave it. Raises
+    OSError if the file cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content, checksum = parse_json(read_regular(path))
     except FileNotFoundError:
         return {}
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path}: not readable as JSON: {cure}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object: {cure}")
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: {cure}") from error
+    if checksum is False:
+        raise UserError(f"{path}: not as it was written: {cure}")
+    for name, kind in types.items():
+        if type(content.get(name)) is not kind:
+            raise UserError(f"{path}: lacks {name}: {cure}")
     return content
+
+
+def parse_json(data: bytes) -> tuple[dict[str, Any], bool | None]:
+    """The JSON object in the content of a file, without its checksum, and whether that is right; None if it has none.
+
+    Raises ValueError if it is not a JSON object.
+    """
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise ValueError("not readable as JSON") from error
+    if not isinstance(content, dict):
+        raise ValueError("expected a JSON object")
+    if _CHECKSUM not in content:
+        return content, None
+    checksum = content.pop(_CHECKSUM)
+    return content, checksum == _checksum(content)
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def sync_folder(folder: Path) -> None:

@@ -74,6 +74,22 @@ def test_an_unreadable_file_is_one_line_with_the_cure(tmp_path, content, problem
     assert str(caught.value) == f"{path}: {problem}: delete it"
 
 
+def test_another_value_than_was_written_is_one_line_with_the_cure(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"step": 14})
+    with pytest.raises(UserError, match=f"^{path}: lacks top1: delete it$"):
+        read_json(path, "delete it", {"step": int, "top1": float})
+    path.write_text(path.read_text().replace("14", "15"))
+    with pytest.raises(UserError, match=f"^{path}: not as it was written: delete it$"):
+        read_json(path, "delete it")
+
+
+def test_a_fifo_in_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "file.json")
+    with pytest.raises(OSError, match="Not a regular file"):
+        read_json(tmp_path / "file.json", "delete it")
+
+
 @pytest.fixture
 def damage(finished, tmp_path):
     """Run the run's command again after a power loss has emptied one of its files."""
@@ -87,8 +103,8 @@ def damage(finished, tmp_path):
     return resume
 
 
-@pytest.mark.parametrize("name", ["decisions.json", "checkpoints/best.json"])
-def test_a_run_with_an_empty_file_is_refused_in_one_line_and_resumes_after_the_cure(damage, finished, name):
+def test_a_run_with_an_empty_best_json_is_refused_in_one_line_and_resumes_after_the_cure(damage, finished):
+    name = "checkpoints/best.json"
     folder, refused = damage(name)
     assert refused.code == 78
     assert "Traceback" not in refused.output

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from distrain.checkpoint.distribution import read_into_memory
 from distrain.checkpoint.files import (
     choose_kept,
     committed,
@@ -17,13 +19,15 @@ from distrain.checkpoint.files import (
     read_best,
     remove,
     set_aside,
+    set_aside_names,
     step_of,
     tensors_in,
     verify,
     weights_digest,
 )
 from distrain.checkpoint.metadata import DamagedCheckpointError
-from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.errors import EXIT_DONE, EXIT_USER, UserError, printable
+from distrain.files import read_regular, translated_errors
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,14 +66,16 @@ def _list(args: argparse.Namespace) -> int:
     for heading in ("step", "size", "written", ""):
         table.add_column(heading, justify="left" if heading in ("written", "") else "right")
     for path in found:
-        stat = (path / "manifest.json").stat()
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(file.lstat().st_size for file in path.iterdir()) if path.is_dir() else 0
         note = f"best, top-1 {best[1]:.2%}" if best is not None and best[0] == step_of(path) else ""
-        table.add_row(f"{step_of(path):,}", f"{decimal(size)}", _local_time(stat.st_mtime), note)
+        table.add_row(f"{step_of(path):,}", f"{decimal(size)}", _local_time(path.lstat().st_mtime), note)
     Console(soft_wrap=True).print(table)
-    for path in sorted(found[-1].parent.glob("*.bad*")):
-        reason = path / "reason.txt"
-        print(f"set aside: {path.name}: {reason.read_text().strip() if reason.exists() else 'no reason recorded'}")
+    for name in set_aside_names(found[-1].parent):
+        try:
+            reason = read_regular(found[-1].with_name(name) / "reason.txt").decode(errors="replace").strip()
+        except OSError:
+            reason = "no reason recorded"
+        print(printable(f"set aside: {name}: {reason}"))
     return EXIT_DONE
 
 
@@ -77,12 +83,12 @@ def _verify(args: argparse.Namespace) -> int:
     damaged = 0
     for path in _find(args.run_folder):
         try:
-            verify(path)
+            os.close(read_into_memory(path))  # as a start does
             print(f"{path.name}: intact", flush=True)
         except DamagedCheckpointError as error:
             damaged += 1
             aside = f"; set aside as {set_aside(path, str(error)).name}" if args.set_aside else ""
-            print(f"{path.name}: damaged: {error}{aside}", flush=True)
+            print(printable(f"{path.name}: damaged: {error}{aside}"), flush=True)
     return EXIT_USER if damaged else EXIT_DONE
 
 
@@ -133,7 +139,9 @@ def _find(run_folder: Path) -> list[Path]:
     folder = run_folder / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run_folder}: not the folder of a run; give runs/NAME, which contains checkpoints/")
-    if not (found := committed(folder)):
+    with translated_errors(folder):
+        found = committed(folder)
+    if not found:
         raise UserError(f"{folder}: no checkpoints found")
     return found
 

@@ -5,7 +5,8 @@ by torch.distributed.checkpoint, and manifest.json with the size and checksum of
 left over from an interrupted write.
 """
 
-import json
+import errno
+import os
 import re
 import shutil
 import warnings
@@ -23,10 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError, Reader
 from distrain.errors import TemporaryError
-from distrain.files import read_json, sync_folder, write_json
+from distrain.files import open_regular, parse_json, read_json, read_regular, sync_folder, write_json
 
 MANIFEST = "manifest.json"
-_CHECKSUM = "crc32"  # of the manifest itself
 _BEST = "best.json"
 _NAME = re.compile(r"step-(\d{8})$")
 _TMP = ".tmp"
@@ -56,7 +56,7 @@ def tmp_checkpoint_path(final: Path, token: str) -> Path:
 
 def committed(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if _NAME.match(path.name))
+    return sorted(path for path in _entries(folder) if _NAME.match(path.name))
 
 
 def step_of(path: Path) -> int:
@@ -94,7 +94,7 @@ def commit(
     if files.keys() != expected | {METADATA}:
         raise OSError(f"the ranks wrote {sorted(files)}, but the metadata names {sorted(expected)}")
     content = {"step": snapshot.step, "files": files, **snapshot.extra}
-    write_json(tmp / MANIFEST, {**content, _CHECKSUM: _checksum_content(content)})
+    write_json(tmp / MANIFEST, content)
     before_commit()
     tmp.rename(final)
     sync_folder(final.parent)
@@ -139,7 +139,8 @@ def set_aside(path: Path, reason: str) -> Path:
     """Rename a damaged checkpoint so that no run loads it, and write the reason into it. Returns its new path."""
     aside = _free_name(path.with_name(path.name + _BAD))
     path.rename(aside)
-    (aside / "reason.txt").write_text(f"{reason}\n")
+    with suppress(NotADirectoryError):  # a file in place of the checkpoint
+        (aside / "reason.txt").write_text(f"{reason}\n")
     return aside
 
 
@@ -189,12 +190,15 @@ def remove(path: Path) -> None:
     doomed = tmp_checkpoint_path(path, "removed")
     path.rename(doomed)
     sync_folder(path.parent)
-    shutil.rmtree(doomed)
+    if doomed.is_dir() and not doomed.is_symlink():
+        shutil.rmtree(doomed)
+    else:
+        doomed.unlink()
 
 
 def set_aside_names(folder: Path) -> list[str]:
     """The checkpoints that were set aside as damaged."""
-    return sorted(path.name for path in folder.glob(f"step-*{_BAD}*"))
+    return sorted(path.name for path in _entries(folder) if path.name.startswith("step-") and _BAD in path.name)
 
 
 def clear_tmp(folder: Path) -> None:
@@ -202,8 +206,9 @@ def clear_tmp(folder: Path) -> None:
 
     Renamed first, as an attempt that is taken for lost may be about to commit it.
     """
-    for tmp in folder.glob(f"step-*{_TMP}"):
-        remove(tmp)
+    for path in _entries(folder):
+        if path.name.startswith("step-") and path.name.endswith(_TMP):
+            remove(path)
 
 
 def choose_kept(steps: Set[int], newest: int, every: int, best: int | None) -> set[int]:
@@ -214,7 +219,8 @@ def choose_kept(steps: Set[int], newest: int, every: int, best: int | None) -> s
 
 def read_best(folder: Path) -> tuple[int, float] | None:
     """Step and validation accuracy in [0, 1] of the best checkpoint, if any."""
-    best = read_json(folder / _BEST, "delete it; the next validation that is best so far writes it")
+    cure = "delete it; the next validation that is best so far writes it"
+    best = read_json(folder / _BEST, cure, {"step": int, "top1": float})
     return (best["step"], best["top1"]) if best else None
 
 
@@ -236,43 +242,59 @@ def weights_digest(tensors: dict[str, torch.Tensor]) -> str:
 def read_manifest(path: Path) -> dict[str, Any]:
     """Raises DamagedCheckpointError if the manifest is not as it was written, TemporaryError if it cannot be read."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        checksum = manifest.pop(_CHECKSUM, None)
-        is_intact = checksum == _checksum_content(manifest)
-        if checksum is None and "format" not in manifest:
-            is_intact = True  # state format 1 has no checksum; check_identity refuses it by name
-        is_intact = is_intact and manifest["step"] == step_of(path)
-        names = [*manifest["files"]]
+        manifest, is_intact = parse_json(read_regular(path / MANIFEST))
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{MANIFEST} is missing") from error
     except OSError as error:
         raise unreadable(path / MANIFEST, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{MANIFEST} is not readable: {error}") from error
-    if not is_intact or any(Path(name).name != name for name in names):
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{MANIFEST} is {error}") from error
+    if is_intact is None:
+        is_intact = "format" not in manifest  # state format 1 has no checksum; check_identity refuses it by name
+    if not is_intact or not _is_manifest(manifest) or manifest["step"] != step_of(path):
         raise DamagedCheckpointError(f"{MANIFEST} is not as it was written")
-    assert isinstance(manifest, dict)
     return manifest
 
 
-def _checksum_content(content: dict[str, Any]) -> int:
-    """CRC-32 of a manifest without its checksum."""
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+def _is_manifest(content: dict[str, Any]) -> bool:
+    """Whether a JSON object has what a checkpoint's manifest has to have."""
+    files = content.get("files")
+    return (
+        isinstance(content.get("step"), int)
+        and all(isinstance(content.get(name, {}), dict) for name in ("identity", "versions"))
+        and isinstance(files, dict)
+        and all(Path(name).name == name and _is_checksum(value) for name, value in files.items())
+    )
 
 
-def unreadable(path: Path, error: OSError) -> TemporaryError:
+def _is_checksum(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(name)) is int for name in ("size", "crc32"))
+
+
+def unreadable(path: Path, error: OSError) -> DamagedCheckpointError | TemporaryError:
+    """What an error while a checkpoint is read means: damage if something else is in place of a file or folder."""
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ENXIO):
+        return DamagedCheckpointError(f"{path.name}: {error.strerror}")
     return TemporaryError(f"{path}: cannot be read: {error.strerror}; check the file system and run again", scope="all")
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, nothing if it does not exist. Raises OSError, which Path.glob ignores."""
+    try:
+        return [folder / name for name in os.listdir(folder)]  # noqa: PTH208
+    except FileNotFoundError:
+        return []
+
+
 def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 
 
 def _free_name(path: Path) -> Path:
     number, candidate = 1, path
-    while candidate.exists():
+    while candidate.exists() or candidate.is_symlink():
         number += 1
         candidate = path.with_name(f"{path.name}{number}")
     return candidate

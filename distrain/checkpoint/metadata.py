@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from distrain.files import open_regular
 
 METADATA = ".metadata"
 
@@ -45,7 +47,7 @@ class Reader(FileSystemReader):
         """Raises DamagedCheckpointError, or OSError if it cannot be read just now."""
         folder = Path(self.path)
         try:
-            with (folder / METADATA).open("rb") as file:
+            with open_regular(folder / METADATA) as file:
                 metadata = _Unpickler(file).load()
             _check(metadata, folder)
         except FileNotFoundError as error:
@@ -80,7 +82,12 @@ def _check(metadata: Any, folder: Path) -> None:
         if entry.offset < 0 or entry.length < 0 or entry.offset + entry.length > sizes[name]:
             raise ValueError(f"it names bytes past the end of {name}")
     for name, tensor in metadata.state_dict_metadata.items():
-        if isinstance(tensor, TensorStorageMetadata):
-            size = torch.Size(tensor.size).numel() * tensor.properties.dtype.itemsize
-            if size > sum(sizes.values()):
-                raise ValueError(f"{name} is larger than the files")
+        if not isinstance(tensor, TensorStorageMetadata) or not isinstance(tensor.properties.dtype, torch.dtype):
+            raise ValueError(f"{name} is not a tensor")
+        count = torch.Size(tensor.size).numel()
+        if count * tensor.properties.dtype.itemsize > sum(sizes.values()):
+            raise ValueError(f"{name} is larger than the files")
+        if any(MetadataIndex(name, chunk.offsets) not in metadata.storage_data for chunk in tensor.chunks):
+            raise ValueError(f"a part of {name} is in no file")
+        if sum(torch.Size(chunk.sizes).numel() for chunk in tensor.chunks) != count:
+            raise ValueError(f"the parts of {name} are not all of it")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from distrain.errors import StaleAttemptError, UserError
-from distrain.files import sync_folder, write_json
+from distrain.files import parse_json, read_regular, sync_folder, write_json
 from distrain.processes import machine_id, process_ticks
 
 LAUNCH_VARIABLE = "DISTRAIN_LAUNCH"  # the launcher's id, the same for every start that it makes
@@ -63,10 +63,15 @@ def newest_attempt(folder: Path) -> AttemptRecord | None:
     if not numbers:
         return None
     number = max(numbers)
-    with suppress(FileNotFoundError, ValueError, TypeError):
-        record = AttemptRecord(**json.loads(_record_path(folder, number).read_bytes()))
+    with suppress(FileNotFoundError, IsADirectoryError, ValueError, TypeError):
+        content, checksum = parse_json(read_regular(_record_path(folder, number)))
+        record = AttemptRecord(**content)
         kinds = get_type_hints(AttemptRecord)
-        if record.number == number and all(isinstance(value, kinds[name]) for name, value in vars(record).items()):
+        if (
+            checksum is not False
+            and record.number == number
+            and all(isinstance(value, kinds[name]) for name, value in vars(record).items())
+        ):
             return record
     return AttemptRecord(number)
 
@@ -91,7 +96,8 @@ class Claim:
         self.last_beat = _read_beat(folder)
         """Step and time, in seconds since 1970, of the last heartbeat of an earlier attempt; (0, 0.0) if unknown."""
         for number in range(max(1, self.record.number - 9), self.record.number - _KEPT + 1):
-            _record_path(folder, number).unlink(missing_ok=True)
+            with suppress(OSError):
+                _record_path(folder, number).unlink()
         self._step = 0
         self._beat = os.open(folder / "beat", os.O_RDWR | os.O_CREAT, 0o644)
         self._ended = threading.Event()
@@ -190,7 +196,7 @@ def _record_path(folder: Path, number: int) -> Path:
 
 def _read_beat(folder: Path) -> tuple[int, float]:
     try:
-        step, when = (folder / "beat").read_text().split()
+        step, when = read_regular(folder / "beat").split()
         return int(step), float(when)
     except (FileNotFoundError, ValueError):
         return 0, 0.0

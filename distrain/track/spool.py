@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from distrain.files import read_regular
+
 log = logging.getLogger(__name__)
 
 
@@ -83,18 +85,28 @@ class Spool:
         log.error("metrics cannot be written: %s; they are kept in memory, and training continues", reason)
 
 
+def _parse(line: bytes) -> Entry:
+    """Raises ValueError or TypeError unless a line is an entry."""
+    entry = Entry(**json.loads(line))
+    if type(entry.step) is not int or type(entry.time) is not int or not isinstance(entry.metrics, dict):
+        raise TypeError
+    if not all(type(value) is float for value in entry.metrics.values()):
+        raise TypeError
+    return entry
+
+
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The complete entries of a file, and their size in bytes."""
     entries: list[Entry] = []
     complete = unreadable = 0
     if path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
+        for line in read_regular(path).splitlines(keepends=True):
             if not line.endswith(b"\n"):
                 break
             complete += len(line)
             try:
-                entries.append(Entry(**json.loads(line)))
-            except (ValueError, TypeError):  # a power loss may leave zeros
+                entries.append(_parse(line))
+            except (ValueError, TypeError, RecursionError):  # a power loss may leave zeros
                 unreadable += 1
     if unreadable:
         log.warning("%s: skipped %d unreadable lines", path, unreadable)

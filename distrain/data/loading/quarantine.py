@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from distrain.errors import TemporaryError, UserError
-from distrain.files import may_pass
+from distrain.files import may_pass, open_regular
 from distrain.masking import mask_secrets
 
 
@@ -34,7 +34,7 @@ class Quarantine:
         self._read = 0
         with self._one_line():
             if path.exists():
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     self._read = _complete_lines(file.read())
 
     def add(self, sample: int, reason: str) -> None:
@@ -61,7 +61,7 @@ class Quarantine:
         """Return the number of bad samples that all ranks have found so far, as far as the file can be read now."""
         with self._lock, suppress(TemporaryError), self._one_line():
             if self._path.exists() and self._path.stat().st_size > self._read:
-                with self._path.open("rb") as file:
+                with open_regular(self._path) as file:
                     self._catch_up(file)
         return len(self._known)
 
@@ -85,12 +85,10 @@ class Quarantine:
         complete = _complete_lines(content)
         self._read += complete
         for line in content[:complete].splitlines():
-            try:
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # not a line that was written here
                 entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry["split"] == self._split:
-                self._known.add(entry["sample"])
+                if entry["split"] == self._split and entry["sample"] in range(self._samples):
+                    self._known.add(int(entry["sample"]))
         return len(content) > complete
 
     @contextmanager
