@@ -19,9 +19,9 @@ from distrain.data.augmentation.crops import draw_crop_boxes
 from distrain.data.index import Index, is_remote
 from distrain.data.loading.jpeg_region import crop, decode, resize
 from distrain.data.loading.loader import Loader, Request
+from distrain.data.loading.loaders import LOADERS, open_loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
-from distrain.data.loading.setup import LOADERS, open_loader
 from distrain.data.sampling.plan import LaneBatch
 from distrain.data.shards.members import IMAGE_SUFFIXES
 from distrain.data.storage.remote import open_store

@@ -19,9 +19,9 @@ from distrain.data.image import ImageError, measure
 from distrain.data.loading import jpeg_region
 from distrain.data.loading.jpeg_region import decode
 from distrain.data.loading.loader import Request
+from distrain.data.loading.loaders import open_loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
-from distrain.data.loading.setup import open_loader
 from distrain.data.sampling.plan import LaneBatch
 from distrain.data.shards.scan import scan
 from distrain.data.storage.store import DataError, LocalStore

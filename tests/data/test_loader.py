@@ -15,9 +15,9 @@ from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.crops import CropBoxes, draw_crop_boxes
 from distrain.data.loading.dali import DaliLoader, find_rejection
 from distrain.data.loading.loader import Request, normalize
+from distrain.data.loading.loaders import open_loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
-from distrain.data.loading.setup import open_loader
 from distrain.data.sampling.plan import LaneBatch
 from distrain.data.storage.store import LocalStore
 

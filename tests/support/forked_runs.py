@@ -29,11 +29,11 @@ def train_forked(folder: Path, *overrides: str, ranks: int = 1) -> ForkedResult:
 
 
 def _record_labels(prefix: Path) -> None:
-    from distrain.data.loading import setup
+    from distrain.data.loading import loaders
 
     labels = Path(f"{prefix}{os.environ.get('RANK', 0)}")
-    open_loader = setup.open_loader
-    setup.open_loader = lambda *options: _Recorder(open_loader(*options), labels)
+    open_loader = loaders.open_loader
+    loaders.open_loader = lambda *options: _Recorder(open_loader(*options), labels)
 
 
 class _Recorder:

@@ -12,8 +12,9 @@ import torch
 from distrain.config import Config
 from distrain.data.index import Index
 from distrain.data.loading.loader import Loader
+from distrain.data.loading.loaders import LOADERS, has_dali, require_dali
 from distrain.data.loading.requests import train_requests
-from distrain.data.loading.setup import LOADERS, has_dali, make_loader, make_quarantine, require_dali
+from distrain.data.loading.setup import make_loader, make_quarantine
 from distrain.data.sampling.plan import Plan
 from distrain.decisions import RunDecisions
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.pixels import augment_pixels, augments_pixels
+from distrain.data.loading.in_flight import Crop
 from distrain.data.loading.loader import Batch, Request
 from distrain.data.loading.reader import ReadSample, SampleReader
 from distrain.data.loading.torch import TorchLoader, to_device
@@ -145,9 +146,12 @@ class DaliLoader:
             "size": np.full((len(samples), 2), size, np.float32),
             "flip": flip,
         }
-        for name, values in feeds.items():
-            self._pipeline.feed_input(name, list(values))
-        (output,) = self._pipeline.run()
+        rows = zip(ids, boxes.tolist(), strict=True)
+        crops = [Crop(sample, top, left, height, width, size) for sample, (top, left, height, width) in rows]
+        with self._reader.decoding(crops):
+            for name, values in feeds.items():
+                self._pipeline.feed_input(name, list(values))
+            (output,) = self._pipeline.run()
         if self._device.type == "cuda":
             # `run` has waited for DALI, which reuses this memory once `output` is released: hence the copy, for which
             # `_load` waits.

@@ -19,23 +19,37 @@ class Quarantine:
     """The bad samples of one split, in a file of JSON lines that all ranks append to.
 
     Only lines that any rank wrote since this object was created count. Lines of earlier starts of the run remain as a
-    record: the data may have been fixed since, and what is still bad is found again. `limit` is the max fraction of
+    record: the data may have been fixed since, and what is still bad is found again; only images that crash a decoder
+    stay bad as long as their checksum is the same. `limit` is the max fraction of
     the split's `samples` that may be bad; at least one must be good. Raises
     UserError if the file cannot be used, TemporaryError if that may pass.
     """
 
     def __init__(self, path: Path, split: str, samples: int, limit: float) -> None:
         self._path = path
-        self._split = split
+        self.split = split
         self._samples = samples
         self._limit = limit
         self._lock = threading.Lock()
         self._known: set[int] = set()
+        self._crashing: dict[int, tuple[int, str]] = {}
         self._read = 0
         with self._one_line():
             if path.exists():
                 with open_regular(path) as file:
-                    self._read = _complete_lines(file.read())
+                    self._catch_up(file)
+        self._known.clear()
+
+    def crash_reason(self, sample: int, crc32: int) -> str:
+        """Why an image with this checksum must not be decoded; empty if nothing is known against it."""
+        known, reason = self._crashing.get(sample, (None, ""))
+        return reason if known == crc32 else ""
+
+    def add_crashing(self, sample: int, crc32: int, reason: str) -> None:
+        """Record an image that crashes a decoder, for all starts to come. Raises as `add` does."""
+        with self._lock, self._one_line():
+            self._append(sample, reason, crc32)
+            self._known.discard(sample)  # it counts once it is met
 
     def add(self, sample: int, reason: str) -> None:
         """Record a bad sample. Raises UserError if there are too many or the file cannot be used, TemporaryError if
@@ -47,12 +61,12 @@ class Quarantine:
             bad = len(self._known)
         if bad == self._samples:
             raise UserError(
-                f"none of the {bad} samples of data.{self._split} can be used: {self._path} lists them; fix the data",
+                f"none of the {bad} samples of data.{self.split} can be used: {self._path} lists them; fix the data",
                 scope="rank",
             )
         if bad > self._limit * self._samples:
             raise UserError(
-                f"{bad} of {self._samples} samples of data.{self._split} cannot be used, more than "
+                f"{bad} of {self._samples} samples of data.{self.split} cannot be used, more than "
                 f"data.max_bad={self._limit:g} allows: {self._path} lists them; fix the data or raise data.max_bad",
                 scope="rank",
             )
@@ -65,14 +79,17 @@ class Quarantine:
                     self._catch_up(file)
         return len(self._known)
 
-    def _append(self, sample: int, reason: str) -> None:
+    def _append(self, sample: int, reason: str, crc32: int | None = None) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             truncated = self._catch_up(file)
             if sample not in self._known:
                 now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-                entry = {"time": now, "split": self._split, "sample": sample, "reason": mask_secrets(reason)}
+                entry = {"time": now, "split": self.split, "sample": sample, "reason": mask_secrets(reason)}
+                if crc32 is not None:
+                    entry["crashing"] = crc32
+                    self._crashing[sample] = crc32, reason
                 file.write((b"\n" if truncated else b"") + json.dumps(entry).encode() + b"\n")
                 file.flush()  # so that a full disk raises here, not in close
                 os.fsync(file.fileno())  # once a checkpoint is saved, no later start finds it again
@@ -87,8 +104,11 @@ class Quarantine:
         for line in content[:complete].splitlines():
             with suppress(ValueError, TypeError, KeyError, RecursionError):  # not a line that was written here
                 entry = json.loads(line)
-                if entry["split"] == self._split and entry["sample"] in range(self._samples):
-                    self._known.add(int(entry["sample"]))
+                if entry["split"] == self.split and entry["sample"] in range(self._samples):
+                    sample = int(entry["sample"])
+                    self._known.add(sample)
+                    if "crashing" in entry:
+                        self._crashing[sample] = int(entry["crashing"]), str(entry["reason"])
         return len(content) > complete
 
     @contextmanager

@@ -1,11 +1,13 @@
 """Reads encoded images for a loader, and replaces bad samples."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from distrain.data.image import MAX_PIXELS, ImageError, measure
 from distrain.data.index import Index
+from distrain.data.loading.in_flight import Crop, InFlight
 from distrain.data.loading.loader import Request
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.storage.store import DataError, Store
@@ -31,8 +33,10 @@ class ReadSample:
 class SampleReader:
     """Reads samples from a store and checks them against the index."""
 
-    def __init__(self, index: Index, store: Store, quarantine: Quarantine) -> None:
+    def __init__(self, index: Index, store: Store, quarantine: Quarantine, in_flight: InFlight | None = None) -> None:
+        """`in_flight` records what is being decoded, for the case of a crash."""
         self.index = index
+        self._in_flight = in_flight
         self._store = store
         self._quarantine = quarantine
 
@@ -43,6 +47,8 @@ class SampleReader:
             raise DataError(f"was not a readable image when indexed: {self._diagnose(sample)}")
         if width * height > MAX_PIXELS:
             raise DataError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}")
+        if reason := self._quarantine.crash_reason(sample, int(self.index.crc32[sample])):
+            raise DataError(reason)
         return self._store.read(sample)
 
     def read_or_replace(self, request: Request, index: int, decode: Decode) -> ReadSample | None:
@@ -61,9 +67,14 @@ class SampleReader:
                 return None
             request, index = request.replacement(index), 0
 
+    def decoding(self, crops: Sequence[Crop]) -> AbstractContextManager[None]:
+        """The context of decoding images, which are recorded for the case that this ends the process."""
+        return nullcontext() if self._in_flight is None else self._in_flight.decoding(crops)
+
     def prefetch_ahead(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield the requests unchanged, and prefetch the samples of each `request.ahead` requests before its turn."""
         pending: deque[Request] = deque()
+        self._quarantine.count()  # other ranks may have found images that crash a decoder
         for request in requests:
             self._store.prefetch(request.samples.ids)
             pending.append(request)
@@ -78,6 +89,8 @@ class SampleReader:
 
     def close(self) -> None:
         self._store.close()
+        if self._in_flight is not None:
+            self._in_flight.close()
 
     def _diagnose(self, sample: int) -> str:
         """Return why an image is unreadable, which the index does not record. Raises DataError if its bytes have

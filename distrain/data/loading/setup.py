@@ -1,11 +1,11 @@
 """Sets up the data pipeline of a run: indexes, plan, quarantine, loader."""
 
-import socket
-
 import torch
 
-from distrain.config import AugmentConfig, Config, DataConfig
+from distrain.config import Config
 from distrain.data.index import Index
+from distrain.data.loading import loaders
+from distrain.data.loading.crashes import open_in_flight, quarantine_crashing
 from distrain.data.loading.loader import Loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
@@ -15,8 +15,6 @@ from distrain.data.sampling.plan import Plan
 from distrain.data.storage.index_file import load_index
 from distrain.data.storage.remote import open_store
 from distrain.errors import UserError
-
-LOADERS = ("torch", "dali")
 
 
 def load_indexes(config: Config) -> tuple[Index, Index]:
@@ -51,51 +49,13 @@ def make_loader(
 ) -> Loader:
     """Open the loader `name` of a run over an index. Raises UserError if it is not installed on this machine.
 
-    `checked`: whether `check_store` has been called for the index on this host.
+    `checked`: whether `check_store` has been called for the index on this host. If an earlier start of the run crashed
+    on this host, what it was decoding is tried first, and what crashes the decoder is quarantined.
     """
     if name == "dali":
-        require_dali()
-    reader = SampleReader(index, open_store(index, config.download, checked), quarantine)
+        loaders.require_dali()
+    store = open_store(index, config.download, checked)
+    quarantine_crashing(config, name, index, store, quarantine, device)
+    reader = SampleReader(index, store, quarantine, open_in_flight(config, quarantine.split))
     batch = max(config.batch.per_lane, config.evaluate.batch)
-    return open_loader(name, config.data, config.augment, config.run.seed, batch, reader, device)
-
-
-def open_loader(
-    name: str,
-    data: DataConfig,
-    augment: AugmentConfig,
-    seed: int,
-    batch: int,
-    reader: SampleReader,
-    device: torch.device,
-) -> Loader:
-    """Open the loader `name` over a reader, for requests of at most `batch` samples.
-
-    All loaders give the same pixels, up to rounding, for the same crop boxes.
-    """
-    if name == "dali":
-        from distrain.data.loading.dali import DaliLoader
-
-        return DaliLoader(data, augment, seed, batch, reader, device)
-    from distrain.data.loading.torch import TorchLoader
-
-    return TorchLoader(data, augment, seed, reader, device)
-
-
-def require_dali() -> None:
-    """Raise UserError if DALI is not installed on this machine."""
-    if not has_dali():
-        raise UserError(
-            f"data.loader=dali needs NVIDIA DALI, which is not installed on {socket.gethostname()}: install "
-            "nvidia-dali-cuda130 or set data.loader=torch",
-            scope="rank",
-        )
-
-
-def has_dali() -> bool:
-    """Whether DALI is installed on this machine."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return loaders.open_loader(name, config.data, config.augment, config.run.seed, batch, reader, device)

@@ -9,6 +9,7 @@ import torch
 
 from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.pixels import augment_pixels, augments_pixels
+from distrain.data.loading.in_flight import Crop
 from distrain.data.loading.jpeg_region import Pixels, crop, resize
 from distrain.data.loading.loader import Batch, Request
 from distrain.data.loading.reader import SampleReader
@@ -63,9 +64,11 @@ class TorchLoader:
 
     def _decode(self, request: Request, index: int, encoded: bytes) -> Pixels:
         """Decode, crop, resize, flip and augment. uint8 [size, size, 3]. Raises DataError if it cannot be decoded."""
-        *box, flip = (int(column[index]) for column in request.crops)
+        top, left, height, width, flip = (int(column[index]) for column in request.crops)
         table, sample = self._reader.index, int(request.samples.ids[index])
-        image = crop(encoded, int(table.height[sample]), int(table.width[sample]), *box)
+        with self._reader.decoding([Crop(sample, top, left, height, width, request.size)]):
+            shape = int(table.height[sample]), int(table.width[sample])
+            image = crop(encoded, *shape, top, left, height, width)
         image = resize(image, request.size, self._data.interpolation, bool(flip))
         if request.augmented and self._augments_pixels:
             keys = tuple(int(column[index]) for column in request.samples)

@@ -2,10 +2,20 @@
 
 import os
 import stat
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from distrain.errors import UserError
+
+
+def create_tmp_folder(name: str, cure: str = "remove it") -> Path:
+    """Create a folder of this user below TMPDIR. Raises UserError, which ends in the `cure`, if that is not this user's
+    alone; OSError."""
+    own = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}"
+    for folder in (own, own / name):
+        create_private_folder(folder, cure)
+    return own / name
 
 
 def create_private_folder(path: Path, cure: str) -> None:

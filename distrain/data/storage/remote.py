@@ -1,7 +1,5 @@
 """Remote shards: downloaded whole, once per node and in advance, to a cache of bounded size."""
 
-import os
-import tempfile
 import threading
 import zlib
 from contextlib import suppress
@@ -17,7 +15,7 @@ from distrain.config import DownloadConfig
 from distrain.data.index import Index
 from distrain.data.storage.cache import ShardCache, Write
 from distrain.data.storage.download import Downloader, DownloadError, StoreClosed
-from distrain.data.storage.private import create_private_folder
+from distrain.data.storage.private import create_tmp_folder
 from distrain.data.storage.retry import RetryPolicy
 from distrain.data.storage.store import LocalStore, Store, damaged, require_shards
 from distrain.errors import UserError
@@ -123,12 +121,10 @@ def cache_folder(download: DownloadConfig) -> Path:
     """
     if download.cache:
         return Path(download.cache).expanduser()
-    own = Path(tempfile.gettempdir()) / f"distrain-{os.getuid()}"
     try:
-        for folder in (own, own / "shards"):
-            create_private_folder(folder, "remove it, or set download.cache to another folder")
+        return create_tmp_folder("shards", "remove it, or set download.cache to another folder")
     except OSError as error:
         raise UserError(
-            f"{own}: cannot cache shards: {error.strerror}; set download.cache to another folder", scope="rank"
+            f"{error.filename}: cannot cache shards: {error.strerror}; set download.cache to another folder",
+            scope="rank",
         ) from error
-    return own / "shards"
