@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, newest_manifest, read_best
+from distrain.checkpoint.files import set_aside_names
 from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings, flatten, to_dict
 from distrain.data.index import Index
 from distrain.data.loading.autotune import choose_loader
@@ -36,11 +38,13 @@ from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import State
 from distrain.recipe.losses import class_weights
 from distrain.resilience.attempt import Attempt
+from distrain.resilience.claim import newest_attempt
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.track import Tracker
 
 _IDENTITY = "identity.json"
+_IDENTITY_TYPES = {"format": int, "identity": dict, "versions": dict}
 _INIT_DIGEST = "model.init digest"
 
 
@@ -270,7 +274,9 @@ def check_resumable(config: Config, train_index: Index, val_index: Index, group:
         with translated_errors(config.run.folder):
             read_best(folder)  # an unreadable file is reported now rather than at the first validation
             manifest = newest_manifest(folder)
-            saved = manifest or read_json(config.run.folder / _IDENTITY, "delete it")
+            saved = manifest or read_json(config.run.folder / _IDENTITY, "delete it", _IDENTITY_TYPES)
+            if manifest is None:
+                require_no_lost_checkpoints(config.run.folder)
         initial = find_initial_weights(config, manifest, train_index)
         if saved:
             current = run_manifest(config, train_index, val_index, initial)
@@ -285,6 +291,16 @@ def check_resumable(config: Config, train_index: Index, val_index: Index, group:
     if found is None or opened:
         return opened[0] if opened else None
     return InitialWeights(*found)
+
+
+def require_no_lost_checkpoints(folder: Path) -> None:
+    """Raises UserError if an attempt at the run in `folder` began from a checkpoint, and there is none now."""
+    attempt = newest_attempt(folder)
+    if attempt is not None and attempt.committed > 0 and not set_aside_names(folder / "checkpoints"):
+        raise UserError(
+            f"{folder}/checkpoints: attempt {attempt.number} began from step {attempt.committed}, and there is no "
+            "checkpoint now: restore one, or delete the run's folder to train from the beginning"
+        )
 
 
 def find_initial_weights(config: Config, saved: dict[str, Any] | None, train_index: Index) -> InitialWeights | None:

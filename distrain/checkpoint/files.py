@@ -259,9 +259,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def _is_manifest(content: dict[str, Any]) -> bool:
     """Whether a JSON object has what a checkpoint's manifest has to have."""
     files = content.get("files")
+    absent: Any = None if "format" in content else {}  # state format 1 has no versions
     return (
         isinstance(content.get("step"), int)
-        and all(isinstance(content.get(name, {}), dict) for name in ("identity", "versions"))
+        and all(isinstance(content.get(name, absent), dict) for name in ("identity", "versions"))
         and isinstance(files, dict)
         and all(Path(name).name == name and _is_checksum(value) for name, value in files.items())
     )

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from support.forked_runs import train_forked
 
 from distrain.__main__ import main
 from distrain.checkpoint.files import committed
+from distrain.errors import UserError
+from distrain.resilience.claim import Claim
+from distrain.run import require_no_lost_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +187,22 @@ def test_a_file_in_place_of_the_checkpoints_does_not_start_the_run_over(tmp_path
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(NotADirectoryError):
         committed(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("committed_before", "is_refused"), [(0, False), (7, True)])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path, committed_before, is_refused):
+    Claim(tmp_path, 1, committed_before, 0).end("killed", True)
+    refusal = pytest.raises(UserError, match="began from step 7, and there is no checkpoint now")
+    with refusal if is_refused else nullcontext():
+        require_no_lost_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": 2, "versions": {}}', "[]"])
+def test_the_identity_of_a_run_without_checkpoints_is_checked(unfinished, tmp_path, content):
+    folder = shutil.copytree(unfinished[1], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "identity.json").write_text(content)
+    refused = train_forked(folder, *unfinished[0])
+    assert refused.code == 78
+    (line,) = [line for line in refused.output.splitlines() if line.startswith("distrain: ")]
+    assert "identity.json: " in line
