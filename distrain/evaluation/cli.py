@@ -1,8 +1,6 @@
 """`python -m distrain evaluate`: evaluate a classifier on indexed data."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from distrain.data.index import Index
+from distrain.data.shards.report import writing
 from distrain.data.storage.index_file import load_index
 from distrain.errors import EXIT_DONE, UserError
 from distrain.evaluation.comparison import compare, write_flips
@@ -122,7 +121,7 @@ def evaluate_index(model: Model, path: str, index: Index, folder: Path, settings
 
 
 def _make(folder: Path, note: str) -> None:
-    with _translated(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if note:
         print(note)
@@ -145,7 +144,7 @@ def _report(
     if missing := len(index) - len(table.sample):
         what = "could not be read or have no accepted class" if table.accepted else "could not be read"
         print(f"{missing:,} images {what}: not scored; see {folder}/quarantine.jsonl")
-    with _translated(folder):
+    with writing(folder):
         write_report(table, about, index, model.preprocessing, folder)
         if before is not None:
             found = compare(before, table)
@@ -186,11 +185,3 @@ def _at_resolution(model: Model, side: int) -> Model:
 def _stem(location: str) -> str:
     """A name for a model or an index: mine for runs/mine:best, val for DIR/val.parquet."""
     return Path(location.partition("?")[0].rpartition("/")[2].partition(":")[0]).stem or "data"
-
-
-@contextmanager
-def _translated(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written: {error.strerror or error}") from error
