@@ -70,8 +70,8 @@ def test_the_next_start_quarantines_the_image_and_finishes(crashing_decoder, sha
     assert "crashes the decoder (SIGSEGV): it is quarantined" in second.output
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert {line["sample"] for line in lines} == {7}
-    left = (tmp_path / f"distrain-{os.getuid()}" / "decoding").rglob("*.train")
-    assert list(left) == []
+    left = (tmp_path / f"distrain-{os.getuid()}" / "decoding").rglob("*")
+    assert [path for path in left if path.is_file()] == []
 
 
 def test_images_are_tried_one_by_one_with_the_loader_that_trains(crashing_decoder):
@@ -114,8 +114,12 @@ def test_the_record_of_a_living_process_is_left_alone(tmp_path):
     crash.write_bytes(b"as if")
     with record.decoding([CROP]):
         assert take_leftovers(tmp_path, "train") == []
+    other = InFlight(tmp_path, "val")
     record.close()
     assert take_leftovers(tmp_path, "train") == []
+    assert crash.exists()
+    other.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_images_than_there_are_slots_are_decoded_all_the_same(tmp_path):

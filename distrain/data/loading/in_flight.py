@@ -40,8 +40,8 @@ class InFlight:
 
     def __init__(self, folder: Path, split: str) -> None:
         """`folder` is private to this user and on the node's own disk. Raises OSError."""
-        log = _open_crash_log(folder)
-        self._path = Path(log.name).with_suffix(f".{split}")
+        self._log = _open_crash_log(folder)
+        self._path = self._log.with_suffix(f".{split}")
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try_lock(self._file)  # released when the process ends for any reason
         os.ftruncate(self._file, _SLOTS * len(Crop._fields) * 8)
@@ -71,6 +71,10 @@ class InFlight:
         """Remove the record: this process has not crashed."""
         self._path.unlink(missing_ok=True)
         os.close(self._file)
+        if not _records_beside(self._log):
+            faulthandler.disable()
+            _crash_logs.pop(self._log.parent).close()
+            self._log.unlink(missing_ok=True)
 
 
 def take_leftovers(folder: Path, split: str) -> list[Crop]:
@@ -92,7 +96,7 @@ def take_leftovers(folder: Path, split: str) -> list[Crop]:
                 slots = np.frombuffer(path.read_bytes(), np.int64).reshape(-1, len(Crop._fields))
                 found |= {Crop(*map(int, slot)) for slot in slots if slot[0] >= 0}
             path.unlink(missing_ok=True)
-            if not any(other.suffix != ".crash" for other in folder.glob(f"{path.stem}.*")):
+            if not _records_beside(crash):
                 crash.unlink(missing_ok=True)
         finally:
             os.close(file)
@@ -104,11 +108,16 @@ def in_flight_folder(private: Path, run_folder: Path) -> Path:
     return private / hashlib.sha256(os.fsencode(run_folder.resolve())).hexdigest()[:16]
 
 
-def _open_crash_log(folder: Path) -> IO[bytes]:
+def _open_crash_log(folder: Path) -> Path:
     """Have Python write to a file of this process when a signal of a crash ends it: how processes end is not known
-    later otherwise."""
+    later otherwise. Returns its path."""
     if folder not in _crash_logs:
         folder.mkdir(parents=True, exist_ok=True)
         _crash_logs[folder] = (folder / f"{uuid.uuid4().hex}.crash").open("xb", buffering=0)
         faulthandler.enable(_crash_logs[folder])
-    return _crash_logs[folder]
+    return Path(_crash_logs[folder].name)
+
+
+def _records_beside(log: Path) -> list[Path]:
+    """The records of the process that has this crash log."""
+    return [path for path in log.parent.glob(f"{log.stem}.*") if path != log]
