@@ -1,4 +1,4 @@
-"""Command-line helpers: key=value arguments in any order, a run's arguments, and a check of the --json output file."""
+"""Command-line helpers: key=value arguments in any order, a run's arguments, numbers, a check of the --json file."""
 
 import argparse
 from pathlib import Path
@@ -44,3 +44,30 @@ def check_writable(path: Path) -> None:
         path.open("a").close()
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    return _at_least(0, text)
+
+
+def fraction(text: str) -> float:
+    """A number between 0 and 1, exclusive, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def _at_least(minimum: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < minimum:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
+    return int(text)

@@ -9,17 +9,21 @@ from typing import TypeAlias
 
 from rich.console import Console
 from rich.filesize import decimal
+from rich.progress import Progress
 from rich.table import Table
 
+from distrain.arguments import fraction, natural, positive
 from distrain.data.sampling.simulate import Simulation, simulate
 from distrain.data.shards import cifar10
-from distrain.data.shards.build import build
+from distrain.data.shards.build import Built, build
+from distrain.data.shards.holdout import hold_out
 from distrain.data.shards.interrupts import stop_on_signals
 from distrain.data.shards.labels import read_classes
 from distrain.data.shards.patterns import expand, name_below
 from distrain.data.shards.preview import draw_sheet, summarize
 from distrain.data.shards.report import info, print_empty_classes, print_images, show_progress, summary, writing
 from distrain.data.shards.scan import Notes, scan
+from distrain.data.shards.source_images import SourceImages
 from distrain.data.shards.sources import DEVKIT, find
 from distrain.data.shards.verify import verify
 from distrain.data.storage.index_file import load_index, save_index
@@ -95,10 +99,13 @@ def _add_build(commands: _Commands) -> None:
         "--split", choices=["train", "val"], default="train", help="name of the split (default: train)"
     )
     command.add_argument(
-        "--shard-mb", type=_positive, default=256, metavar="MB", help="target size of a shard (default: %(default)s)"
+        "--val-fraction", type=fraction, metavar="F", help="also make a val split, of this fraction of every class"
     )
     command.add_argument(
-        "--shuffle-seed", type=_natural, default=0, metavar="N", help="seed of the order of the images (default: 0)"
+        "--shard-mb", type=positive, default=256, metavar="MB", help="target size of a shard (default: %(default)s)"
+    )
+    command.add_argument(
+        "--shuffle-seed", type=natural, default=0, metavar="N", help="seed of the order of the images (default: 0)"
     )
     command.add_argument(
         "--classes", type=Path, metavar="FILE", help="class names, one per line in the order of their labels"
@@ -165,7 +172,7 @@ def _add_show(commands: _Commands) -> None:
     command.add_argument("index", metavar="INDEX", help="a .parquet file, path or URL")
     command.add_argument("--sheet", type=Path, metavar="FILE", help="PNG to draw samples to")
     command.add_argument(
-        "--samples", type=_positive, default=24, metavar="N", help="samples on the sheet (default: %(default)s)"
+        "--samples", type=positive, default=24, metavar="N", help="samples on the sheet (default: %(default)s)"
     )
     command.add_argument("--config", metavar="FILE", help="configuration of the run (default: all defaults)")
 
@@ -186,7 +193,7 @@ def _add_simulate(commands: _Commands) -> None:
         ("--per-lane", 32, "samples per step in each lane"),
         ("--window-shards", 10, "size of the shuffle window in shards"),
     ):
-        command.add_argument(option, type=_positive, default=default, metavar="N", help=f"{text} (default: {default})")
+        command.add_argument(option, type=positive, default=default, metavar="N", help=f"{text} (default: {default})")
 
 
 def _add_command(
@@ -216,7 +223,7 @@ def _add_labels(command: argparse.ArgumentParser) -> None:
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workers", type=_positive, default=_CORES, metavar="N", help="threads (default: all cores, %(default)s)"
+        "--workers", type=positive, default=_CORES, metavar="N", help="threads (default: all cores, %(default)s)"
     )
 
 
@@ -245,7 +252,8 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
-    out: Path = args.out
+    if args.val_fraction is not None and args.split != "train":
+        raise UserError("--val-fraction makes both splits of SOURCE: leave out --split")
     with show_progress() as progress:
         listing = progress.add_task("listing", total=None)
         sources = find(
@@ -253,21 +261,33 @@ def _build(args: argparse.Namespace) -> int:
             kind=args.labels, insist=args.folders_are_classes, info=info,
         )  # fmt: skip
         progress.update(listing, visible=False)
-        building = progress.add_task(f"building {args.split}", total=len(sources))
-        built = build(
-            sources,
-            out,
-            args.split,
-            shard_bytes=args.shard_mb * MEGABYTE,
-            seed=args.shuffle_seed,
-            workers=args.workers,
-            done=lambda images: progress.advance(building, images),
+        splits = {args.split: sources}
+        if args.val_fraction is not None:
+            splits = dict(zip(("train", "val"), hold_out(sources, args.val_fraction), strict=True))
+            if not len(splits["val"]):
+                raise UserError(f"{args.source}: no class has two images, of which one could be held out")
+        built = {split: _build_split(args, split, images, progress) for split, images in splits.items()}
+    for split, found in built.items():
+        reused = f" ({found.reused} reused)" if found.reused else ""
+        print(f"{summary(args.out / f'{split}.parquet', found.index)}{reused}")
+        print_images(
+            found.unreadable, f"images could not be decoded and were excluded: {args.out}/{split}.unreadable.txt"
         )
-    reused = f" ({built.reused} reused)" if built.reused else ""
-    print(f"{summary(out / f'{args.split}.parquet', built.index)}{reused}")
-    print_images(built.unreadable, f"images could not be decoded and were excluded: {out}/{args.split}.unreadable.txt")
-    print_empty_classes(built.index)
+        print_empty_classes(found.index)
     return EXIT_DONE
+
+
+def _build_split(args: argparse.Namespace, split: str, sources: SourceImages, progress: Progress) -> Built:
+    task = progress.add_task(f"building {split}", total=len(sources))
+    return build(
+        sources,
+        args.out,
+        split,
+        shard_bytes=args.shard_mb * MEGABYTE,
+        seed=args.shuffle_seed,
+        workers=args.workers,
+        done=lambda images: progress.advance(task, images),
+    )
 
 
 def _index(args: argparse.Namespace) -> int:
@@ -362,17 +382,3 @@ def _simulate(args: argparse.Namespace) -> int:
         table.add_row(name, show(window), show(global_))
     Console().print(table)
     return EXIT_DONE
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(minimum: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < minimum:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least {minimum}")
-    return int(text)
