@@ -19,6 +19,7 @@ from distrain.checkpoint.files import set_aside_names
 from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings, flatten, to_dict
 from distrain.data.index import Index
 from distrain.data.loading.autotune import choose_loader
+from distrain.data.loading.crashes import quarantine_crashing
 from distrain.data.loading.loader import Batch, Loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.requests import train_requests
@@ -183,6 +184,8 @@ def open_run(session: Session) -> Iterator[Run]:
     """
     config, group, attempt, info = session.config, session.group, session.attempt, session.tracker.info
     splits = (("train", session.train_index), ("val", session.val_index))
+    quarantine_crashing(config, splits, group.device)
+    group.barrier()  # what any rank has found is in the file
     quarantines = [make_quarantine(config, index, split) for split, index in splits]
     name = group.on_main(partial(choose_loader, config, session.plan, session.train_index, group.device, info))
     with ExitStack() as stack:

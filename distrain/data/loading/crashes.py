@@ -1,54 +1,59 @@
 """After a crash on this host: find the images that crash their decoder, and quarantine them."""
 
 import logging
+from collections.abc import Sequence
+from contextlib import closing, suppress
 
 import torch
 
 from distrain.config import Config
 from distrain.data.index import Index
-from distrain.data.loading.in_flight import InFlight, in_flight_folder, take_leftovers
-from distrain.data.loading.quarantine import Quarantine
-from distrain.data.loading.vetting import find_crashing
-from distrain.data.storage.private import create_tmp_folder
-from distrain.data.storage.store import DataError, Store
+from distrain.data.loading.in_flight import Crop, in_flight_folder, take_leftovers
+from distrain.data.loading.loaders import LOADERS, has_dali
+from distrain.data.loading.setup import make_quarantine
+from distrain.data.loading.vetting import Image, find_crashing
+from distrain.data.storage.remote import open_store
+from distrain.data.storage.store import DataError
 from distrain.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 
-def open_in_flight(config: Config, split: str) -> InFlight | None:
-    """Record what this process decodes for a split; None, with a warning, if that is not possible on this host."""
-    try:
-        return InFlight(in_flight_folder(create_tmp_folder("decoding"), config.run.folder), split)
-    except (OSError, UserError) as error:
-        _log.warning("images that crash a decoder will not be found: %s", error)
-        return None
-
-
-def quarantine_crashing(
-    config: Config, loader: str, index: Index, store: Store, quarantine: Quarantine, device: torch.device
-) -> None:
+def quarantine_crashing(config: Config, splits: Sequence[tuple[str, Index]], device: torch.device) -> None:
     """Try what processes of this run were decoding on this host when they crashed, and quarantine what crashes again.
 
-    Raises UserError or TemporaryError if the quarantine cannot be written.
+    Every rank calls this, and one of a host finds what there is. Raises UserError or TemporaryError if the quarantine
+    cannot be written or the data cannot be read.
     """
-    try:
-        left = take_leftovers(in_flight_folder(create_tmp_folder("decoding"), config.run.folder), quarantine.split)
-    except (OSError, UserError):  # reported by open_in_flight
-        return
-    images = []
-    for crop in left:
-        if crop.sample < len(index):
-            try:
+    for split, index in splits:
+        try:
+            left = take_leftovers(in_flight_folder(config.run.folder), split)
+        except (OSError, UserError):  # reported when what is decoded cannot be recorded either
+            continue
+        if left:
+            _try(config, split, index, left, device)
+
+
+def _try(config: Config, split: str, index: Index, left: Sequence[Crop], device: torch.device) -> None:
+    images: list[Image] = []
+    with closing(open_store(index, config.download)) as store:
+        for crop in left:
+            if crop.sample < len(index):
                 shape = int(index.height[crop.sample]), int(index.width[crop.sample])
-                images.append((crop, store.read(crop.sample), shape))
-            except DataError:  # it is not decoded then
-                continue
-    if not images:
-        return
+                with suppress(DataError):  # then it is not decoded
+                    images.append((crop, store.read(crop.sample), shape))
     _log.warning("the last start crashed while it decoded %d images: trying them one by one", len(images))
-    for sample, reason in find_crashing(images, loader, config.data, device).items():
-        shard = index.shards[int(index.shard[sample])].name
-        what = f"{shard} at {int(index.offset[sample])}: {reason}"
-        quarantine.add_crashing(sample, int(index.crc32[sample]), what)
-        _log.warning("%s: it is quarantined", what)
+    quarantine = make_quarantine(config, index, split)
+    for loader in loaders_of(config):
+        for sample, reason in find_crashing(images, loader, config.data, device).items():
+            shard = index.shards[int(index.shard[sample])].name
+            what = f"{shard} at {int(index.offset[sample])}: {reason}"
+            quarantine.add_crashing(sample, int(index.crc32[sample]), what)
+            _log.warning("%s: it is quarantined", what)
+
+
+def loaders_of(config: Config) -> list[str]:
+    """The loaders that a run may decode with on this host."""
+    if config.data.loader != "auto":
+        return [config.data.loader]
+    return [name for name in LOADERS if name != "dali" or has_dali()]

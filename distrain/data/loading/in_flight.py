@@ -7,6 +7,7 @@ vetting.py).
 
 import faulthandler
 import hashlib
+import logging
 import mmap
 import os
 import uuid
@@ -18,7 +19,12 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
+from distrain.config import Config
 from distrain.data.storage.locks import try_lock
+from distrain.data.storage.private import create_tmp_folder
+from distrain.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 _SLOTS = 4096  # images in flight that are recorded, more than any loader has
 _crash_logs: dict[Path, IO[bytes]] = {}  # by folder: Python's fault handler writes to one file of this process
@@ -103,9 +109,19 @@ def take_leftovers(folder: Path, split: str) -> list[Crop]:
     return sorted(found)
 
 
-def in_flight_folder(private: Path, run_folder: Path) -> Path:
-    """Where processes of a run on this node record what they decode."""
-    return private / hashlib.sha256(os.fsencode(run_folder.resolve())).hexdigest()[:16]
+def open_in_flight(config: Config, split: str) -> InFlight | None:
+    """Record what this process decodes for a split; None, with a warning, if that is not possible on this host."""
+    try:
+        return InFlight(in_flight_folder(config.run.folder), split)
+    except (OSError, UserError) as error:
+        _log.warning("images that crash a decoder will not be found: %s", error)
+        return None
+
+
+def in_flight_folder(run_folder: Path) -> Path:
+    """Where processes of a run on this node record what they decode. Raises UserError if the folder around it is not
+    this user's alone, OSError."""
+    return create_tmp_folder("decoding") / hashlib.sha256(os.fsencode(run_folder.resolve())).hexdigest()[:16]
 
 
 def _open_crash_log(folder: Path) -> Path:

@@ -74,7 +74,6 @@ class SampleReader:
     def prefetch_ahead(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Yield the requests unchanged, and prefetch the samples of each `request.ahead` requests before its turn."""
         pending: deque[Request] = deque()
-        self._quarantine.count()  # other ranks may have found images that crash a decoder
         for request in requests:
             self._store.prefetch(request.samples.ids)
             pending.append(request)

@@ -5,7 +5,7 @@ import torch
 from distrain.config import Config
 from distrain.data.index import Index
 from distrain.data.loading import loaders
-from distrain.data.loading.crashes import open_in_flight, quarantine_crashing
+from distrain.data.loading.in_flight import open_in_flight
 from distrain.data.loading.loader import Loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.reader import SampleReader
@@ -49,13 +49,11 @@ def make_loader(
 ) -> Loader:
     """Open the loader `name` of a run over an index. Raises UserError if it is not installed on this machine.
 
-    `checked`: whether `check_store` has been called for the index on this host. If an earlier start of the run crashed
-    on this host, what it was decoding is tried first, and what crashes the decoder is quarantined.
+    `checked`: whether `check_store` has been called for the index on this host.
     """
     if name == "dali":
         loaders.require_dali()
     store = open_store(index, config.download, checked)
-    quarantine_crashing(config, name, index, store, quarantine, device)
     reader = SampleReader(index, store, quarantine, open_in_flight(config, quarantine.split))
     batch = max(config.batch.per_lane, config.evaluate.batch)
     return loaders.open_loader(name, config.data, config.augment, config.run.seed, batch, reader, device)
