@@ -177,8 +177,9 @@ def test_without_a_spare_the_run_continues_on_fewer_nodes(run, extra, dataset):
         cluster.wait_for(job, "COMPLETED")
         assert cluster.restarts(job) == 0
     assert f"start {job}.0.1 of {run.folder} on n1" in run.output
-    steps = [entry["step"] for entry in read_metrics(run.folder) if "train/loss" in entry["metrics"]]
-    assert steps == list(range(1, STEPS + 1))
+    # Steps that the lost node had reached are recorded again, as one node sums up in another order.
+    steps = {entry["step"] for entry in read_metrics(run.folder) if "train/loss" in entry["metrics"]}
+    assert steps == set(range(1, STEPS + 1))
 
 
 def test_a_disconnected_survivor_cannot_overwrite_a_newer_attempt(run, extra, dataset, tmp_path):
