@@ -1,4 +1,6 @@
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -81,3 +83,17 @@ def finished(settings, tmp_path_factory) -> tuple[tuple[str, ...], Path]:
     result = train(tmp_path_factory.mktemp("finished") / "run", *chosen)
     assert result.code == 0, result.output
     return chosen, result.folder
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 2 MiB, with room for a few checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,13 +1,18 @@
+import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from support.processes import SMALL, environment, free_port
+from support.forking import Ranks
+from support.processes import SMALL, environment, free_port, read_metrics
 
+from distrain.__main__ import print_masked_traceback
 from distrain.errors import UserError
-from distrain.masking import mask_secrets
+from distrain.masking import MaskingFormatter, mask_secrets
 from distrain.parallel.environment import read_environment
 
 
@@ -128,6 +133,20 @@ def test_secrets_are_masked_and_other_text_is_not(monkeypatch, text, masked):
     assert str(UserError(text)) == masked
 
 
+def test_tracebacks_and_log_lines_have_no_secrets(capsys):
+    try:
+        raise ConnectionError("http://me:s3cret@host refused")
+    except ConnectionError as error:
+        print_masked_traceback(type(error), error, error.__traceback__)
+        record = logging.LogRecord("x", 30, "x", 1, "at %s", ("http://h/x?token=s3cret",), sys.exc_info())
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback (most recent call last):\n")
+    assert printed.endswith("ConnectionError: http://***@host refused\n")
+    logged = MaskingFormatter("distrain: %(message)s").format(record)
+    assert logged.startswith("distrain: at http://h/x?token=***\nTraceback")
+    assert "s3cret" not in logged
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_tool_ends_at_a_signal_in_one_line_even_inside_a_library(number, code):
     program = (
@@ -150,3 +169,15 @@ def test_a_tool_ends_at_a_signal_in_one_line_even_inside_a_library(number, code)
     errors = tool.communicate(timeout=30)[1]
     assert errors == "distrain: interrupted; what it has written is kept, run the same command again\n"
     assert tool.returncode == code
+
+
+def test_a_run_whose_output_cannot_be_written_trains_to_its_end(on_dataset, tmp_path):
+    short = ("batch.lanes=2", "batch.per_lane=4", "train.epochs=0.2", "evaluate.batch=64")
+    arguments = [*SMALL, *on_dataset, *short, f"run.dir={tmp_path}", "run.name=run"]
+    assert Ranks(arguments, environment(), 1, free_port(), Path("/dev/full")).wait(120) == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_closed_standard_streams_are_no_crash():
+    command = f"exec {shlex.quote(sys.executable)} -m distrain --version >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=environment()).returncode == 0

@@ -1,6 +1,16 @@
 """Which settings a resumed run may have otherwise than before."""
 
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
 from distrain import config
+from distrain.checkpoint import check_identity
+from distrain.data.loading.setup import load_indexes
+from distrain.errors import UserError
+from distrain.initial import InitialWeights
+from distrain.run import run_manifest
 
 REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
 
@@ -52,3 +62,21 @@ def test_every_setting_is_fixed_changeable_or_free_as_listed():
     assert fixed - changeable == keys(FIXED)
     assert changeable == keys(CHANGEABLE)
     assert everything - fixed == keys(FREE)
+
+
+def test_other_data_initial_weights_or_class_weights_are_another_run(on_dataset):
+    def load(*overrides):
+        return config.load(None, [*REQUIRED, *on_dataset, *overrides])
+
+    train, val = load_indexes(load())
+    other_train, other_val = (replace(index, label=np.roll(index.label, 1)) for index in (train, val))
+    began = run_manifest(load(), train, val, None)
+    check_identity(began, run_manifest(load(), train, val, None))
+    for key, now in {
+        "data.train digest": run_manifest(load(), other_train, val, None),
+        "data.val digest": run_manifest(load(), train, other_val, None),
+        "model.init digest": run_manifest(load(), train, val, InitialWeights("w.pth", "5ac1")),
+        "loss.class_weights digest": run_manifest(load("loss.class_weights=balanced"), train, val, None),
+    }.items():
+        with pytest.raises(UserError, match=f"^{key} was .* when this run began and is .* now: set it back, or start"):
+            check_identity(began, now)

@@ -1,4 +1,4 @@
-"""Checkpoints of older and newer releases are refused in one line and left as they are."""
+"""Checkpoints of other formats are refused in one line and left as they are; those of other releases are used."""
 
 import json
 import shutil
@@ -32,7 +32,17 @@ def as_format_1(manifest: dict) -> dict:
 
 
 def as_format_3(manifest: dict) -> dict:
-    content = {key: value for key, value in manifest.items() if key != "crc32"} | {"format": 3}
+    return with_checksum({**manifest, "format": 3})
+
+
+def as_another_release(manifest: dict) -> dict:
+    """A manifest of this format from a release that had one setting less."""
+    identity = {key: value for key, value in manifest["identity"].items() if key != "augment.lighting"}
+    return with_checksum({**manifest, "identity": identity, "versions": {"distrain": "99.0", "torch": "1.0"}})
+
+
+def with_checksum(manifest: dict) -> dict:
+    content = {key: value for key, value in manifest.items() if key != "crc32"}
     return {**content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
@@ -65,3 +75,10 @@ def test_a_newer_run_is_refused_with_the_advice_to_upgrade(finished, run_folder)
         "new run with another run.name\n"
     )
     assert contents(run_folder) == before
+
+
+def test_a_run_of_another_release_with_the_same_format_resumes_and_says_so(finished, run_folder):
+    edit_manifests(run_folder, as_another_release)
+    resumed = train(run_folder, *finished[0])
+    assert resumed.code == 0, resumed.output
+    assert "saved by distrain 99.0, torch 1.0, resumed by distrain " in resumed.output

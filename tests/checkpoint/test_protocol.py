@@ -7,16 +7,27 @@ import pickle
 import shutil
 import signal
 import socket
+import time
 import zlib
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from support.processes import Training, train, two_agents
 
 from distrain.checkpoint import MANIFEST, Checkpointer, committed, distribution, read, verify
-from distrain.checkpoint.files import checksum_file, read_best, tensors_in, write_best
-from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError
+from distrain.checkpoint.files import (
+    Snapshot,
+    checksum_file,
+    commit,
+    read_best,
+    read_manifest,
+    tensors_in,
+    write_best,
+)
+from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError, Reader
 from distrain.config import CheckpointConfig
 from distrain.errors import TemporaryError
 from distrain.resilience.file_calls import Disturbance, FileCalls
@@ -105,6 +116,77 @@ def test_a_best_accuracy_that_cannot_be_read_just_now_is_one_line(group, tmp_pat
         files.disturb(Disturbance(("read",), errno.ESTALE, 1000.0))
         with pytest.raises(TemporaryError, match=f"^{tmp_path}: .*; free space or check its file system"):
             checkpoints.is_best(0.75)
+
+
+def test_what_fails_once_a_checkpoint_is_committed_does_not_make_it_uncommitted(group, tmp_path, caplog):
+    (tmp_path / "best.json").mkdir()  # so that it can neither be replaced nor read
+    with closing(Checkpointer(tmp_path, group, CheckpointConfig())) as checkpoints:
+        checkpoints.save(7, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}}, best=0.5)
+        assert checkpoints.wait()
+    assert "the best checkpoint cannot be recorded: Is a directory" in caplog.text
+    assert "older checkpoints are not removed" in caplog.text
+
+
+def test_a_folder_that_cannot_be_cleared_just_now_is_no_mistake(group, tmp_path):
+    (tmp_path / "step-00000007.abc.tmp").mkdir()
+    with FileCalls(tmp_path) as files:
+        files.disturb(Disturbance(("rmdir", "unlink"), errno.ENOTEMPTY, 1000.0))
+        with pytest.raises(TemporaryError, match=f"^{tmp_path}: the run's folder cannot be used: .*; free space or"):
+            Checkpointer(tmp_path, group, CheckpointConfig())
+
+
+@pytest.fixture
+def draft(run_folder, tmp_path) -> tuple[Path, dict]:
+    """A checkpoint that is about to be committed, and what the ranks report of it."""
+    newest = committed(run_folder / "checkpoints")[-1]
+    return shutil.copytree(newest, tmp_path / "draft"), read_manifest(newest)["files"]
+
+
+def test_a_checkpoint_without_a_file_that_its_metadata_names_is_not_committed(draft, tmp_path):
+    folder, files = draft
+    files.pop(next(name for name in files if name != METADATA))
+    with pytest.raises(OSError, match=r"the ranks wrote \['\.metadata', .*, but the metadata names"):
+        commit(folder, tmp_path / "step-00000051", Snapshot(51, {}, {}), files)
+    assert not (tmp_path / "step-00000051").exists()
+
+
+def test_a_file_that_is_not_as_its_rank_wrote_it_is_found_damaged(draft, tmp_path):
+    folder, files = draft
+    name = next(name for name in files if name != METADATA)
+    content = bytearray((folder / name).read_bytes())
+    content[100] ^= 1
+    (folder / name).write_bytes(content)
+    commit(folder, tmp_path / "step-00000051", Snapshot(51, {}, {"identity": {}, "versions": {}, "format": 2}), files)
+    with pytest.raises(DamagedCheckpointError, match=f"^{name} has "):
+        verify(tmp_path / "step-00000051")
+
+
+def test_metadata_that_names_a_file_elsewhere_is_damaged(run_folder):
+    newest = committed(run_folder / "checkpoints")[-1]
+    metadata = Reader(newest).read_metadata()
+    key = next(iter(metadata.storage_data))
+    metadata.storage_data[key] = replace(metadata.storage_data[key], relative_path="../../config.yaml")
+    (newest / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpointError, match=r"it names the file \.\./\.\./config\.yaml"):
+        tensors_in(newest)
+
+
+def test_a_checkpoint_is_overdue_after_every_minutes_and_saved_once(group, tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    often = CheckpointConfig(every_steps=1000, every_minutes=2)
+    with closing(Checkpointer(tmp_path, group, often)) as checkpoints:
+        now += 119
+        assert not checkpoints.is_overdue()
+        now += 2
+        assert checkpoints.is_overdue()
+        assert checkpoints.is_due(7, overdue=True)
+        checkpoints.save(7, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}})
+        assert not checkpoints.is_overdue()
+        assert [checkpoints.is_due(step, overdue=True) for step in (8, 9, 10)] == [False, False, True]
+    with closing(Checkpointer(tmp_path, group, CheckpointConfig())) as checkpoints:
+        now += 1_000_000
+        assert not checkpoints.is_overdue()
 
 
 def read_other_bytes() -> None:

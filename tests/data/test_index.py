@@ -42,6 +42,21 @@ def test_an_index_holds_the_location_and_facts_of_every_sample(tmp_path):
     assert stored[loaded.offset[1] : loaded.offset[1] + loaded.size[1]] == png(3, 2)
 
 
+def test_an_index_that_cannot_be_replaced_stays_as_it_was(dataset, tmp_path, monkeypatch):
+    path = tmp_path / "i.parquet"
+    index, other = (load_index(f"{dataset}/{split}.parquet") for split in ("train", "val"))
+    save_index(index, path)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="injected"):
+        save_index(other, path)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
+
+
+def fail(*arguments):
+    raise OSError("injected")
+
+
 def test_the_digest_does_not_depend_on_the_location_of_the_data(dataset, tmp_path):
     original = load_index(f"{dataset}/train.parquet")
     moved = tmp_path / "elsewhere.parquet"

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -39,6 +40,19 @@ def test_a_sample_that_several_ranks_find_is_listed_once(path):
     for rank in ranks:
         rank.join()
     assert sorted(listed(path)) == [("train", sample) for sample in range(90)]
+
+
+def test_a_sample_that_another_rank_lists_just_before_is_not_listed_again(path, monkeypatch):
+    quarantine, other = (Quarantine(path, "train", 100, 1.0) for _ in range(2))
+
+    def lock(file, operation):
+        monkeypatch.undo()
+        assert operation == fcntl.LOCK_EX
+        other.add(1, "found first")
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    quarantine.add(1, "found too late")
+    assert [json.loads(line)["reason"] for line in path.read_text().splitlines()] == ["found first"]
 
 
 def test_each_split_is_counted_over_all_ranks(path):

@@ -9,17 +9,22 @@ from launch.restart import Attempt
 class SimulatedStarts(Job):
     """A job on this machine whose starts run nothing: each ends with a code, and may have begun an attempt before."""
 
-    def __init__(self, monkeypatch, folder, starts: list[tuple[int, bool]]) -> None:
+    def __init__(self, monkeypatch, folder, starts: list[tuple[int, bool]], hosts="a", min_hosts=1) -> None:
         overrides = [*SMALL, f"run.dir={folder}", "run.name=run", "data.train=a.parquet", "data.val=a.parquet"]
-        super().__init__(config.load(None, overrides), [Host("here", "localhost")], 1, [], 1)
+        super().__init__(config.load(None, overrides), [Host(name, name) for name in hosts], 1, [], min_hosts)
         self._starts = iter(starts)
+        self.jobs: list[str] = []
+        self.hosts: list[str] = []
+        self.sleeps = 0
         self._attempt = 0
         monkeypatch.setattr(job, "read_attempt", lambda folder: Attempt(self._attempt))
 
     def _sleep(self, seconds: float) -> None:
-        pass
+        self.sleeps += 1
 
     def _start(self, hosts, job, *options) -> dict[str, int]:
+        self.jobs.append(job)
+        self.hosts.append("".join(host.name for host in hosts))
         code, begins = next(self._starts)
         self._attempt += begins
         return {host.name: code for host in hosts}
@@ -35,3 +40,19 @@ def test_three_starts_in_a_row_without_an_attempt_give_up(monkeypatch, tmp_path,
     starts = [(1, True), (1, False), (1, False), (1, False), (0, True)]
     assert SimulatedStarts(monkeypatch, tmp_path, starts).run() == 1
     assert "giving up: 3 starts in a row crashed before training began" in capsys.readouterr().err
+
+
+def test_two_launches_in_the_same_second_never_use_the_same_name_for_a_start(monkeypatch, tmp_path):
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    launches = [SimulatedStarts(monkeypatch, tmp_path, [(1, True), (0, True)]) for _ in range(2)]
+    assert [launch.run() for launch in launches] == [0, 0]
+    assert len({name for launch in launches for name in launch.jobs}) == 4
+
+
+def test_after_losing_hosts_a_run_continues_once_enough_are_reachable(monkeypatch, tmp_path, capsys):
+    launch = SimulatedStarts(monkeypatch, tmp_path, [(1, True), (0, True)], hosts="abc", min_hosts=2)
+    monkeypatch.setattr(Host, "is_reachable", lambda host: host.name in ("a" if launch.sleeps < 3 else "ac"))
+    assert launch.run() == 0
+    assert launch.hosts == ["abc", "ac"]
+    assert launch.sleeps == 3
+    assert "waiting for b, c; use --min-nodes 1 to continue without" in capsys.readouterr().err

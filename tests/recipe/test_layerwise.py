@@ -1,4 +1,4 @@
-"""Layer-wise optimizers against timm's."""
+"""Optimizers against timm's and torch's."""
 
 import copy
 
@@ -22,7 +22,7 @@ def train(network: torch.nn.Module, step) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("ours", "timms"),
+    ("ours", "other_library"),
     [
         (
             {"name": "lars", "momentum": 0.9, "nesterov": True, "trust": 0.01, "weight_decay": 0.1},
@@ -36,14 +36,19 @@ def train(network: torch.nn.Module, step) -> list[torch.Tensor]:
                 parameters, lr=0.5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, max_grad_norm=None
             ),
         ),
+        (
+            {"name": "adamw", "betas": [0.8, 0.9], "eps": 1e-2, "weight_decay": 0.1},
+            lambda parameters: torch.optim.AdamW(parameters, lr=0.5, betas=(0.8, 0.9), eps=1e-2, weight_decay=0.1),
+        ),
     ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
-def test_layerwise_optimizers_match_timms(ours, timms):
+def test_optimizers_match_those_of_other_libraries(ours, other_library):
     mine, other = copy.deepcopy(NETWORK), copy.deepcopy(NETWORK)
     optimizer = build_optimizer(mine, OptimizerConfig(**ours))
     init_state(optimizer)
     set_lr(optimizer, 0.5)
-    reference = timms(other.parameters())
+    reference = other_library(other.parameters())
     for found, expected in zip(train(mine, optimizer.step), train(other, reference.step), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

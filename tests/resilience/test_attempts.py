@@ -1,11 +1,14 @@
 """Attempts of a run: recorded, counted, fenced, watched."""
 
 import json
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import psutil
@@ -14,9 +17,11 @@ from support.counting import freeze_before_the_attempt, place_on_nodes
 from support.processes import Training, read_metrics, train
 
 from distrain.checkpoint import newest_step
+from distrain.processes import process_ticks
 from distrain.resilience.claim import newest_attempt
 from distrain.resilience.heartbeats import Heartbeat
 from distrain.resilience.messages import NodeMessages
+from distrain.resilience.watchdog import Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,41 @@ def test_messages_of_other_programs_are_no_sign_of_life_and_no_alarm(group, monk
     assert here.received == (1, beat)
     here.send_alarm("rank 3 hangs")
     assert here.receive(10) == "rank 3 hangs"
+
+
+@pytest.fixture
+def ending(group, tmp_path, monkeypatch):
+    """Ends the attempt as the watchdog does, and kills the process of a frozen rank, of which all is known but when it
+    was created: `late` clock ticks after its true time."""
+
+    def end(process: subprocess.Popen, late: int) -> None:
+        ticks = process_ticks(process.pid)
+        assert ticks is not None
+        monkeypatch.setattr(group, "peers", [replace(group.peers[0], pid=process.pid, ticks=ticks - late)])
+        monkeypatch.setattr("os._exit", sys.exit)
+        with pytest.raises(SystemExit, match=r"^1$"):
+            Watchdog(group, tmp_path, 1.0)._end("rank 0 hangs", kill=0)
+
+    return end
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_frozen_process_is_killed_and_another_with_its_number_is_not(ending, late):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        ending(process, late)
+        assert process.poll() is None or not late
+        process.send_signal(signal.SIGTERM if late else signal.SIGCONT)
+    assert process.returncode == -(signal.SIGTERM if late else signal.SIGKILL)
+
+
+def test_a_file_system_that_hangs_does_not_keep_a_hung_rank_alive(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.resilience.watchdog._STACKS_S", 0.1)
+    (tmp_path / "stacks").mkdir()
+    os.mkfifo(tmp_path / "stacks" / f"rank-0-{os.getpid()}.txt")  # opening it waits for a reader
+    with subprocess.Popen(["sleep", "60"]) as process:
+        ending(process, 0)
+    assert process.returncode == -signal.SIGKILL
+    (tmp_path / "stacks" / f"rank-0-{os.getpid()}.txt").open().close()
 
 
 def test_the_survivor_of_a_killed_rank_prints_nothing_because_torchrun_reports_the_cause(settings, tmp_path):

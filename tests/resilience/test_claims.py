@@ -1,14 +1,22 @@
 """One attempt of a run at a time: claims, heartbeats, and what all ranks must have in common."""
 
+import errno
 import multiprocessing
+import os
+import threading
 from dataclasses import asdict, replace
 
 import pytest
-from support.processes import train
+from support.processes import SMALL, train
 
+from distrain import config
 from distrain.errors import StaleAttemptError, UserError
 from distrain.files import write_json
+from distrain.parallel.consistency import require_same_start
+from distrain.resilience.attempt import Attempt
 from distrain.resilience.claim import LAUNCH_VARIABLE, AttemptRecord, Claim, is_alive, newest_attempt
+from distrain.resilience.ledger import Ledger
+from distrain.resilience.watchdog import Watchdog
 
 
 def claim(folder, allowed=3, committed=0) -> Claim:
@@ -93,6 +101,54 @@ def test_records_deleted_under_a_live_attempt_do_not_end_it(tmp_path):
     assert newest_attempt(tmp_path).end == "done"
 
 
+def test_a_heartbeat_that_fails_once_is_followed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("distrain.resilience.claim._BEAT_S", 0.02)
+    pwrite, failures, renewed = os.pwrite, [OSError(errno.ENOSPC, "No space left on device")], threading.Event()
+
+    def fail_once(file, data, offset):
+        if failures:
+            raise failures.pop()
+        renewed.set()
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", fail_once)
+    live = claim(tmp_path)
+    assert renewed.wait(20)
+    live.end("done", crashed=False)
+
+
+def test_a_step_that_cannot_be_recorded_does_not_end_training(tmp_path, monkeypatch, caplog):
+    live = claim(tmp_path)
+    ledger = Ledger(tmp_path, live)
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    ledger.record_step(1)
+    assert f"{tmp_path}: the attempt cannot be recorded: No space left" in caplog.text
+    live.end("done", crashed=False)
+
+
+def test_the_cause_that_an_attempt_records_has_no_secrets(group, on_dataset, tmp_path):
+    settings = config.load(None, [*SMALL, *on_dataset, f"run.dir={tmp_path}", "run.name=run"])
+    with pytest.raises(RuntimeError), Attempt(settings, group, Watchdog(group, tmp_path, 0)):
+        raise RuntimeError("http://me:s3cret@host refused")
+    assert newest_attempt(tmp_path / "run").end == "RuntimeError: http://***@host refused"
+
+
+def test_an_attempt_exits_wherever_it_is_once_a_newer_one_has_started(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("distrain.resilience.claim._BEAT_S", 0.02)
+    codes = []
+
+    def end_thread(code):
+        codes.append(code)
+        first._ended.set()
+
+    monkeypatch.setattr("os._exit", end_thread)
+    first = claim(tmp_path)
+    write_record(tmp_path, replace(first.record, number=2, token="other"))
+    assert first._ended.wait(20)
+    assert codes == [1]
+    assert "attempt 1 of the run in" in capfd.readouterr().err
+
+
 def test_only_the_last_records_are_kept(tmp_path):
     for _ in range(5):
         claim(tmp_path).end("done", crashed=False)
@@ -107,3 +163,12 @@ def test_ranks_that_were_started_with_other_settings_are_refused(settings, tmp_p
     assert "was started with optimizer.lr=0.06 and rank 0 on" in line
     assert line.endswith("with optimizer.lr=0.05: start all ranks with the same command, code and environment")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["optimizer.lr", "versions", "OMP_NUM_THREADS", "the code's digest"])
+def test_a_rank_that_differs_from_the_main_rank_in_anything_is_refused(group, monkeypatch, key):
+    require_same_start(group, {"optimizer.lr": 0.1})
+    broadcast = group.broadcast
+    monkeypatch.setattr(group, "broadcast", lambda own: broadcast(({**own[0], key: "other"}, "main-host")))
+    with pytest.raises(UserError, match=f"was started with {key}=.* and rank 0 on main-host with {key}=other: start"):
+        require_same_start(group, {"optimizer.lr": 0.1})

@@ -73,6 +73,14 @@ def test_control_c_saves_and_stops_a_run(on_dataset, tmp_path):
     assert train(tmp_path / "run", *settings).digest == train(tmp_path / "other", *settings).digest
 
 
+def test_a_signal_during_validation_stops_it(on_dataset, tmp_path):
+    validation = ("train.epochs=1", "evaluate.batch=2", "resilience.faults=[sigterm@evaluate.batch:25]")
+    stopped = train(tmp_path / "run", *SHORT, *on_dataset, *validation)
+    assert stopped.code == 75, stopped.output
+    assert max(stopped.series("train/loss")) == 25
+    assert stopped.series("val/loss") == {}
+
+
 def test_a_time_budget_is_in_minutes(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -55,6 +55,8 @@ def test_every_step_is_logged_once(client, run, restarted, metric):
     history = client.get_metric_history(run.info.run_id, metric)
     assert [point.step for point in history] == list(range(1, 103))
     assert {point.step: point.value for point in history} == restarted.series(metric)
+    times = {entry["step"]: entry["time"] for entry in restarted.metrics if metric in entry["metrics"]}
+    assert {point.step: point.timestamp for point in history} == times
 
 
 def test_validation_is_logged_once_per_epoch(client, run):

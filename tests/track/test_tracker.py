@@ -6,7 +6,8 @@ import pytest
 from support.processes import SMALL, train
 
 from distrain import config
-from distrain.errors import TemporaryError, UserError
+from distrain.__main__ import main
+from distrain.errors import Stopped, TemporaryError, UserError
 from distrain.files import translated_errors
 from distrain.track import open_tracker
 from distrain.track.uri import tracking_uri
@@ -58,6 +59,25 @@ def test_text_is_printed_as_it_is(settings, capsys):
     assert capsys.readouterr().out == "run [b]:smile:[/b] at http://***@host\n"
 
 
+def test_the_command_to_view_a_run_has_no_password(settings):
+    settings.track.uri = "http://me:s3cret@host"
+    assert open_tracker(settings, True, steps=5).view_hint == "compare runs at http://***@host"
+
+
+def test_curves_that_cannot_be_written_do_not_hide_how_a_run_ended(settings, tmp_path, capsys):
+    (tmp_path / "run" / "curves.png").mkdir(parents=True)
+    with pytest.raises(Stopped):
+        stop_at_once(settings)
+    assert f"{tmp_path}/run/curves.png cannot be written: Is a directory" in capsys.readouterr().out
+
+
+def stop_at_once(settings) -> None:
+    with open_tracker(settings, True, steps=5) as tracker:
+        tracker.begin({})
+        tracker.log(1, {"train/loss": 2.0})
+        raise Stopped
+
+
 @pytest.mark.parametrize("folder", ["/proc/nowhere", "/etc/passwd/x", "/proc/self"])
 def test_a_run_folder_that_cannot_be_created_is_the_users_mistake_in_one_line(on_dataset, folder):
     loaded = config.load(None, [*on_dataset, "model.name=densenet_bc_10_4", f"run.dir={folder}", "run.name=x"])
@@ -99,6 +119,14 @@ def test_a_tracking_uri_that_can_never_work_is_refused(monkeypatch, settings, ur
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(UserError, match=f"^{re.escape(f'MLFLOW_TRACKING_URI={uri} {reason}')}"):
         tracking_uri(settings)
+
+
+def test_a_tracking_uri_that_can_never_work_is_refused_before_any_work(monkeypatch, capsys, settings, tmp_path):
+    settings.track.uri = "off"
+    (tmp_path / "run.yaml").write_text(config.to_yaml(settings))
+    monkeypatch.setattr("sys.argv", ["distrain", "--config", f"{tmp_path}/run.yaml", "--print-config"])
+    assert main() == 78
+    assert capsys.readouterr().err.startswith("distrain: track.uri=off is not a tracking URI")
 
 
 @pytest.mark.parametrize(
