@@ -35,7 +35,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_arguments(args: argparse.Namespace) -> list[str]:
     """The arguments of `add_run_arguments`, for the command line of another process."""
-    return [*(["--config", args.config] if args.config else []), *args.overrides]
+    return [*([f"--config={args.config}"] if args.config else []), *args.overrides]
 
 
 def check_writable(path: Path) -> None:

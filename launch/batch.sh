@@ -4,15 +4,27 @@
 # shellcheck shell=bash disable=SC2153,SC2154  # CONFIG, RUN and the others are set by the caller
 
 cd "$SLURM_SUBMIT_DIR" || exit 78
-RUN="${RUN:-runs/$(basename "$CONFIG" .yaml)}"
+RUN="${RUN:-runs/$(basename -- "$CONFIG" .yaml)}"
+case "$RUN" in
+    \~ | \~/*) RUN="$HOME${RUN#\~}" ;; # as in run.dir
+    -*) RUN="./$RUN" ;;                  # not an option
+esac
 nodes="$SLURM_JOB_NUM_NODES"
 hosts="$SLURM_JOB_NODELIST"
 
-arguments=(--config "$CONFIG" "run.dir=$(dirname "$RUN")" "run.name=$(basename "$RUN")")
+arguments=("--config=$CONFIG" "run.dir='$(dirname "$RUN")'" "run.name=$(basename "$RUN")")
 if [ -n "${DATA:-}" ]; then
     arguments+=("data.train=$DATA/train.parquet" "data.val=$DATA/val.parquet")
 fi
-read -r -a extra <<<"${EXTRA:-}"
+read -r -d '' -a extra <<<"${EXTRA:-}"
+for setting in "${extra[@]}"; do
+    case "$setting" in
+        run.dir=* | run.name=*)
+            echo "launch: EXTRA: $setting: set RUN, the folder of the run, instead" >&2
+            exit 78
+            ;;
+    esac
+done
 arguments+=("${overrides[@]}" "${extra[@]}")
 
 mkdir -p "$RUN"

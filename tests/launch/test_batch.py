@@ -126,3 +126,35 @@ def test_without_an_answer_of_the_restart_policy_the_exit_code_decides(batch, tm
     sleep.chmod(0o755)
     assert batch.run(code, PYTHON=str(python)) == expected, batch.output
     assert batch.requeues == requeues
+
+
+def test_every_word_of_extra_is_a_setting(batch):
+    assert batch.run(0, EXTRA=" optimizer.lr=1\n\ttrain.epochs=2  a='*'\n") == 0
+    assert batch.starts[0].endswith(" optimizer.lr=1 train.epochs=2 a='*'")
+
+
+@pytest.mark.parametrize("setting", ["run.name=x", "run.dir=/x"])
+def test_the_folder_of_a_run_is_not_set_in_extra(batch, setting):
+    assert batch.run(0, EXTRA=f"train.epochs=2 {setting}") == 78
+    assert batch.output == f"launch: EXTRA: {setting}: set RUN, the folder of the run, instead\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "folder"),
+    [
+        ("-rf/a b", "./-rf/a b"),
+        ("-x", "./-x"),
+        ("~/a", "HOME/a"),
+        ("'q'/$(touch x)", "'q'/$(touch x)"),
+        ("[a]*/#?", "[a]*/#?"),
+    ],
+)
+def test_batch_and_ranks_have_the_same_idea_of_the_runs_folder(batch, tmp_path, run, folder):
+    assert batch.run(0, RUN=run, HOME=f"{tmp_path}/HOME") == 0, batch.output
+    (start,) = batch.starts
+    used = (tmp_path / folder).resolve()
+    assert used.is_dir()
+    words = start.partition(" -- --config=a.yaml run.dir=")[2]
+    parent, _, name = words.partition("' run.name=")
+    assert (tmp_path / parent.removeprefix("'") / name).resolve() == used
+    assert not (tmp_path / "x").exists()
