@@ -11,7 +11,7 @@ from distrain.errors import UserError
 SQLITE = "sqlite:///"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _SERVERS = ("http", "https")
-_OTHERS = ("file", "databricks", "databricks-uc", "uc")
+_OTHERS = ("file", "databricks")
 
 
 def tracking_uri(config: Config) -> str:
@@ -38,7 +38,7 @@ def _names_database(uri: str) -> bool:
     path, _, options = rest.partition("?")
     if options and not all("=" in option for option in options.split("&")):  # a ? within the file's name
         return False
-    if kind.lower().startswith("sqlite"):
+    if kind.startswith("sqlite"):
         return path.startswith("/") and path[1:] not in ("", ":memory:")
     return bool(path)
 
@@ -49,12 +49,18 @@ def _checked(key: str, uri: str) -> str:
         return uri
     scheme = uri.partition(":")[0].lower()
     plugins = {point.name for point in entry_points(group="mlflow.tracking_store")}
-    if scheme not in (*_SERVERS, *_OTHERS, *plugins) and scheme.partition("+")[0] not in _DATABASES:
+    database = uri.partition(":")[0].partition("+")[0] in _DATABASES  # only so does SQLAlchemy know them
+    if scheme not in (*_SERVERS, *_OTHERS, *plugins) and not database:
         raise UserError(
             f"{key}={uri} is not a tracking URI: write http://HOST:PORT, sqlite:///FILE or {NO_MLFLOW}"
             + (f" (or track.uri={NO_MLFLOW})" if key != "track.uri" else "")
         )
-    if scheme.partition("+")[0] in _DATABASES and not _names_database(uri):
+    if scheme == "file" and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+        raise UserError(
+            f"{key}={uri}: MLflow keeps no more runs in folders: write sqlite:///FILE, or "
+            "set MLFLOW_ALLOW_FILE_STORE=true"
+        )
+    if database and not _names_database(uri):
         raise UserError(f"{key}={uri} names no database that outlasts the run: write sqlite:///FILE or NAME://HOST/DB")
     try:
         parts = urlsplit(uri)
@@ -63,4 +69,6 @@ def _checked(key: str, uri: str) -> str:
         valid = False
     if not valid:
         raise UserError(f"{key}={uri} is not a valid URL: write http://HOST:PORT")
+    if uri.startswith(f"{SQLITE}~/"):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).expanduser()}"
     return uri
