@@ -6,13 +6,11 @@ import select
 import signal
 import sys
 import time
-import traceback
 from contextlib import suppress
-from types import TracebackType
 
 from distrain import lifetime
 from distrain.errors import EXIT_USER, Interrupted, TemporaryError, UserError
-from distrain.masking import mask_secrets
+from distrain.masking import mask_reports
 from distrain.parallel.environment import rank_or_zero
 
 _GRACE_S = 10  # for another rank to print why it exits
@@ -37,7 +35,7 @@ def main() -> int:
 def entry() -> None:
     """Run main() and exit the process."""
     lifetime.end_with_agent()
-    sys.excepthook = print_masked_traceback
+    mask_reports()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a name must not end a run
             stream.reconfigure(errors="backslashreplace")
@@ -111,11 +109,6 @@ def print_error(error: BaseException) -> None:
     rank = rank_or_zero()
     with suppress(OSError):  # the exit code still says it
         print(f"distrain: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-
-
-def print_masked_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a crash as Python does, without passwords and tokens in the texts of libraries."""
-    print(mask_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

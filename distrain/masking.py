@@ -3,7 +3,12 @@
 import logging
 import os
 import re
-from urllib.parse import unquote
+import sys
+import threading
+import traceback
+import warnings
+from types import TracebackType
+from urllib.parse import quote, unquote
 
 MASK = "***"
 _MIN_LENGTH = 6  # of a value in the environment: masking shorter ones would make texts unreadable
@@ -26,15 +31,28 @@ _URL_PATTERNS = (
     (re.compile(r"\b(" + _PASSWORD + r"=)(?!\*\*\*)[^\s&;,'\")\]]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"(authorization\W+(?:(?:bearer|basic)\s+)?)[^\s'\",]+", re.IGNORECASE), rf"\1{MASK}"),
 )
-_SECRET_NAME = re.compile(r"(SECRET|TOKEN|PASSWORD|PASSWD|PWD|ACCESS_KEY|API_KEY|APIKEY|KEY_ID|ACCOUNT_KEY)$", re.I)
+_SECRET_NAME = re.compile(
+    r"(SECRET|TOKEN|PASSWORD|PASSWD|PWD|ACCESS_KEY|API_KEY|APIKEY|KEY_ID|ACCOUNT_KEY|STORAGE_KEY|CONNECTION_STRING)$",
+    re.I,
+)
 _PUBLIC_NAMES = ("PWD", "OLDPWD")
-_PASSWORD_IN_URL = re.compile(r"://[^\s/?#@:]*:(?!\d+/)([^\s@]+)@")
+_SECRETS_IN_URL = (
+    re.compile(r"://[^\s/?#@:]*:(?!\d+/)([^\s@]+)@"),
+    re.compile(rf"[?&](?:{_PASSWORD}|sig|[\w.-]*key)=([^&\s#]+?)(?=[:,;.)\]'\"]*(?:[&\s#]|$))", re.IGNORECASE),
+)
+_remembered: set[str] = set()  # texts with URLs
+
+
+def remember_secrets(text: str) -> None:
+    """Mask the passwords and tokens of URLs in `text` from now on wherever they occur: libraries report parts."""
+    if "://" in text:
+        _remembered.add(text)
 
 
 def mask_secrets(text: str) -> str:
-    """Return `text` with *** for the passwords and tokens of URLs in it, and for the values of environment variables
-    that are named like secrets, such as AWS_SECRET_ACCESS_KEY."""
-    for secret in _environment_secrets():
+    """Return `text` with *** for the passwords and tokens of URLs in it, on the command line and in the configuration,
+    and for the values of environment variables that are named like secrets, such as AWS_SECRET_ACCESS_KEY."""
+    for secret in _known_secrets():
         text = text.replace(secret, MASK)
     return mask_urls(text)
 
@@ -53,12 +71,30 @@ class MaskingFormatter(logging.Formatter):
         return mask_secrets(super().format(record))
 
 
-def _environment_secrets() -> list[str]:
-    """The secret values of the environment, longest first, so that none is masked in part."""
-    found = set()
-    for name, value in os.environ.items():
-        if _SECRET_NAME.search(name) and name not in _PUBLIC_NAMES:
-            found.add(value)
-        if match := _PASSWORD_IN_URL.search(value):
-            found |= {match[1], unquote(match[1])}
-    return sorted((value for value in found if len(value) >= _MIN_LENGTH), key=len, reverse=True)
+def mask_reports() -> None:
+    """Mask secrets in what Python prints of itself: crashes, also of threads and finalizers, warnings, and log lines of
+    libraries before logging is set up."""
+    plain = warnings.formatwarning
+    sys.excepthook = print_masked_traceback
+    threading.excepthook = lambda crash: print_masked_traceback(crash.exc_type, crash.exc_value, crash.exc_traceback)
+    sys.unraisablehook = lambda crash: print_masked_traceback(crash.exc_type, crash.exc_value, crash.exc_traceback)
+    warnings.formatwarning = lambda *args, **options: mask_secrets(plain(*args, **options))
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(MaskingFormatter())
+
+
+def print_masked_traceback(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Print a crash as Python does, without passwords and tokens in the texts of libraries."""
+    print(mask_secrets("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
+
+
+def _known_secrets() -> list[str]:
+    """The secret values of the environment, the command line and the configuration, as they are and as a URL holds
+    them, longest first, so that none is masked in part."""
+    found = {v for name, v in os.environ.items() if _SECRET_NAME.search(name) and name not in _PUBLIC_NAMES}
+    for text in (*os.environ.values(), *sys.argv, *_remembered):
+        if "://" in text:
+            found |= {secret for pattern in _SECRETS_IN_URL for secret in pattern.findall(text)}
+    found |= {unquote(value) for value in found}
+    long = {value for value in found if len(value) >= _MIN_LENGTH}
+    return sorted(long | {quote(value, safe) for value in long for safe in ("", "/")}, key=len, reverse=True)

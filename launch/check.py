@@ -3,9 +3,11 @@
 import sys
 
 from distrain.lifetime import end_with_agent
+from distrain.masking import mask_reports
 
 if __name__ == "__main__":
     end_with_agent()
+    mask_reports()
 
     from launch.doctor import main
 

@@ -10,9 +10,8 @@ import pytest
 from support.forking import Ranks
 from support.processes import SMALL, environment, free_port, read_metrics
 
-from distrain.__main__ import print_masked_traceback
 from distrain.errors import UserError
-from distrain.masking import MaskingFormatter, mask_secrets
+from distrain.masking import MaskingFormatter, mask_secrets, print_masked_traceback, remember_secrets
 from distrain.parallel.environment import read_environment
 
 
@@ -124,10 +123,15 @@ def test_empty_variables_and_those_of_slurm_and_mpi_are_ignored():
         ("Authorization: Bearer s3cret.x", "Authorization: Bearer ***"),
         ("key wJalrXUtnFEMI refused", "key *** refused"),
         ("http://h:8080/a@b/x and s3://bucket/a@b?c=1", "http://h:8080/a@b/x and s3://bucket/a@b?c=1"),
+        ("no bucket KEY:p/w0rd-1@bucket, no port p%2Fw0rd-1@h", "no bucket KEY:***@bucket, no port ***@h"),
+        ("signed by s1gnature", "signed by ***"),
     ],
 )
 def test_secrets_are_masked_and_other_text_is_not(monkeypatch, text, masked):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
+    monkeypatch.setattr("sys.argv", ["distrain", "data.val=s3://KEY:p%2Fw0rd-1@bucket/x"])
+    monkeypatch.setattr("distrain.masking._remembered", set())
+    remember_secrets("https://h/x?sig=s1gnature&a=1")
     assert mask_secrets(text) == masked
     assert mask_secrets(masked) == masked
     assert str(UserError(text)) == masked
@@ -145,6 +149,29 @@ def test_tracebacks_and_log_lines_have_no_secrets(capsys):
     logged = MaskingFormatter("distrain: %(message)s").format(record)
     assert logged.startswith("distrain: at http://h/x?token=***\nTraceback")
     assert "s3cret" not in logged
+
+
+def test_what_python_prints_by_itself_is_masked():
+    program = (
+        "import logging, sys, threading, warnings\n"
+        "from distrain.masking import mask_reports\n"
+        "mask_reports()\n"
+        "url = sys.argv.pop()\n"
+        "class Final:\n"
+        "    def __del__(self): raise OSError(url)\n"
+        "def crash(): raise OSError(url)\n"
+        "warnings.warn('one: ' + url)\n"
+        "logging.getLogger('library').warning('two: %s', url)\n"
+        "thread = threading.Thread(target=crash)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "Final()\n"
+        "crash()\n"
+    )
+    command = [sys.executable, "-c", program, "http://me:s3cret@host"]
+    errors = subprocess.run(command, capture_output=True, text=True, env=environment()).stderr
+    assert errors.count("http://***@host") == 5, errors
+    assert "s3cret" not in errors
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -15,7 +15,7 @@ from distrain.config.renamed import check_current_name
 from distrain.config.schema import Config
 from distrain.config.values import ValueProblem, compose, kind_of, merged_items, read_node, read_text
 from distrain.errors import UserError, nearest
-from distrain.masking import mask_secrets
+from distrain.masking import mask_secrets, remember_secrets
 
 _INTERPOLATION = "write ${oc.env:NAME} for an environment variable, and \\${ for the characters themselves"
 
@@ -39,6 +39,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {_first_line(error)}; {_INTERPOLATION}") from error
     assert isinstance(config, Config)
+    for value in flatten(to_dict(config)).values():
+        remember_secrets(str(value))
     for key in config.run.change:
         if key not in changeable_settings(config):
             raise UserError(

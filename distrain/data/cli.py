@@ -26,7 +26,7 @@ from distrain.data.shards.scan import Notes, scan
 from distrain.data.shards.source_images import SourceImages
 from distrain.data.shards.sources import DEVKIT, find
 from distrain.data.shards.verify import verify
-from distrain.data.storage.index_file import load_index, save_index
+from distrain.data.storage.index_file import has_secrets, load_index, save_index
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError, printable
 from distrain.files import write_atomically
 from distrain.masking import mask_secrets
@@ -319,6 +319,8 @@ def _index(args: argparse.Namespace) -> int:
             skipped.unlink(missing_ok=True)
         save_index(built, out)
     print(summary(out, built))
+    if has_secrets(built):
+        print(f"{out}: holds the passwords or tokens of its URLs, so that only you can read it")
     print_images(notes.undecodable, "of the images cannot be decoded; training will skip them:")
     print_images(notes.skipped, f"images are not indexed: {skipped}")
     for shard in notes.empty:

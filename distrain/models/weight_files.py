@@ -1,6 +1,7 @@
 """Read and write weights files: tensors by name, from a path or a URL."""
 
 import argparse
+import base64
 import hashlib
 import http.client
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from distrain.errors import UserError
+from distrain.masking import mask_secrets
 
 Tensors = dict[str, torch.Tensor]
 
@@ -32,6 +34,7 @@ class Weights:
     """The tensors of a network, by the names that their library gives them, and what is known of them."""
 
     source: str
+    """Where they come from, without the secrets of a URL."""
     tensors: Tensors
     sha256: str
     """Of the file, or of the tensors where there is no file of their own."""
@@ -80,7 +83,7 @@ def read_weights(source: str | Path) -> Weights:
     tensors = _select_tensors(str(source), content)
     require_finite(str(source), tensors)
     classes = tuple(map(str, record.get("classes", ())))
-    return Weights(str(source), tensors, digest, tuple(ema_keys), classes, record)
+    return Weights(mask_secrets(str(source)), tensors, digest, tuple(ema_keys), classes, record)
 
 
 def _select_tensors(source: str, content: dict[Any, Any]) -> Tensors:
@@ -200,9 +203,8 @@ def _download(url: str, path: Path, checksum: str, pinned: bool) -> None:
     """Download `url` to `path` atomically. `checksum`: required prefix of its SHA-256, in hex; `pinned`: all of it, so
     that it does not matter where the file comes from."""
     partial = path.with_name(f"{uuid.uuid4().hex}.partial")
-    request = urllib.request.Request(url, headers={"User-Agent": "distrain"})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response, partial.open("xb") as file:
+        with urllib.request.urlopen(_request(url), timeout=_TIMEOUT_S) as response, partial.open("xb") as file:
             if not pinned and not _is_authentic(response.url):
                 raise OSError(f"redirected to {response.url}, which is not https://")
             shutil.copyfileobj(response, file)
@@ -213,3 +215,14 @@ def _download(url: str, path: Path, checksum: str, pinned: bool) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _request(url: str) -> urllib.request.Request:
+    """A request that sends the user and password of a URL as HTTP wants them, to its host only."""
+    parts = urllib.parse.urlsplit(url)
+    login, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "distrain"})
+    if at:
+        encoded = base64.b64encode(urllib.parse.unquote_to_bytes(login)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request

@@ -307,6 +307,8 @@ def test_a_password_in_a_url_is_neither_printed_nor_listed(shards, tmp_path):
         write_tar(tmp_path / "a.tar", members[2:])
         printed += [shards("verify", index)]
     assert [code for code, _, _ in printed] == [0, 0, 78]
+    assert f"{index}: holds the passwords or tokens of its URLs, so that only you can read it" in printed[0][1]
+    assert index.stat().st_mode & 0o777 == 0o600
     for _, out, err in printed:
         assert "http://***@" in out
         assert "hunter42" not in out + err

@@ -1,6 +1,7 @@
 """Weights are converted from and to other libraries."""
 
 import argparse
+import base64
 import hashlib
 import http.server
 import threading
@@ -17,6 +18,7 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.models import build, load_weights, save_weights
+from distrain.models.weight_files import read_weights
 from distrain.models.weights import translate_names
 
 PYCLS_FIRST_BLOCK = {
@@ -43,7 +45,14 @@ def fresh() -> nn.Module:
 
 
 class Website(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder. Sends only half of a file with 'truncated' in its path."""
+    """Serves a folder. Sends only half of a file with 'truncated' in its path, and private/ to ada only."""
+
+    def do_GET(self):
+        login = "Basic " + base64.b64encode(b"ada:p@ss-w0rd").decode()
+        if self.path.startswith("/private/") and self.headers["Authorization"] != login:
+            self.send_error(401)
+        else:
+            super().do_GET()
 
     def copyfile(self, source, outputfile):
         content = source.read()
@@ -209,6 +218,16 @@ def test_weights_are_downloaded_once(regnet, fresh, website, tmp_path):
     (tmp_path / "net.safetensors").unlink()
     load_weights(fresh, f"{website}/net.safetensors")
     assert differing(fresh, regnet) == set()
+
+
+def test_the_password_of_a_url_is_sent_and_neither_shown_nor_kept(regnet, website, tmp_path):
+    (tmp_path / "private").mkdir()
+    save_weights(regnet, tmp_path / "private" / "net.pth")
+    host = website.removeprefix("http://")
+    weights = read_weights(f"http://ada:p%40ss-w0rd@{host}/private/net.pth")
+    assert weights.source == f"http://***@{host}/private/net.pth"
+    with pytest.raises(UserError, match=r"http://\*\*\*@.* download failed: HTTP Error 401"):
+        read_weights(f"http://ada:other-w0rd@{host}/private/net.pth")
 
 
 def test_urls_with_the_same_file_name_are_cached_separately(regnet, fresh, website, tmp_path):

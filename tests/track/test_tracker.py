@@ -1,14 +1,20 @@
 import json
 import re
+import subprocess
+import sys
+from base64 import b64encode
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
-from support.processes import SMALL, train
+from support.processes import SMALL, environment, train
+from support.servers import serve
 
 from distrain import config
 from distrain.__main__ import main
 from distrain.errors import Stopped, TemporaryError, UserError
 from distrain.files import translated_errors
+from distrain.models import build, save_weights
 from distrain.track import open_tracker
 from distrain.track.uri import tracking_uri
 
@@ -109,6 +115,8 @@ def test_a_disk_that_is_full_at_the_start_may_be_free_later():
         ("sqlite:runs.db", "names no database that outlasts the run"),
         ("sqlite:///why?.db", "names no database that outlasts the run"),
         ("postgresql:", "names no database that outlasts the run"),
+        ("SQLITE:///x.db", "is not a tracking URI"),
+        ("uc:x", "is not a tracking URI"),
     ],
 )
 def test_a_tracking_uri_that_can_never_work_is_refused(monkeypatch, settings, uri, reason):
@@ -138,6 +146,20 @@ def test_a_tracking_uri_that_may_work_is_used_as_it_is(settings, uri):
     assert tracking_uri(settings) == uri
 
 
+def test_a_folder_as_mlflow_no_longer_uses_is_refused_unless_that_is_allowed(monkeypatch, settings):
+    settings.track.uri = "file:///runs"
+    with pytest.raises(UserError, match=r"^track.uri=file:///runs: MLflow keeps no more runs in folders: write sqlite"):
+        tracking_uri(settings)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert tracking_uri(settings) == "file:///runs"
+
+
+def test_a_tilde_in_the_uri_of_a_database_is_the_home_folder(monkeypatch, settings):
+    monkeypatch.setenv("HOME", "/home/ada")
+    settings.track.uri = "sqlite:///~/a.db"
+    assert tracking_uri(settings) == "sqlite:////home/ada/a.db"
+
+
 def test_a_question_mark_in_the_folder_of_the_database_is_refused(monkeypatch, settings, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     settings.track.uri, settings.run.dir = "", f"{tmp_path}/why?"
@@ -147,26 +169,106 @@ def test_a_question_mark_in_the_folder_of_the_database_is_refused(monkeypatch, s
     assert tracking_uri(settings) == f"sqlite:///{tmp_path}/a b #1/mlflow.db"
 
 
-def test_what_a_run_leaves_behind_has_none_of_its_secrets(monkeypatch, on_dataset, dataset, tmp_path):
-    secrets = {
+# A rank that warns, and once crashes, with a URL in the text.
+CRASH = """
+import os, sys
+if os.environ.get("RANK"):
+    import distrain.resilience.faults as faults
+    class Crash(Exception):
+        def __init__(self, text):
+            super().__init__("at " + os.environ["CRASH_URL"])
+    faults.InjectedError = Crash
+    import warnings
+    warnings.warn("from " + os.environ["CRASH_URL"])
+"""
+
+
+@pytest.fixture
+def secrets(monkeypatch) -> dict[str, str]:
+    """Secrets in the environment, and those that go into URLs."""
+    found = {
         "AWS_SECRET_ACCESS_KEY": "wJalr/XUtnFEMI",
         "AWS_SESSION_TOKEN": "t0ken+s3cret",
         "MLFLOW_TRACKING_PASSWORD": "passw0rd",
+        "MLFLOW_TRACKING_TOKEN": "mlf-t0ken",
+        "data": "d4ta-p@ss",
+        "init": "in1t-p@ss",
+        "track": "tr4ck-p@ss",
     }
-    for name, value in secrets.items():
-        monkeypatch.setenv(name, value)
+    for name, value in found.items():
+        if name.isupper():
+            monkeypatch.setenv(name, value)
+    return found
+
+
+def leaks(secrets, folder: Path, *printed: str) -> list[str]:
+    """Where a secret occurs in files and output: as it is, as URLs have it, or in base64 as HTTP sends it."""
+    texts = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    texts |= {f"output {number}": text.encode() for number, text in enumerate(printed)}
+    found = []
+    for name, secret in secrets.items():
+        plain = secret.encode()
+        forms = [plain, quote(secret, "").encode(), *(b64encode(user + plain).rstrip(b"=") for user in (b"", b"ada:"))]
+        found += [f"{name} in {where}" for where, text in texts.items() if any(form in text for form in forms)]
+    return found
+
+
+def with_login(url: str, secret: str) -> str:
+    return url.replace("http://", f"http://ada:{quote(secret, '')}@")
+
+
+def test_what_a_run_leaves_behind_has_none_of_its_secrets(secrets, on_dataset, dataset, tmp_path):
+    small = (*SMALL, *on_dataset, "batch.lanes=2", "batch.per_lane=4", "train.epochs=0.2", "evaluate.batch=64")
     folder = tmp_path / "runs" / "run"
-    settings = (*SMALL, *on_dataset, "batch.lanes=2", "batch.per_lane=4", "train.epochs=0.2", "evaluate.batch=64")
-    done = train(folder, *settings, "track.uri=", "download.cache=http://me:s3cr3t-pw@host/x")
-    assert done.code == 0, done.output
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"config.yaml", "mlflow.db", "metrics.jsonl", "manifest.json"} <= {path.name for path in files}
-    kept = {path: path.read_bytes() for path in files}
-    found = [
-        f"{path.name}: {secret}"
-        for path, content in kept.items()
-        for secret in (*secrets.values(), "s3cr3t-pw")
-        if secret.encode() in content
-    ]
-    assert found == []
+    with serve(dataset) as server:
+        data = with_login(server.url, secrets["data"])
+        urls = (f"data.train={data}/train.parquet", f"data.val={data}/val.parquet", f"download.cache={tmp_path}/cache")
+        done = train(folder, *small, *urls, "track.uri=")
+        server.faults["val.parquet"] = [403]
+        failed = train(tmp_path / "failed", *small, *urls, f"track.uri={with_login('http://h', secrets['track'])}")
+    assert (done.code, failed.code) == (0, 78), done.output + failed.output
+    assert {"config.yaml", "mlflow.db", "metrics.jsonl", "manifest.json"} <= {p.name for p in folder.parent.rglob("*")}
+    assert leaks(secrets, tmp_path, done.output, failed.output) == []
     assert (folder / "config.yaml").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_logs_and_reports_of_a_crash_under_the_launcher_have_no_secrets(secrets, on_dataset, dataset, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(CRASH)
+    network = build("densenet_bc_10_4", 3)
+    (tmp_path / "weights").mkdir()
+    save_weights(network, tmp_path / "weights" / "net.safetensors")
+    with serve(dataset) as server, serve(tmp_path / "weights") as weights:
+        data, init = with_login(server.url, secrets["data"]), with_login(weights.url, secrets["init"])
+        paths = {"PYTHONPATH": f"{tmp_path}/site:{Path(__file__).parents[2]}", "TORCH_HOME": str(tmp_path)}
+        env = environment() | paths | {"CRASH_URL": f"{data}/x"}
+        command = [sys.executable, "-m", "launch", "local", "--ranks", "2", *SMALL, *on_dataset]
+        command += ["batch.lanes=2", "batch.per_lane=4", "train.epochs=1", "checkpoint.every_steps=5"]
+        command += [
+            f"data.train={data}/train.parquet",
+            f"data.val={data}/val.parquet",
+            f"model.init={init}/net.safetensors",
+        ]
+        command += [
+            f"track.uri={with_login('http://127.0.0.1:9', secrets['track'])}",
+            f"download.cache={tmp_path}/cache",
+        ]
+        command += [f"run.dir={tmp_path}/runs", "run.name=run", "resilience.faults=[exception@train.step:12/1]"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        run = f"{tmp_path}/runs/run"
+        tools = [
+            subprocess.run(
+                [sys.executable, "-m", "distrain", *words], capture_output=True, text=True, env=env, cwd=tmp_path
+            )
+            for words in (
+                ("export", f"{init}/net.safetensors", "--to", "safetensors", "--out", "exported.safetensors"),
+                ("evaluate", f"{init}/net.safetensors", f"{data}/val.parquet", "--out", "report", "--against", run),
+                ("checkpoints", "show", run),
+            )
+        ]
+    printed = [text for process in (done, *tools) for text in (process.stdout, process.stderr)]
+    assert [process.returncode for process in (done, *tools)] == [0, 0, 0, 0], printed
+    assert "Crash: at http://***@127.0.0.1" in done.stderr
+    assert "UserWarning: from http://***@127.0.0.1" in done.stdout
+    assert leaks(secrets, tmp_path, *printed) == []

@@ -144,6 +144,7 @@ def _to_os_error(error: Exception, url: str, timeout: float) -> OSError:
     if isinstance(error, TimeoutError):
         return TimeoutError(f"read timed out after {timeout:g} s")
     rejected = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    rejected |= type(error).__name__ == "ParamValidationError"  # botocore's, such as for a bucket name
     if rejected or isinstance(error, (ImportError, ValueError)) or getattr(error, "errno", 0) == errno.EINVAL:
         return RequestRejectedError(f"request rejected ({reason})")
     return OSError(reason)

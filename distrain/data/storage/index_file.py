@@ -13,6 +13,7 @@ from distrain.data.storage.download import Downloader
 from distrain.data.storage.retry import TOOL_POLICY, TOOL_TIMEOUT, RetryPolicy
 from distrain.errors import UserError
 from distrain.files import write_atomically
+from distrain.masking import mask_urls
 
 _FORMAT = 1
 
@@ -50,7 +51,7 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
 
 
 def save_index(index: Index, path: str | Path) -> None:
-    """Write the index file atomically. Raises OSError."""
+    """Write the index file atomically, readable by its owner only if it `has_secrets`. Raises OSError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -59,7 +60,12 @@ def save_index(index: Index, path: str | Path) -> None:
     table = table.replace_schema_metadata({"distrain": json.dumps(header)})
     content = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, content)
-    write_atomically(Path(path), content.getvalue().to_pybytes())
+    write_atomically(Path(path), content.getvalue().to_pybytes(), private=has_secrets(index))
+
+
+def has_secrets(index: Index) -> bool:
+    """Whether the URL of a shard contains a password or token, without which the shard could not be read."""
+    return any(mask_urls(shard.name) != shard.name for shard in index.shards)
 
 
 def _read_bytes(path: str, download: DownloadConfig | None) -> bytes:
