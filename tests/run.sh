@@ -10,4 +10,4 @@ if [ $# -eq 0 ]; then
     set -- -m "not slow"
 fi
 # Most tests wait for processes that they started, so two workers keep two cores busy.
-exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30 "$@"
