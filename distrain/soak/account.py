@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from rich.table import Table
@@ -12,7 +12,6 @@ from distrain.resilience.faults import Fault, parse_fault
 from distrain.soak.plan import Action
 
 _HARMLESS = ("delay", "clock", "flip", "truncate")  # they end no attempt
-_LONGEST_S = 3600.0  # of a phase of a restart; longer ones are steps of the clock
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,11 @@ def tabulate(account: Account) -> Table:
 
 
 def summarize(attempts: Sequence[Mapping[str, Any]]) -> str:
-    """The cost of the restarts, in one line."""
+    """The cost of the restarts, in one line: medians, as a clock that was set makes single ones meaningless."""
     restarts = [attempt for attempt in attempts if attempt["cause"]]
-    restarts = [entry for entry in restarts if all(abs(value) < _LONGEST_S for value in entry["seconds"].values())]
     if not restarts:
         return "none"
-    seconds = {name: mean(attempt["seconds"][name] for attempt in restarts) for name in restarts[0]["seconds"]}
+    seconds = {name: median(attempt["seconds"][name] for attempt in restarts) for name in restarts[0]["seconds"]}
     lost = [attempt["lost_steps"] for attempt in restarts]
     shown = ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in seconds.items())
     return f"{shown}; steps lost {mean(lost):.1f}, at most {max(lost)}"

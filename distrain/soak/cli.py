@@ -119,7 +119,7 @@ def find_damaged(folder: Path) -> list[str]:
 def report(console: Console, account: Account, problems: list[str]) -> None:
     """Print what was injected, what the restarts cost, and the verdict."""
     console.print(tabulate(account))
-    console.print(f"mean seconds over all restarts: {summarize(account.attempts)}")
+    console.print(f"median seconds of all restarts: {summarize(account.attempts)}")
     for problem in problems:
         console.print(f"PROBLEM: {problem}", markup=False)
     verdict = "not as it must be" if problems else "the same bits, nothing lost"
