@@ -29,7 +29,7 @@ def open_weights(text: str, network: str | None) -> Weights:
     if "://" not in text and (found := _RUN.fullmatch(text)):
         folder = Path(found["folder"])
         if (folder / "checkpoints").is_dir():
-            return _from_run(folder, found["which"], found["kind"])
+            return from_run(folder, found["which"], found["kind"])
         if folder.is_dir():
             raise UserError(f"{text}: not the folder of a run, which contains checkpoints/: give {FORMS}")
     return read_weights(text)
@@ -91,8 +91,11 @@ def _from_timm(text: str, name: str) -> Weights:
     return Weights(text, weights.tensors, weights.sha256, weights.ignored, record=record)
 
 
-def _from_run(folder: Path, which: str | None, kind: str | None) -> Weights:
-    """The weights of a checkpoint: by default the best one of the run, else the newest, and its EMA if it has one."""
+def from_run(folder: Path, which: str | None, kind: str | None) -> Weights:
+    """The weights of a checkpoint: by default the best one of the run, else the newest, and its EMA if it has one.
+
+    Raises UserError if there is no such checkpoint, or it is damaged.
+    """
     path = _find_checkpoint(folder, which)
     try:
         verify(path)

@@ -15,7 +15,6 @@ from distrain.config.files import (
 )
 from distrain.config.renamed import STATE_FORMAT
 from distrain.config.schema import (
-    NO_MLFLOW,
     AugmentConfig,
     BatchConfig,
     CheckpointConfig,
@@ -31,6 +30,7 @@ from distrain.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
+from distrain.config.tracking import NO_MLFLOW
 
 __all__ = [
     "NO_MLFLOW",

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from distrain.config.options import Section, option
+from distrain.config.tracking import TrackConfig
 from distrain.errors import UserError
 
-NO_MLFLOW = "none"  # track.uri: keep metrics in the run's folder only
 _BESIDE_RUNS = ("mlflow.db", "mlartifacts")
 _MAX_NAME = 255  # bytes, NAME_MAX of Linux's file systems
 
@@ -335,25 +335,6 @@ class ResilienceConfig(Section):
     faults: list[str] = option(
         [], "for tests: KIND@FAILPOINT:STEP/RANK, such as sigkill@train.step:12/1", on_resume="free"
     )
-
-
-@dataclass
-class TrackConfig(Section):
-    uri: str = option(
-        "",
-        "MLflow tracking URI, or none; empty: $MLFLOW_TRACKING_URI, else a database in run.dir",
-        location=True,
-        on_resume="free",
-    )
-    experiment: str = option("distrain", "MLflow experiment", on_resume="free")
-    every_steps: int = option(
-        10, "steps between reports of loss, accuracy, learning rate and throughput", min=1, on_resume="free"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.experiment:
-            raise UserError("track.experiment is empty: name one")
 
 
 @dataclass

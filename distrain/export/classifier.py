@@ -69,6 +69,10 @@ class Classifier(nn.Module):
         logits: torch.Tensor = self.network(self.preprocess(images))
         return logits
 
+    def to_record(self) -> dict[str, Any]:
+        """What a file of its weights says of it, as JSON holds it."""
+        return {**self.record, "classes": list(self.classes), "preprocessing": self.preprocessing.to_record()}
+
     def train(self, mode: bool = True) -> "Classifier":
         """A classifier predicts: it stays in evaluation mode. Train its `network` instead."""
         super().train(False)

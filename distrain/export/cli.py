@@ -23,6 +23,7 @@ Write a classifier for others. Default of a run: its best checkpoint, EMA weight
   timm           the same for timm
   torch_export   a program (.pt2) from uint8 images to logits: resize, crop and normalization are inside
   onnx           the same as ONNX
+  mlflow         a folder for `mlflow models serve -m FOLDER` and mlflow.pyfunc.load_model
 
 Programs take any number of images of any size. The file gets its name after what was written has been read
 back and gives the same logits on the images of --images."""
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model_arguments(parser)
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="what to write")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: the model's name in the working directory")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="file, or folder of mlflow; default: the model's name, here"
+    )
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE", help="real images to compare on; default: random pixels"
     )
@@ -62,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"folded {fold_batch_norm(written.network)} BatchNorms")
     difference = export(written, args.to, path, images, reference=classifier)
     what = f"{len(images)} images" if args.images else "random pixels (name some with --images)"
-    print(f"{path}: {path.stat().st_size:,} bytes; on {what} logits differ by {difference:.1e} of the largest")
+    size = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    print(f"{path}: {size:,} bytes; on {what} logits differ by {difference:.1e} of the largest")
     return EXIT_DONE
 
 

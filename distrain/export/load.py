@@ -12,6 +12,7 @@ import torch
 from distrain import models
 from distrain.errors import UserError
 from distrain.export.classifier import Classifier
+from distrain.masking import mask_secrets
 from distrain.models import load_weights
 from distrain.models.weight_files import Weights
 from distrain.preprocessing import Preprocessing
@@ -82,7 +83,7 @@ def from_weights(
     record = {
         "network": name,
         "options": chosen,
-        "weights": record.get("weights", weights.source),
+        "weights": mask_secrets(record.get("weights", weights.source)),
         "sha256": record.get("sha256", weights.sha256),
     }
     return Classifier(built, preprocessing or Preprocessing(), names, record)

@@ -4,13 +4,13 @@ A file gets its name only after what was written has been read back and gives th
 """
 
 import json
+import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distrain.errors import UserError
 from distrain.export.classifier import Classifier
-from distrain.export.load import RECORD, Program, from_weights
+from distrain.export.load import RECORD, Program, from_weights, load
+from distrain.export.mlflow_model import WEIGHTS, write_mlflow
 from distrain.files import sync_folder
 from distrain.models import save_weights
 from distrain.models.densenet import DenseLayer, ImageNetStem
@@ -32,10 +33,11 @@ TARGETS = {
     "safetensors": ".safetensors",
     "torch_export": ".pt2",
     "onnx": ".onnx",
+    "mlflow": "-mlflow",
 }
 """What can be written, with the usual ending of its files."""
 
-TOLERANCE = {"torchvision": 1e-5, "timm": 1e-5, "safetensors": 0.0, "torch_export": 1e-4, "onnx": 1e-4}
+TOLERANCE = {"torchvision": 1e-5, "timm": 1e-5, "safetensors": 0.0, "mlflow": 0.0, "torch_export": 1e-4, "onnx": 1e-4}
 """The largest difference of a logit that is accepted, relative to the largest logit."""
 
 _FOLDED = {  # modules whose convolution is followed by its BN
@@ -63,6 +65,7 @@ def export(
     writers: dict[str, Callable[..., Callable[[torch.Tensor], torch.Tensor]]] = {
         "torch_export": _write_torch_export,
         "onnx": _write_onnx,
+        "mlflow": _write_mlflow,
     }
     try:
         with torch.no_grad():
@@ -75,6 +78,7 @@ def export(
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
+        shutil.rmtree(tmp, ignore_errors=True)
         with suppress(OSError):
             tmp.unlink(missing_ok=True)
     return difference
@@ -105,17 +109,9 @@ def _compare(
     return max(float((ours - theirs).abs().max()) for ours, theirs in pairs) / max(largest, 1.0)
 
 
-def _record(classifier: Classifier) -> dict[str, Any]:
-    return {
-        **classifier.record,
-        "classes": list(classifier.classes),
-        "preprocessing": classifier.preprocessing.to_record(),
-    }
-
-
 def _write_weights(classifier: Classifier, target: str, tmp: Path) -> Callable[[torch.Tensor], torch.Tensor]:
     naming = "distrain" if target == "safetensors" else target
-    save_weights(classifier.network, tmp, naming, _record(classifier))
+    save_weights(classifier.network, tmp, naming, classifier.to_record())
     network = _reference(target, classifier, tmp)
     if network is None:
         record = classifier.record
@@ -124,6 +120,11 @@ def _write_weights(classifier: Classifier, target: str, tmp: Path) -> Callable[[
             return loaded
         network = loaded.network  # such a file does not say what the preprocessing is
     return lambda images: network(classifier.preprocess(images))
+
+
+def _write_mlflow(classifier: Classifier, target: str, tmp: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    write_mlflow(classifier, tmp)
+    return load(tmp / "artifacts" / WEIGHTS)
 
 
 def _reference(target: str, classifier: Classifier, path: Path) -> nn.Module | None:
@@ -166,7 +167,7 @@ def _timm_name(network: str) -> str:
 
 
 def _write_torch_export(classifier: Classifier, target: str, tmp: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    torch.export.save(_trace(classifier), tmp, extra_files={f"{RECORD}.json": json.dumps(_record(classifier))})
+    torch.export.save(_trace(classifier), tmp, extra_files={f"{RECORD}.json": json.dumps(classifier.to_record())})
     return Program(tmp)
 
 
@@ -179,7 +180,7 @@ def _write_onnx(classifier: Classifier, target: str, tmp: Path) -> Callable[[tor
         warnings.simplefilter("ignore")
         program = torch.onnx.export(_trace(classifier), dynamo=True, external_data=False)
     assert program is not None
-    program.model.metadata_props[RECORD] = json.dumps(_record(classifier))
+    program.model.metadata_props[RECORD] = json.dumps(classifier.to_record())
     program.save(str(tmp), external_data=False)
     return Program(tmp)
 

@@ -10,12 +10,12 @@ from distrain.errors import StaleAttemptError, Stopped
 from distrain.files import translated_errors, write_atomically
 from distrain.masking import mask_secrets
 from distrain.track.console import Console
-from distrain.track.mlflow import MlflowSender
+from distrain.track.mlflow import FINISHED, MlflowSender, Reported
 from distrain.track.plot import plot_curves
 from distrain.track.spool import Spool
 from distrain.track.uri import SQLITE, tracking_uri
 
-_TIMEOUT_S = 60.0  # for a slow MLflow server at the end of a run
+_TIMEOUT_S = 50.0  # for a slow MLflow server at the end of a run; other ranks wait for a minute or more
 _TIMEOUT_STOPPING_S = 5.0  # a scheduler that asked to stop kills soon
 
 
@@ -113,16 +113,16 @@ class MainTracker:
             write_atomically(self._config_file, to_yaml(self._config), private=True)
             self._spool = Spool(self._folder / "metrics.jsonl")
         if self._uri != NO_MLFLOW:
-            self._mlflow = MlflowSender(
-                self._uri,
-                self._config.track.experiment,
-                self._config.run.name,
+            reported = Reported(
+                uri=self._uri,
+                experiment=self._config.track.experiment,
+                name=self._config.run.name,
                 folder=self._folder,
                 params=flatten(map_text(mask_secrets, to_dict(self._config))),
                 tags=tags,
-                spool=self._spool,
-                warn=self._console.info,
+                register=self._config.track.register,
             )
+            self._mlflow = MlflowSender(reported, self._spool, self._console.info)
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +139,7 @@ class MainTracker:
         except OSError as error:  # must not hide how the run ended
             self._console.info(f"{self._folder}/curves.png cannot be written: {error.strerror}")
         stopping = kind is not None and issubclass(kind, Stopped)
-        status = "FINISHED" if kind is None else "SCHEDULED" if stopping else "FAILED"
+        status = FINISHED if kind is None else "SCHEDULED" if stopping else "FAILED"
         if self._mlflow is not None:
             timeout = _TIMEOUT_S if kind is None else _TIMEOUT_STOPPING_S
             self._mlflow.close(status, artifacts, timeout)

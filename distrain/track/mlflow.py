@@ -4,52 +4,49 @@ A thread forwards the spool. If the server fails, the spool keeps the metrics, a
 when the server answers again, also after a restart of the run.
 """
 
-import logging
-import os
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from distrain.errors import UserError
+from distrain.export.mlflow_model import prepare_mlflow
 from distrain.files import read_json, write_json
-from distrain.masking import mask_secrets
+from distrain.track.models import in_one_line, log_models
 from distrain.track.spool import Spool
 from distrain.track.uri import SQLITE
 
 _RETRY_S = 10.0
 _METRICS_PER_CALL = 1000  # limit of the REST API
 _RUN_TAG = "distrain.run"
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # clusters have no outbound network, and sending it is the user's choice
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the thread retries
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-}
+FINISHED = "FINISHED"
+"""The status of a run that is done, after which its models are logged."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A run as MLflow shows it."""
+
+    uri: str
+    experiment: str
+    name: str
+    folder: Path
+    """Of the run, with its checkpoints."""
+    params: Mapping[str, Any]
+    tags: Mapping[str, str]
+    register: str = ""
+    """Name in the model registry; empty: not registered."""
 
 
 class MlflowSender:
     """Keeps one MLflow run up to date with a spool, across restarts of the training."""
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        name: str,
-        folder: Path,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-        spool: Spool,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._uri = uri
-        self._experiment = experiment
-        self._name = name
-        self._folder = folder
-        self._params = params
-        self._tags = tags
+    def __init__(self, reported: Reported, spool: Spool, warn: Callable[[str], None]) -> None:
+        self._reported = reported
         self._spool = spool
         self._warn = warn
         self._news = threading.Condition()
@@ -77,32 +74,35 @@ class MlflowSender:
         self._thread.join(timeout)
         if not self._delivered and not self._hopeless:
             self._warn(
-                f"MLflow at {self._uri} has not received everything; the metrics are in {self._folder} and are "
-                "sent when the same command runs again"
+                f"MLflow at {self._reported.uri} has not received everything; metrics and models are in "
+                f"{self._reported.folder} and are sent when the same command runs again"
             )
 
     def _run(self) -> None:
         warned = False
         while True:
             try:
-                _Connection(self._uri, self._experiment, self._name, self._folder, self._params, self._tags).follow(
-                    self
-                )
+                _Connection(self._reported).follow(self)
                 self._delivered = True
                 return
             except Exception as error:  # training continues whatever MLflow does
-                reason = mask_secrets(" ".join(str(error).split()))[:200]
+                reason, uri = in_one_line(error), self._reported.uri
                 if isinstance(error, ImportError):  # the driver of a database
                     self._hopeless = True
-                    self._warn(f"MLflow at {self._uri}: {reason}: install it; metrics are in {self._folder} only")
+                    self._warn(f"MLflow at {uri}: {reason}: install it; metrics are in {self._reported.folder} only")
                     return
                 if not warned:
-                    self._warn(f"MLflow at {self._uri}: {reason}; training continues, metrics are kept")
+                    self._warn(f"MLflow at {uri}: {reason}; training continues, metrics are kept")
                     warned = True
                 with self._news:
                     if self._status is not None:
                         return
                     self._news.wait(_RETRY_S)
+
+    def send_models(self, client: Any, run_id: str) -> None:
+        """Log the models of the finished run. What fails is reported in one line, and sent by a later start."""
+        for problem in log_models(client, run_id, self._reported.folder, self._reported.register):
+            self._warn(f"MLflow at {self._reported.uri}: {problem}")
 
     def wait(self) -> tuple[str | None, Sequence[Path]]:
         """Wait until there is something to send. Returns the final status, if the run is over, and artifacts."""
@@ -120,29 +120,19 @@ class MlflowSender:
 class _Connection:
     """The MLflow run, found or created, and what it has received so far."""
 
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        name: str,
-        folder: Path,
-        params: Mapping[str, Any],
-        tags: Mapping[str, str],
-    ) -> None:
-        for variable, value in _ENVIRONMENT.items():
-            os.environ.setdefault(variable, value)
+    def __init__(self, reported: Reported) -> None:
+        prepare_mlflow()
         from mlflow import MlflowClient
 
-        for chatty in ("alembic", "mlflow"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
+        uri = reported.uri
         if uri.startswith(SQLITE):
             _create_database(Path(uri.removeprefix(SQLITE).partition("?")[0]))
         self._client = MlflowClient(uri)
-        self._run_id = self._find_or_create(experiment, name, folder, uri)
+        self._run_id = self._find_or_create(reported)
         self._received = self._fetch_received()
         self._next = 0  # number of the first spool entry that is not sent
-        self._log_params(params)
-        for key, value in tags.items():
+        self._log_params(reported.params)
+        for key, value in reported.tags.items():
             self._client.set_tag(self._run_id, key, value)
 
     def follow(self, sender: MlflowSender) -> None:
@@ -154,16 +144,19 @@ class _Connection:
                 for artifact in artifacts:
                     self._client.log_artifact(self._run_id, str(artifact))
                 self._client.set_terminated(self._run_id, status)
+                if status == FINISHED:
+                    sender.send_models(self._client, self._run_id)
                 return
 
-    def _find_or_create(self, experiment: str, name: str, folder: Path, uri: str) -> str:
+    def _find_or_create(self, reported: Reported) -> str:
         """The MLflow run with this run's tag. The tag exists before the run does, so that a kill in between cannot
         lead to a second run."""
-        tag = _identity(folder)
-        found = self._client.get_experiment_by_name(experiment)
+        tag = _identity(reported.folder)
+        found = self._client.get_experiment_by_name(reported.experiment)
         if found is None:
-            beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
-            experiment_id = self._client.create_experiment(experiment, artifact_location=beside)
+            is_local = reported.uri.startswith(SQLITE)
+            beside = (reported.folder.resolve().parent / "mlartifacts").as_uri() if is_local else None
+            experiment_id = self._client.create_experiment(reported.experiment, artifact_location=beside)
         else:
             experiment_id = found.experiment_id
         runs = self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{tag}'")
@@ -171,7 +164,7 @@ class _Connection:
             run_id = str(runs[0].info.run_id)
             self._client.update_run(run_id, status="RUNNING")
             return run_id
-        return str(self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=name).info.run_id)
+        return str(self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=reported.name).info.run_id)
 
     def _fetch_received(self) -> set[tuple[int, str, str]]:
         names = self._client.get_run(self._run_id).data.metrics

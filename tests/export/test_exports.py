@@ -61,11 +61,12 @@ def test_preprocessing_equals_crop_and_antialiased_resizing(size, interpolation)
     torch.testing.assert_close(Preprocess(settings)(images), (pixels - mean) / std, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("target", ["safetensors", "torch_export", "onnx"])
+@pytest.mark.parametrize("target", ["safetensors", "torch_export", "onnx", "mlflow"])
 def test_what_is_exported_gives_the_same_logits_and_says_what_it_is(target, classifier, images, tmp_path):
     path = tmp_path / f"model{cli.TARGETS[target]}"
     assert export(classifier, target, path, images) < 1e-6
-    model = load(path) if target == "safetensors" else Program(path)
+    files = {"safetensors": path, "mlflow": path / "artifacts" / "weights.safetensors"}
+    model = load(files[target]) if target in files else Program(path)
     for image in images:
         torch.testing.assert_close(model(image), classifier(image), rtol=1e-5, atol=1e-6)
     batch = torch.cat([images[1], images[1].flip(-1), images[1]])
@@ -154,7 +155,7 @@ def test_other_logits_are_not_exported(classifier, images, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", ["safetensors", "onnx"])
+@pytest.mark.parametrize("target", ["safetensors", "onnx", "mlflow"])
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_left(target, classifier, images, tmp_path):
     path = tmp_path / "missing" / "model"
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):

@@ -1,5 +1,6 @@
 """Reports to a real MLflow store, the SQLite file that a run has by default."""
 
+import base64
 import json
 import os
 import shlex
@@ -9,15 +10,24 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
+import mlflow.pyfunc
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from support.images import encoded
 from support.processes import SMALL, Training, free_port, train
 
+import distrain
 from distrain import config
 from distrain.errors import Stopped
+from distrain.export.classifier import read_image
+from distrain.export.predict_cli import classify
+from distrain.sources import open_weights
 from distrain.track import open_tracker
+from distrain.track.models import log_models
 
 # 102 steps, with a checkpoint every 25
 LONGER = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=25")
@@ -74,6 +84,113 @@ def test_the_configuration_is_logged_as_parameters_and_as_an_artifact_beside_the
 
 def test_the_end_of_a_run_shows_how_to_view_it(restarted):
     assert f"mlflow ui --backend-store-uri sqlite:///{restarted.folder.parent}/mlflow.db" in restarted.output
+
+
+def test_the_best_and_the_final_model_are_logged_once_with_where_they_come_from(client, run, restarted):
+    logged = models_of(client, run)
+    best, final = (open_weights(f"{restarted.folder}{which}", None) for which in ("", ":last"))
+    expected = {"model": best} if best.sha256 == final.sha256 else {"model": best, "final": final}
+    assert {name: model.tags["distrain.weights"] for name, model in logged.items()} == {
+        name: weights.source for name, weights in expected.items()
+    }
+    assert list(log_models(client, run.info.run_id, restarted.folder, "")) == []  # as the same command does again
+    assert models_of(client, run).keys() == logged.keys()
+
+
+def test_a_logged_model_answers_what_predict_says(client, run, restarted, tmp_path):
+    model = mlflow.pyfunc.load_model(models_of(client, run)["model"].artifact_location)
+    photo = encoded(1, size=(20, 15))
+    expected, _ = classify(distrain.load(restarted.folder), "", read_image(photo), 2)
+    for image in (photo, base64.b64encode(photo).decode()):
+        (found,) = model.predict([image], params={"top": 2}).to_dict("records")
+        assert (found["classes"], found["scores"]) == (expected.classes, expected.scores)
+        assert (found["label"], found["score"]) == (expected.classes[0], expected.scores[0])
+    with pytest.raises(MlflowException, match="image 1: not a JPEG, PNG, WEBP image"):
+        model.predict([photo, base64.b64encode(b"no image").decode()])
+    assert model.metadata.metadata["classes"] == ["red", "green", "blue"]
+    assert model.metadata.run_id == run.info.run_id
+
+
+def test_the_best_model_is_registered_once(client, run, restarted):
+    for _ in range(2):
+        assert list(log_models(client, run.info.run_id, restarted.folder, "colors")) == []
+    (version,) = client.search_model_versions("name = 'colors'")
+    assert (version.run_id, version.source) == (run.info.run_id, models_of(client, run)["model"].artifact_location)
+
+
+def test_a_store_without_a_registry_is_one_line(run, restarted):
+    uri = f"sqlite:///{restarted.folder.parent}/mlflow.db"
+    without = MlflowClient(uri, registry_uri="none://")
+    (problem,) = log_models(without, run.info.run_id, restarted.folder, "colors")
+    assert problem.startswith("track.register=colors: not registered: ")
+
+
+def test_models_that_cannot_be_read_are_one_line(client, run, tmp_path):
+    (problem,) = log_models(client, run.info.run_id, tmp_path, "colors")
+    assert problem.startswith(f"the models of this run are not logged: {tmp_path}: this run has no checkpoint yet")
+
+
+def models_of(client: MlflowClient, run) -> dict:
+    """The logged models of a run by name."""
+    found = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{run.info.run_id}'")
+    models = {model.name: model for model in found if str(model.status) == "READY"}
+    assert len(models) == len(found)
+    return models
+
+
+@pytest.mark.slow
+def test_a_server_answers_what_predict_says_without_the_libraries_of_training(run, restarted, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(encoded(2, size=(20, 15)))
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(names=TRAINING_ONLY))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{restarted.folder.parent}/mlflow.db"
+    port, tool = free_port(), Path(sys.executable).with_name("mlflow")
+    words = ("models", "serve", "-m", f"runs:/{run.info.run_id}/model", "--env-manager", "local", "--port", str(port))
+    server = subprocess.Popen([tool, *words], start_new_session=True, env=environment, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not reachable(port):
+            assert time.monotonic() < deadline
+            assert server.poll() is None
+            time.sleep(0.2)
+        image = base64.b64encode((tmp_path / "photo.jpg").read_bytes()).decode()
+        found = invoke(port, {"inputs": [image]})
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+    words = (sys.executable, "-m", "distrain", "predict", restarted.folder, tmp_path / "photo.jpg", "--format", "jsonl")
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    expected = json.loads(done.stdout)
+    assert found == {
+        "label": expected["classes"][0],
+        "score": expected["scores"][0],
+        "classes": expected["classes"],
+        "scores": expected["scores"],
+    }
+
+
+TRAINING_ONLY = (
+    "torchvision", "deepspeed", "nvidia.dali", "webdataset", "fsspec", "aiohttp", "braceexpand", "s3fs", "rich",
+    "matplotlib", "timm", "onnx", "onnxruntime",
+)  # fmt: skip
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def invoke(port: int, body: dict) -> dict:
+    """What a served model says of one image."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/invocations", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request) as response:
+        (found,) = json.load(response)["predictions"]
+    return found
 
 
 def test_a_copied_run_folder_is_another_run_and_a_moved_one_is_not(restarted, client, on_dataset, tmp_path):
