@@ -22,6 +22,12 @@ _PERMANENT = {
 _CHECKSUM = "crc32"  # of what else the JSON object in a file holds
 
 
+def resolve(path: str | Path) -> Path:
+    """The absolute path without links. A loop of links, for which Path.resolve raises RuntimeError, stays in it, and to
+    open it is an OSError."""
+    return Path(os.path.realpath(path))
+
+
 def may_pass(error: OSError) -> bool:
     """Whether the file system, the disk or the machine may recover from an error, so that trying later can help."""
     return error.errno is not None and error.errno not in _PERMANENT

@@ -18,6 +18,7 @@ from typing import Self
 
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
+from distrain.files import resolve
 from distrain.output import keep_writing
 from launch.restart import EXIT_CRASH, Decision, begin_history, combine_exit_codes, decide, read_attempt
 from launch.stopping import STOP_LINE
@@ -147,7 +148,7 @@ class Job:
             self._nodes[host.name] = host.start(
                 [
                     "--nodes", str(len(hosts)), "--node-rank", str(rank), "--head", hosts[0].address, "--job", job,
-                    "--name", host.name, "--logs", str(logs.resolve()), *ranks, *options, "--", *self._arguments,
+                    "--name", host.name, "--logs", str(resolve(logs)), *ranks, *options, "--", *self._arguments,
                 ]
             )  # fmt: skip
         if self._stop_signals:  # it came while they were being started

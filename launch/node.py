@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, TemporaryError, UserError
-from distrain.files import may_pass
+from distrain.files import may_pass, resolve
 from distrain.lifetime import AGENT_VARIABLE
 from distrain.open_files import raise_open_files
 from distrain.output import keep_writing
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     raise_open_files(node.count * ranks)
     os.environ |= rank_variables(node, ranks)
     os.environ |= {HOST_VARIABLE: args.name, LAUNCH_VARIABLE: node.launch, AGENT_VARIABLE: str(os.getpid())}
-    logs = create_log_folder(args.logs.resolve() / args.job) if args.logs else None
+    logs = create_log_folder(resolve(args.logs) / args.job) if args.logs else None
     arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
     program = ["launch.check" if args.doctor else "distrain", *arguments]
     return run_ranks(node, ranks, args.name, logs, program, requests)

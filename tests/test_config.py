@@ -1,7 +1,9 @@
 import pytest
 
 from distrain import config
+from distrain.data.shards.patterns import name_below
 from distrain.errors import UserError
+from distrain.track.uri import tracking_uri
 
 REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
 
@@ -227,3 +229,13 @@ def test_the_identity_of_a_run_excludes_its_location_and_its_reports():
     fixed = config.fixed_settings(config.load(None, REQUIRED))
     assert {"batch.lanes", "optimizer.lr", "run.seed", "model.name", "train.epochs"} <= fixed.keys()
     assert not {"run.dir", "data.train", "track.uri", "checkpoint.keep", "data.threads"} & fixed.keys()
+
+
+def test_a_loop_of_links_is_refused_in_one_line(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    with pytest.raises(UserError, match=r"^.*/loop: cannot be read: Too many levels of symbolic links$"):
+        config.load(loop)
+    settings = config.load(None, [*REQUIRED, f"run.dir={loop}"])
+    assert tracking_uri(settings) == f"sqlite:///{loop}/mlflow.db"
+    assert name_below(str(loop), tmp_path) == "loop"

@@ -15,6 +15,7 @@ from distrain.config.renamed import check_current_name
 from distrain.config.schema import Config
 from distrain.config.values import ValueProblem, compose, kind_of, merged_items, read_node, read_text
 from distrain.errors import UserError, nearest
+from distrain.files import resolve
 from distrain.masking import mask_secrets, remember_secrets
 
 _INTERPOLATION = "write ${oc.env:NAME} for an environment variable, and \\${ for the characters themselves"
@@ -174,7 +175,7 @@ def _is_location(key: str) -> bool:
 
 def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
-    if path.resolve() in seen:
+    if resolve(path) in seen:
         raise UserError(f"{path}: extends itself via {', '.join(str(p) for p in seen)}")
     try:
         node = compose(_read_utf8(path))
@@ -193,7 +194,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str,
         extended = path.parent / Path(base.value).expanduser()
         if not extended.exists():
             raise UserError(f"{path}: extends {base.value}, which is not there: {extended}")
-        yield from _read_layers(extended, (*seen, path.resolve()))
+        yield from _read_layers(extended, (*seen, resolve(path)))
     yield str(path), content
 
 

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from distrain.config import NO_MLFLOW, Config
 from distrain.errors import UserError
+from distrain.files import resolve
 
 SQLITE = "sqlite:///"
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -23,7 +24,7 @@ def tracking_uri(config: Config) -> str:
         return _checked("track.uri", config.track.uri)
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         return _checked("MLFLOW_TRACKING_URI", uri)
-    folder = str(Path(config.run.dir).resolve())
+    folder = str(resolve(config.run.dir))
     if "?" in folder or "%" in folder:  # which end or escape a path in a database's URI
         raise UserError(
             f"run.dir={config.run.dir}: MLflow's database cannot be in a folder with '?' or '%' in its path: rename "

@@ -23,6 +23,7 @@ from distrain.config import Config
 from distrain.data.storage.locks import try_lock
 from distrain.data.storage.private import create_tmp_folder
 from distrain.errors import UserError
+from distrain.files import resolve
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def open_in_flight(config: Config, split: str) -> InFlight | None:
 def in_flight_folder(run_folder: Path) -> Path:
     """Where processes of a run on this node record what they decode. Raises UserError if the folder around it is not
     this user's alone, OSError."""
-    return create_tmp_folder("decoding") / hashlib.sha256(os.fsencode(run_folder.resolve())).hexdigest()[:16]
+    return create_tmp_folder("decoding") / hashlib.sha256(os.fsencode(resolve(run_folder))).hexdigest()[:16]
 
 
 def _open_crash_log(folder: Path) -> Path:

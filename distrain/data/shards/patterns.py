@@ -11,6 +11,7 @@ from distrain.data.index import is_remote
 from distrain.data.storage.client import explain, list_urls
 from distrain.data.storage.retry import TOOL_POLICY, TOOL_TIMEOUT
 from distrain.errors import UserError
+from distrain.files import resolve
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def name_below(shard: str, folder: Path) -> str:
     """Return a shard's name in an index in `folder`: relative if below that folder, else an absolute path or URL."""
     if is_remote(shard):
         return shard
-    path, root = Path(shard).resolve(), folder.resolve()
+    path, root = resolve(shard), resolve(folder)
     return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
 

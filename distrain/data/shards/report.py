@@ -46,7 +46,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def summary(path: Path, built: Index) -> str:
     size = decimal(sum(shard.size for shard in built.shards))
-    return f"{path}: {len(built):,} images, {len(built.classes):,} classes, {len(built.shards):,} shards, {size}"
+    counts = f"{len(built):,} images, {len(built.classes):,} classes, {len(built.shards):,} shards, {size}"
+    return f"{printable(str(path))}: {counts}"
 
 
 @contextmanager
