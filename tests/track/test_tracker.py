@@ -12,6 +12,7 @@ from support.servers import serve
 
 from distrain import config
 from distrain.__main__ import main
+from distrain.data.storage.index_file import load_index
 from distrain.errors import Stopped, TemporaryError, UserError
 from distrain.files import translated_errors
 from distrain.models import build, save_weights
@@ -169,17 +170,12 @@ def test_a_question_mark_in_the_folder_of_the_database_is_refused(monkeypatch, s
     assert tracking_uri(settings) == f"sqlite:///{tmp_path}/a b #1/mlflow.db"
 
 
-# A rank that warns, and once crashes, with a URL in the text.
+# A rank whose crash has a URL in its text.
 CRASH = """
-import os, sys
+import os
 if os.environ.get("RANK"):
     import distrain.resilience.faults as faults
-    class Crash(Exception):
-        def __init__(self, text):
-            super().__init__("at " + os.environ["CRASH_URL"])
-    faults.InjectedError = Crash
-    import warnings
-    warnings.warn("from " + os.environ["CRASH_URL"])
+    faults.InjectedError.__str__ = lambda error: "at " + os.environ["CRASH_URL"]
 """
 
 
@@ -236,9 +232,9 @@ def test_what_a_run_leaves_behind_has_none_of_its_secrets(secrets, on_dataset, d
 def test_logs_and_reports_of_a_crash_under_the_launcher_have_no_secrets(secrets, on_dataset, dataset, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(CRASH)
-    network = build("densenet_bc_10_4", 3)
     (tmp_path / "weights").mkdir()
-    save_weights(network, tmp_path / "weights" / "net.safetensors")
+    record = {"network": "densenet_bc_10_4", "classes": list(load_index(f"{dataset}/val.parquet").classes)}
+    save_weights(build("densenet_bc_10_4", 3), tmp_path / "weights" / "net.safetensors", "distrain", record)
     with serve(dataset) as server, serve(tmp_path / "weights") as weights:
         data, init = with_login(server.url, secrets["data"]), with_login(weights.url, secrets["init"])
         paths = {"PYTHONPATH": f"{tmp_path}/site:{Path(__file__).parents[2]}", "TORCH_HOME": str(tmp_path)}
@@ -269,6 +265,5 @@ def test_logs_and_reports_of_a_crash_under_the_launcher_have_no_secrets(secrets,
         ]
     printed = [text for process in (done, *tools) for text in (process.stdout, process.stderr)]
     assert [process.returncode for process in (done, *tools)] == [0, 0, 0, 0], printed
-    assert "Crash: at http://***@127.0.0.1" in done.stderr
-    assert "UserWarning: from http://***@127.0.0.1" in done.stdout
+    assert "InjectedError: at http://***@127.0.0.1" in done.stderr
     assert leaks(secrets, tmp_path, *printed) == []
