@@ -1,11 +1,12 @@
 """Runs that start from weights, and train a part of a network."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from support.processes import Training, train
+from support.processes import README, SMALL, Training, train
 
 from distrain.checkpoint import committed, read
 from distrain.config import OptimizerConfig
@@ -87,6 +88,22 @@ def test_fine_tuning_moves_to_another_strategy_and_number_of_ranks(tuned, source
     assert resumed.code == 0, resumed.output
     losses, expected = resumed.series("train/loss"), results["ddp"].series("train/loss")
     np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_the_recipe_for_a_larger_test_resolution_trains_the_head_and_the_last_norms_only(on_dataset, tmp_path):
+    sizes = ("data.image_size=16", "data.val_resize=16", "batch.lanes=1", "batch.per_lane=64", "train.epochs=1")
+    options = {"depth": 5, "w0": 8, "wa": 8, "wm": 1.5, "group_width": 8, "stem": "cifar"}
+    before = build("regnet", 3, **options).state_dict()
+    torch.save(before, tmp_path / "weights.pth")
+    recipe = ("--config", str(README.parent / "configs" / "regnety_400mf_fixres.yaml"))
+    small = (*SMALL, *on_dataset, *sizes, "model.name=regnet", f"model.options={options}")
+    done = train(tmp_path / "run", *recipe, *small, f"model.init={tmp_path}/weights.pth")
+    assert done.code == 0, done.output
+    after = weights_of(tmp_path / "run")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = {re.sub(r"\.\w+$", "", name) for name in moved}
+    assert parts == {"head"} | {f"stages.3.{block}.norm3" for block in range(len(parts) - 1)}
+    assert len(parts) > 1
 
 
 def test_the_first_line_says_what_was_loaded_and_a_restart_needs_no_more_than_the_checkpoint(tuned, source):
