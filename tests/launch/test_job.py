@@ -1,3 +1,4 @@
+import pytest
 from support.processes import SMALL
 
 from distrain import config
@@ -16,8 +17,9 @@ class SimulatedStarts(Job):
         self.jobs: list[str] = []
         self.hosts: list[str] = []
         self.sleeps = 0
+        self.end = ""
         self._attempt = 0
-        monkeypatch.setattr(job, "read_attempt", lambda folder: Attempt(self._attempt))
+        monkeypatch.setattr(job, "read_attempt", lambda folder: Attempt(self._attempt, self.end))
 
     def _sleep(self, seconds: float) -> None:
         self.sleeps += 1
@@ -56,3 +58,20 @@ def test_after_losing_hosts_a_run_continues_once_enough_are_reachable(monkeypatc
     assert launch.hosts == ["abc", "ac"]
     assert launch.sleeps == 3
     assert "waiting for b, c; use --min-nodes 1 to continue without" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("start", "stop_signals", "end", "code"),
+    [
+        (75, 1, "stopped by SIGTERM", 75),
+        (75, 0, "stopped by file run/stop", 75),
+        (1, 1, "", 75),
+        (1, 2, "", 130),
+        (78, 0, "", 78),
+        (0, 1, "done", 0),
+    ],
+)
+def test_a_launcher_ends_as_its_last_start(monkeypatch, tmp_path, start, stop_signals, end, code):
+    launch = SimulatedStarts(monkeypatch, tmp_path, [(start, True)])
+    launch.end, launch._stop_signals = end, stop_signals
+    assert launch.run() == code
