@@ -361,6 +361,7 @@ def run_manifest(
         "identity": identity,
         "model.init": "" if initial is None else initial.source,
         "classes": list(train_index.classes),
+        "class_counts": np.bincount(train_index.label, minlength=len(train_index.classes)).tolist(),
         "versions": {"distrain": __version__, "torch": torch.__version__},
     }
 

@@ -113,7 +113,10 @@ def from_run(folder: Path, which: str | None, kind: str | None) -> Weights:
     settings = snapshot.extra["identity"]
     classes = snapshot.extra.get("classes", [])
     preprocessing = Preprocessing.from_settings(settings)
-    return _described(weights, classes, settings["model.name"], settings["model.options"], preprocessing)
+    described = _described(weights, classes, settings["model.name"], settings["model.options"], preprocessing)
+    if "class_counts" in snapshot.extra:  # absent from runs of older releases
+        described.record["class_counts"] = snapshot.extra["class_counts"]
+    return described
 
 
 def _find_checkpoint(folder: Path, which: str | None) -> Path:

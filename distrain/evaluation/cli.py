@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
                     "digest": index.digest,
                     "resolution": side,
                     "flip": args.flip,
-                    **sized.record,
+                    **{key: value for key, value in sized.record.items() if key != "class_counts"},
                 }
                 group.on_main(partial(_report, table, before, about, args, index, sized, folder))
     return EXIT_DONE
@@ -116,6 +116,7 @@ def evaluate_index(model: Model, path: str, index: Index, folder: Path, settings
         loss=scores.loss,
         width=index.width[scores.sample],
         height=index.height[scores.sample],
+        training=np.array(model.record["class_counts"])[matching.outputs] if "class_counts" in model.record else None,
     )
     return table if accepted is None else table.rows(np.array([bool(right) for right in accepted]))
 

@@ -115,9 +115,12 @@ def by_size(table: Table) -> list[tuple[str, int, float]]:
 
 
 def by_frequency(table: Table) -> list[tuple[str, int, float]]:
-    """Accuracy of quarters of the images by how many samples their class has in this data: (samples; images; top-1)."""
-    count = np.bincount(table.label, minlength=len(table.classes))[table.label]
-    return _by_quantile(count.astype(np.float64), table.hits(1), lambda low, high: f"{low:.0f} to {high:.0f} samples")
+    """Accuracy of quarters of the images by how many samples of their class the model was trained on, or are in this
+    data if it does not say: (samples; images; top-1)."""
+    counts = np.bincount(table.label, minlength=len(table.classes)) if table.training is None else table.training
+    return _by_quantile(
+        counts[table.label].astype(np.float64), table.hits(1), lambda low, high: f"{low:.0f} to {high:.0f} samples"
+    )
 
 
 def _by_quantile(values: NDArray[np.float64], hits: NDArray[np.bool_], name: Any) -> list[tuple[str, int, float]]:

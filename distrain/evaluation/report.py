@@ -79,7 +79,8 @@ def describe(table: Table) -> Iterator[str]:
     if pairs := worst_pairs(table, _PAIRS):
         yield "most frequent confusions:"
         yield from (f"  {label} taken for {other}: {times} of {total}" for label, other, times, total in pairs)
-    for what, groups in (("image size", by_size(table)), ("samples of the class", by_frequency(table))):
+    where = "in this data" if table.training is None else "in training"
+    for what, groups in (("image size", by_size(table)), (f"samples of the class {where}", by_frequency(table))):
         if len(groups) > 1:
             listed = "; ".join(f"{name}: {top1:.1%} of {count:,}" for name, count, top1 in groups)
             yield f"top-1 by {what}: {listed}"

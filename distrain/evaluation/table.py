@@ -36,6 +36,8 @@ class Table:
     width: NDArray[np.int32]
     height: NDArray[np.int32]
     """Of the stored image, pixels [n]."""
+    training: NDArray[np.int64] | None = None
+    """How many samples of each class the model was trained on [c]; None if it does not say."""
 
     @property
     def predicted(self) -> NDArray[np.int64]:

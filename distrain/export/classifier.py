@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         self.classes = tuple(classes)
         """Names of the logits."""
         self.record = record
-        """Where the weights come from, and of which network they are."""
+        """Where the weights come from, of which network they are and, if known, the training samples of each class."""
         self.eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,8 @@ def from_weights(
         "weights": mask_secrets(record.get("weights", weights.source)),
         "sha256": record.get("sha256", weights.sha256),
     }
+    if len(counts := weights.record.get("class_counts", ())) == outputs:
+        record["class_counts"] = counts
     return Classifier(built, preprocessing or Preprocessing(), names, record)
 
 

@@ -153,6 +153,20 @@ def test_worst_pairs_and_groups_in_words():
     assert f"{pairs[0][0]} taken for {pairs[0][1]}: {pairs[0][2]} of {pairs[0][3]}" in text
 
 
+def test_classes_are_grouped_by_how_often_they_were_trained(dataset, evaluated):
+    counts = np.bincount(load_index(f"{dataset}/train.parquet").label)
+    (line,) = [line for line in evaluated[1][1].splitlines() if "by samples of the class" in line]
+    assert line.startswith(f"top-1 by samples of the class in training: {counts.min()} to ")
+    unknown = made()
+    assert "top-1 by samples of the class in this data: " in "\n".join(describe(unknown))
+    known = replace(unknown, training=np.array([9, 9, 9, 1, 1, 1, 1]))
+    often, rare = (unknown.hits(1)[chosen].mean() for chosen in (unknown.label < 3, unknown.label > 2))
+    assert [(name, top1) for name, _, top1 in by_frequency(known)] == [
+        ("1 to 1 samples", rare),
+        ("9 to 9 samples", often),
+    ]
+
+
 def test_ties_and_nan_are_misses():
     table = made(3, 3)
     table = replace(table, rank=np.array([0, 2, 2], np.int32))
