@@ -16,7 +16,7 @@ def train(network: torch.nn.Module, step) -> list[torch.Tensor]:
     for number in range(5):
         network.zero_grad()
         generator = torch.Generator().manual_seed(number)
-        network(torch.randn(8, 6, generator=generator)).square().sum().backward()
+        (0.01 * network(torch.randn(8, 6, generator=generator)).square().sum()).backward()  # norms of less than 1
         step()
     return [parameter.detach() for parameter in network.parameters()]
 
@@ -65,6 +65,24 @@ def test_layers_whose_weights_or_gradients_are_zero_take_the_plain_step(name, we
     set_lr(optimizer, 0.1)
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach(), torch.full_like(layer.weight, weights - 0.1 * gradients))
+
+
+@pytest.mark.parametrize(("name", "plain"), [("lars", "sgd"), ("lamb", "adamw")])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_vectors_take_the_steps_of_the_plain_optimizer(name, plain, momentum):
+    bias = torch.nn.Linear(1, 4)
+    del bias.weight
+    biases = copy.deepcopy(bias), copy.deepcopy(bias)
+    for network, kind in zip(biases, (name, plain), strict=True):
+        settings = {"weight_decay": 0.1, "decay_norms": True, "momentum": momentum, "nesterov": False}
+        optimizer = build_optimizer(network, OptimizerConfig(name=kind, **settings))
+        init_state(optimizer)
+        set_lr(optimizer, 0.1)
+        for number in range(3):
+            network.bias.grad = torch.linspace(-1, 2, 4) * (number + 1)
+            optimizer.step()
+    torch.testing.assert_close(biases[0].bias, biases[1].bias, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(biases[0].bias, bias.bias)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
