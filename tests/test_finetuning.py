@@ -278,6 +278,8 @@ def test_groups_cover_every_trained_parameter_once():
 def test_balanced_weights_give_every_class_the_same_share():
     weights = class_weights("balanced", ["a", "b", "c"], np.array([10, 30, 60]))
     np.testing.assert_allclose(weights * [10, 30, 60], [100 / 3] * 3, rtol=1e-6)
+    with pytest.raises(UserError, match=r"data\.train has no sample of b: remove it"):
+        class_weights("balanced", ["a", "b", "c"], np.array([10, 0, 60]))
 
 
 @pytest.mark.parametrize(
@@ -286,6 +288,9 @@ def test_balanced_weights_give_every_class_the_same_share():
         ('{"a": 1}', "has no weight of b"),
         ('{"a": 1, "b": 2, "x": 1}', "x is not a class of data.train"),
         ('{"a": 1, "b": "2"}', "the weight of b is '2'"),
+        ('{"a": 1, "b": true}', "the weight of b is True"),
+        ('{"a": -1, "b": 1}', "the weight of a is -1"),
+        ('{"a": 1, "b": Infinity}', "the weight of b is inf"),
         ("[1, 2]", "not a JSON object"),
         ("{", "not valid JSON"),
     ],
@@ -294,8 +299,8 @@ def test_a_file_of_class_weights_is_checked(content, message, tmp_path):
     (tmp_path / "weights.json").write_text(content)
     with pytest.raises(UserError, match=message):
         class_weights(f"{tmp_path}/weights.json", ["a", "b"], np.array([1, 1]))
-    (tmp_path / "weights.json").write_text('{"b": 2, "a": 1.5}')
-    assert class_weights(f"{tmp_path}/weights.json", ["a", "b"], np.array([1, 1])).tolist() == [1.5, 2.0]
+    (tmp_path / "weights.json").write_text('{"b": 2.5, "a": 0}')
+    assert class_weights(f"{tmp_path}/weights.json", ["a", "b"], np.array([1, 1])).tolist() == [0.0, 2.5]
 
 
 def test_class_weights_change_the_loss_as_in_torch(settings, tmp_path):

@@ -50,7 +50,7 @@ def test_resized_crops_lie_inside_the_image():
 
 
 def test_resized_crops_are_distributed_as_those_of_torchvision():
-    _, left, height, width, _ = draw_crop_boxes(AUGMENT, config(), 0, batch(), WIDTHS, HEIGHTS)
+    top, left, height, width, _ = draw_crop_boxes(AUGMENT, config(), 0, batch(), WIDTHS, HEIGHTS)
     torchvision = np.array(
         [
             RandomResizedCrop.get_params(torch.empty(3, 1, 1).expand(3, h, w), (0.08, 1.0), (0.75, 4 / 3))
@@ -65,8 +65,18 @@ def test_resized_crops_are_distributed_as_those_of_torchvision():
         ),
         (width / height, torchvision[:, 3] / torchvision[:, 2]),
         (left / WIDTHS, torchvision[:, 1] / WIDTHS),
+        (top / HEIGHTS, torchvision[:, 0] / HEIGHTS),
     ):
         np.testing.assert_allclose(np.quantile(ours, quantiles), np.quantile(expected, quantiles), atol=0.03)
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 101), (101, 400), (33, 10), (1, 1000)])
+def test_an_image_that_no_crop_fits_is_cropped_at_the_center_as_by_torchvision(width, height):
+    augment = AugmentConfig(crop_scale=[1.0, 1.0], crop_ratio=[0.75, 4 / 3])
+    sides = np.array([width], np.int32), np.array([height], np.int32)
+    drawn = draw_crop_boxes(augment, config(), 0, batch(ids=IDS[:1]), *sides)
+    expected = RandomResizedCrop.get_params(torch.empty(3, 1, 1).expand(3, height, width), (1.0, 1.0), (0.75, 4 / 3))
+    assert [int(column[0]) for column in drawn[:4]] == list(expected)
 
 
 def test_padded_crops_shift_up_to_the_padding_on_every_side():

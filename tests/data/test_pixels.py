@@ -69,6 +69,18 @@ def test_lighting_shifts_all_pixels_equally_along_the_principal_component():
     assert (moved == moved[:, :1, :1]).all()
 
 
+@pytest.mark.parametrize(
+    ("component", "std", "shift"),
+    # 2.146 stds of the eigenvalues 0.0188 and 0.0045 x 255, along their eigenvectors (Krizhevsky et al. 2012)
+    [(1, 10, [74, 0, -71]), (2, 40, [39, -80, 41])],
+)
+def test_lighting_shifts_along_the_other_components_too(component, std, shift):
+    draws = np.zeros(6)
+    draws[component] = 0.9
+    moved = shift_lighting(torch.full((3, 1, 1), 128, dtype=torch.uint8), std, draws).int() - 128
+    assert moved.flatten().tolist() == pytest.approx(shift, abs=1)
+
+
 def test_erased_boxes_are_distributed_as_those_of_torchvision():
     draws = np.random.default_rng(0).random((2000, 4))
     black = torch.zeros(3, 40, 40, dtype=torch.uint8)
@@ -84,6 +96,9 @@ def test_erased_boxes_are_filled_with_the_mean_color():
     erased = erase_box(IMAGE, [0.2, 0.4, 0.6], 0.5, 0.5, 0.0, 0.0)
     assert erased[:, 0, 0].tolist() == [51, 102, 153]
     assert torch.equal(erased[:, -1, -1], IMAGE[:, -1, -1])
+    last = erase_box(IMAGE, [0.2, 0.4, 0.6], 0.5, 0.5, 1 - 2**-53, 1 - 2**-53)
+    assert last[:, -1, -1].tolist() == [51, 102, 153]
+    assert torch.equal(last[:, 0, 0], IMAGE[:, 0, 0])
 
 
 def test_pixel_augmentation_is_off_by_default():

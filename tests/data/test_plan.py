@@ -137,6 +137,23 @@ def test_windows_of_too_few_shards_are_rejected(dataset):
     make_order(replace(data, window_shards=5), index, layout, 0)
 
 
+@pytest.mark.parametrize(
+    ("options", "root", "order"),
+    [
+        ({}, "/data", GlobalOrder),
+        ({}, "s3://bucket", WindowOrder),
+        ({"shuffle": "global"}, "s3://bucket", GlobalOrder),
+        ({"shuffle": "window"}, "/data", WindowOrder),
+        ({"repeats": 2}, "s3://bucket", RepeatedOrder),
+        ({"balanced": True}, "s3://bucket", BalancedOrder),
+    ],
+    ids=str,
+)
+def test_samples_are_read_in_the_order_that_suits_their_store(dataset, options, root, order):
+    index = replace(load_index(f"{dataset}/train.parquet"), root=root)
+    assert isinstance(make_order(DataConfig(**options), index, LaneLayout(len(index), 2, 2), 0), order)
+
+
 SAMPLES = 1_281_167
 
 

@@ -128,8 +128,11 @@ def test_metrics_equal_those_of_scikit_learn():
     by_hand = [sklearn.metrics.brier_score_loss(one_hot[:, k], scores[:, k].clip(0, 1)) for k in range(7)]
     assert brier(table) == pytest.approx(sum(by_hand), rel=1e-5)
     assert np.array_equal(confusion(table), sklearn.metrics.confusion_matrix(label, scores.argmax(1), labels=labels))
-    assert per_class(table).recall[2] == sklearn.metrics.recall_score(label == 2, scores.argmax(axis=1) == 2)
-    assert per_class(table).precision[2] == sklearn.metrics.precision_score(label == 2, scores.argmax(axis=1) == 2)
+    predicted = scores.argmax(axis=1)
+    for number in range(6):
+        assert per_class(table).recall[number] == np.mean(predicted[label == number] == number)
+        assert per_class(table).precision[number] == np.mean(label[predicted == number] == number)
+        assert per_class(table).count[number] == np.sum(label == number)
 
 
 def test_calibration_error_by_hand():
@@ -138,7 +141,11 @@ def test_calibration_error_by_hand():
     table = replace(made(4, 2), label=np.array([0, 1, 0, 0], np.int32), probabilities=probabilities)
     table = replace(table, rank=np.array([0, 1, 0, 0], np.int32))
     assert reliability(table).error == pytest.approx(0.5 * 0.4 + 0.5 * 0.4, abs=1e-6)
-    assert reliability(table).count.sum() == 4
+    found = reliability(table)
+    assert found.count.nonzero()[0].tolist() == [9, 13]  # of 15; 0.6 is rounded up, to just above 9 / 15
+    assert (found.count[[9, 13]].tolist(), found.accuracy[[9, 13]].tolist()) == ([2, 2], [1.0, 0.5])
+    certain = replace(table, probabilities=np.eye(2, dtype=np.float32)[[0, 1, 0, 0]])
+    assert reliability(certain).count[14] == 4
 
 
 def test_worst_pairs_and_groups_in_words():
