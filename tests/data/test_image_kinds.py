@@ -25,6 +25,7 @@ from distrain.data.loading.reader import SampleReader
 from distrain.data.sampling.plan import LaneBatch
 from distrain.data.shards.scan import scan
 from distrain.data.storage.store import DataError, LocalStore
+from distrain.export.classifier import read_image
 
 WIDTH, HEIGHT = 300, 220
 SIZE = 96
@@ -171,6 +172,12 @@ def test_loaders_agree_with_each_other_and_with_torchvision(pixels, kind, box, i
     assert distance(ours, dali) <= 1
     assert distance(ours, expected) <= 0.01
     assert distance(dali, expected) <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predict_reads_the_same_pixels_as_training(kind):
+    content = KINDS[kind][1]
+    assert torch.equal(read_image(content)[0], decode(content))
 
 
 def regions_of(content, decoder):
