@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn import CrossEntropyLoss
 
 from distrain import models
 from distrain.config import Config
@@ -16,13 +15,14 @@ from distrain.parallel.group import Group
 from distrain.parallel.statistics import LaneStatistics
 from distrain.parallel.strategy import State
 from distrain.recipe.ema import EMA
+from distrain.recipe.losses import make_loss
 from distrain.rng import Stream, torch_seed
 
 
 class Learner:
     """What a rank trains: `network` from its weights or from a `saved` state. All ranks create theirs together.
 
-    `class_weights`: of the loss, float [classes]; None if all classes weigh the same.
+    `loss`: of logits and targets; by default cross-entropy.
     Raises UserError if network, device and configuration do not fit each other.
     """
 
@@ -33,7 +33,7 @@ class Learner:
         network: nn.Module,
         saved: State | None,
         info: Callable[[str], None],
-        class_weights: torch.Tensor | None = None,
+        loss: nn.Module | None = None,
     ) -> None:
         self.config = config
         models.freeze(network, config.train.freeze)
@@ -47,7 +47,7 @@ class Learner:
 
         total = config.batch.lanes * self.splits
         self.statistics = LaneStatistics(network, group, total, metrics=("loss", "top1"))
-        self.criterion = CrossEntropyLoss(class_weights, label_smoothing=config.loss.label_smoothing)
+        self.criterion = loss or make_loss(config.loss, "cross_entropy", None)
         example = example_images(config, group.device, self.memory_format)[:: self.splits]
         self.strategy = open_strategy(config, network, group, total, example, saved)
         self.eval_model: nn.Module = self.strategy.network

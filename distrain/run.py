@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from distrain import __version__
 from distrain.checkpoint import Checkpointer, check_identity, newest_manifest, read_best
@@ -28,7 +26,7 @@ from distrain.data.sampling.order import resolve_shuffle
 from distrain.data.sampling.plan import Plan
 from distrain.data.storage.remote import check_store
 from distrain.errors import Stopped, UserError
-from distrain.evaluate import Accuracy, evaluate
+from distrain.evaluate import Quality, evaluate
 from distrain.failpoints import failpoint
 from distrain.files import read_json, translated_errors, write_json
 from distrain.initial import InitialWeights, open_initial_weights
@@ -37,7 +35,7 @@ from distrain.masking import mask_secrets
 from distrain.parallel.consistency import require_same_start
 from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import State
-from distrain.recipe.losses import class_weights
+from distrain.recipe.losses import loss_name, loss_weights, make_loss
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.claim import newest_attempt
 from distrain.resilience.rollback import load_skipped_steps
@@ -105,20 +103,19 @@ class Run(Session):
         if step in self.validation_steps:
             self.validate(step)
 
-    def validate(self, step: int) -> Accuracy:
-        """Measure and report the accuracy after `step` updates, and save the checkpoint if it is the best so far.
+    def validate(self, step: int) -> Quality:
+        """Measure and report the quality after `step` updates, and save the checkpoint if it is the best so far.
 
         Raises Stopped, with everything saved, once any rank was asked to stop.
         """
         before_batch = partial(self._before_validation_batch, step)
         network = self.learner.eval_model
-        accuracy = evaluate(network, self.val_index, self.val_loader, self.config, self.group, before_batch)
-        self.tracker.log(step, accuracy.metrics())
-        top1 = accuracy.top1 / accuracy.images
-        if self.checkpoints.is_best(top1):
-            self.checkpoints.save(step, self.learner.state(), self.manifest, best=top1)
+        quality = evaluate(network, self.val_index, self.val_loader, self.config, self.group, before_batch)
+        self.tracker.log(step, quality.metrics())
+        if self.checkpoints.is_best(quality.score):
+            self.checkpoints.save(step, self.learner.state(), self.manifest, best=quality.score)
         self.progress.restart_clock(step)
-        return accuracy
+        return quality
 
     def poll_stop_and_save(self, step: int) -> None:
         """Exchange the flags of all ranks: whether to stop, and whether a checkpoint is overdue.
@@ -250,15 +247,10 @@ def make_learner(session: Session, saved: State | None) -> Learner:
     network = build_network(config, group.device)
     if saved is None and session.initial is not None:
         session.initial.load_into(network, group, session.tracker.info)
-    weights = loss_weights(config, session.train_index)
+    weights = loss_weights(config.loss, session.train_index)
     on_device = None if weights is None else torch.from_numpy(weights).to(group.device)
-    return Learner(config, group, network, saved, session.tracker.info, on_device)
-
-
-def loss_weights(config: Config, index: Index) -> NDArray[np.float32] | None:
-    """The weight of each class in the loss, float32 [classes]; None for equal ones."""
-    counts = np.bincount(index.label, minlength=len(index.classes))
-    return class_weights(config.loss.class_weights, index.classes, counts)
+    loss = make_loss(config.loss, loss_name(config.loss, session.train_index), on_device)
+    return Learner(config, group, network, saved, session.tracker.info, loss)
 
 
 def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> InitialWeights | None:
@@ -348,11 +340,12 @@ def run_manifest(
     config: Config, train_index: Index, val_index: Index, initial: InitialWeights | None
 ) -> dict[str, Any]:
     """What a checkpoint records about its run. A run resumes only with the same identity."""
-    weights = loss_weights(config, train_index)
+    weights = loss_weights(config.loss, train_index)
     identity = fixed_settings(config) | {
         "data.train digest": train_index.digest,
         "data.val digest": val_index.digest,
         "data.shuffle": resolve_shuffle(config.data, train_index),
+        "loss.name": loss_name(config.loss, train_index),
         _INIT_DIGEST: "" if initial is None else initial.sha256,
         "loss.class_weights digest": "" if weights is None else f"{zlib.crc32(weights.tobytes()):08x}",
     }
@@ -361,7 +354,8 @@ def run_manifest(
         "identity": identity,
         "model.init": "" if initial is None else initial.source,
         "classes": list(train_index.classes),
-        "class_counts": np.bincount(train_index.label, minlength=len(train_index.classes)).tolist(),
+        "class_counts": train_index.class_counts().tolist(),
+        "multi_label": train_index.multi_label,
         "versions": {"distrain": __version__, "torch": torch.__version__},
     }
 

@@ -9,7 +9,7 @@ from distrain.config import Config
 from distrain.data.loading.loader import Batch, normalize
 from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, Diverged, Stopped
-from distrain.evaluate import Accuracy
+from distrain.evaluate import Quality, top1_hits
 from distrain.failpoints import failpoint
 from distrain.learner import Learner
 from distrain.lifetime import stop_agent
@@ -49,7 +49,7 @@ def train(config: Config) -> int:
                     config=config, plan=plan, train_index=train_index, val_index=val_index,
                     group=group, stop=stop, tracker=tracker, attempt=attempt, initial=initial,
                 )  # fmt: skip
-                accuracy, digest = train_with_rollbacks(session)
+                quality, digest = train_with_rollbacks(session)
         except Stopped as stopped:
             tracker.info(f"stopped by {stopped}; everything is saved, run the same command again to continue")
             stop.clear_file()
@@ -57,15 +57,15 @@ def train(config: Config) -> int:
                 stop_agent()
             return EXIT_STOPPED
         tracker.info(tracker.view_hint)
-        tracker.info(f"done: {accuracy}  weights {digest}")
+        tracker.info(f"done: {quality}  weights {digest}")
         group.barrier()
     return EXIT_DONE
 
 
-def train_with_rollbacks(session: Session) -> tuple[Accuracy, str]:
+def train_with_rollbacks(session: Session) -> tuple[Quality, str]:
     """Train to the end. After a divergence, start over from the last checkpoint and skip the steps that led to it.
 
-    Returns the final accuracy and the digest of the weights.
+    Returns the final quality and the digest of the weights.
     """
     while True:
         try:
@@ -75,8 +75,8 @@ def train_with_rollbacks(session: Session) -> tuple[Accuracy, str]:
             record_rollback(session.config, session.group, diverged, session.tracker.info)
 
 
-def train_steps(run: Run) -> tuple[Accuracy, str]:
-    """Train the remaining steps, then save and validate. Returns the final accuracy and the weights' digest.
+def train_steps(run: Run) -> tuple[Quality, str]:
+    """Train the remaining steps, then save and validate. Returns the final quality and the weights' digest.
 
     Raises Stopped, with everything saved, once any rank was asked to stop; Diverged if training has to roll back.
     """
@@ -96,16 +96,16 @@ def train_steps(run: Run) -> tuple[Accuracy, str]:
         metrics = {f"train/{name}": mean for name, mean in means.items()} | {"train/grad_norm": update.norm}
         run.record_step(step + 1, lr, metrics, update.applied)
     run.save(plan.steps)
-    accuracy = run.validate(plan.steps)
+    quality = run.validate(plan.steps)
     run.checkpoints.wait_or_raise()
-    return accuracy, weights_digest(learner.state())
+    return quality, weights_digest(learner.state())
 
 
 def train_step(
     learner: Learner, step: int, batches: Generator[Batch, None, None], lr: float
 ) -> tuple[dict[str, torch.Tensor], Update]:
     """One update from one batch of every lane. Returns the means of `loss` and `top1` over all lanes, each float [],
-    and the outcome of the update."""
+    and the outcome of the update. Of multi-label data, a hit is an image whose likeliest class is one of its labels."""
     config, strategy, statistics = learner.config, learner.strategy, learner.statistics
     statistics.begin_step()
     for number, (lane, split) in enumerate(learner.micro_batches):
@@ -116,7 +116,6 @@ def train_step(
             logits = strategy.forward(images.contiguous(memory_format=learner.memory_format))
             loss = learner.criterion(logits, batch.labels)
             strategy.backward(loss)
-        top1 = (logits.detach().argmax(dim=1) == batch.labels).float().mean()
-        statistics.end_lane(loss=loss.detach(), top1=top1)
+        statistics.end_lane(loss=loss.detach(), top1=top1_hits(logits.detach(), batch.labels).float().mean())
     update = strategy.update(lr)
     return statistics.end_step(update.applied), update

@@ -6,8 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from support.processes import SMALL, train
-from support.synthetic import write_split
+from support.processes import SMALL, Result, train
+from support.synthetic import CLASSES, write_multi_label_split, write_split
 
 from distrain.parallel.group import Group
 
@@ -97,3 +97,25 @@ def small_disk(tmp_path) -> Iterator[Path]:
         pytest.skip(f"cannot mount a small disk: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory) -> tuple[str, ...]:
+    """Settings of a run on small images of any number of colors, which are their labels: 203 for training, 61 for
+    validation."""
+    folder = tmp_path_factory.mktemp("colors")
+    write_multi_label_split(folder, "train", 203, shards=3)
+    write_multi_label_split(folder, "val", 61, shards=2)
+    return (
+        *SMALL, "data.image_size=8", "data.val_resize=8", "augment.crop=none", f"model.num_classes={len(CLASSES)}",
+        "batch.lanes=2", "batch.per_lane=8", "train.epochs=4", "evaluate.batch=7", "checkpoint.every_steps=9",
+        f"data.train={folder}/train.parquet", f"data.val={folder}/val.parquet",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def colors_run(colors, tmp_path_factory) -> tuple[tuple[str, ...], Result]:
+    """These settings and the finished run."""
+    result = train(tmp_path_factory.mktemp("colors-run") / "run", *colors)
+    assert result.code == 0, result.output
+    return colors, result

@@ -24,6 +24,7 @@ batch: lanes per_lane
 train: precision freeze
 parallel: batch_norm
 optimizer: name nesterov betas eps trust decay_norms head_lr_factor layer_decay
+loss: name
 ema: decay every_steps
 resilience: bad_steps spike rollbacks
 """

@@ -218,15 +218,15 @@ def choose_kept(steps: Set[int], newest: int, every: int, best: int | None) -> s
 
 
 def read_best(folder: Path) -> tuple[int, float] | None:
-    """Step and validation accuracy in [0, 1] of the best checkpoint, if any."""
+    """Step and validation accuracy or mAP in [0, 1] of the best checkpoint, if any."""
     cure = "delete it; the next validation that is best so far writes it"
     best = read_json(folder / _BEST, cure, {"step": int, "top1": float})
     return (best["step"], best["top1"]) if best else None
 
 
-def write_best(folder: Path, step: int, top1: float) -> None:
+def write_best(folder: Path, step: int, score: float) -> None:
     """Record which checkpoint is the best."""
-    write_json(folder / _BEST, {"step": step, "top1": top1})
+    write_json(folder / _BEST, {"step": step, "top1": score})
 
 
 def weights_digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -100,7 +100,7 @@ class Checkpointer:
     ) -> None:
         """Copy the state to host memory and write it in the background. A step that is saved already is skipped.
 
-        `best`: validation accuracy in [0, 1] to record, once it is committed, as that of the best checkpoint.
+        `best`: validation accuracy or mAP in [0, 1] to record, once it is committed, as that of the best checkpoint.
         """
         if step == self._last and self.wait():
             if best is not None and self._group.is_main:
@@ -138,8 +138,8 @@ class Checkpointer:
                 scope="all",
             )
 
-    def is_best(self, top1: float) -> bool:
-        """Whether a validation accuracy in [0, 1] is the best so far, so that its checkpoint is to be kept.
+    def is_best(self, score: float) -> bool:
+        """Whether a validation accuracy or mAP in [0, 1] is the best so far, so that its checkpoint is to be kept.
 
         Raises TemporaryError if the best one cannot be read just now.
         """
@@ -147,7 +147,7 @@ class Checkpointer:
             return False
         self.wait()
         best = self._group.on_main(self._read_best)
-        return best is None or top1 > best[1]
+        return best is None or score > best[1]
 
     def close(self) -> None:
         """Finish the write in progress and stop the thread."""
@@ -283,9 +283,9 @@ class Checkpointer:
         with translated_errors(self._folder):
             return read_best(self._folder)
 
-    def _record_best(self, step: int, top1: float) -> None:
+    def _record_best(self, step: int, score: float) -> None:
         try:
-            write_best(self._folder, step, top1)
+            write_best(self._folder, step, score)
         except OSError as error:
             log.error("%s: the best checkpoint cannot be recorded: %s", self._folder, error.strerror)
 

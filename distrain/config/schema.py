@@ -268,6 +268,7 @@ class ScheduleConfig(Section):
 
 @dataclass
 class LossConfig(Section):
+    name: Literal["auto", "cross_entropy", "bce"] = option("auto", "auto: bce for multi-label data, else cross_entropy")
     label_smoothing: float = option(
         0.0, "fraction of the target spread over all classes", min=0, below=1, on_resume="changeable"
     )

@@ -41,7 +41,8 @@ Write DIR/SPLIT-000000.tar, -000001.tar, ... and then their index DIR/SPLIT.parq
   a folder    with a sub-folder of images per class; classes are the folders' names, sorted; hidden files
               and folders are skipped
   a .csv      with the header `path,label` and a line per image; paths are relative to the file,
-              labels are numbers if all of them are, else names, which are numbered in sorted order
+  or .tsv     labels are numbers if all of them are, else names, which are numbered in sorted order;
+              with --multi-label any number of labels per image, separated by semicolons: dog;outdoor
   ILSVRC2012  the folder with ImageNet's ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and
               {DEVKIT} as downloaded (or one of the .tar files);
               nothing is unpacked, classes are the 1,000 synsets, sorted
@@ -57,6 +58,9 @@ SHARDS are paths or URLs (http, https, s3 and all others that fsspec supports), 
 
   python -m distrain shards index 's3://bucket/train-{000000..000146}.tar' --out train.parquet
   python -m distrain shards index 'DIR/train-*.tar' --classes classes.txt --out DIR/train.parquet
+
+With --multi-label a sample has any number of labels: in .json a list in `label` or `labels`, in .cls a list
+of names (dog;outdoor) or of numbers (3 17 or 3,17); an empty one says that the image has none.
 
 Labels are names if all of them are class names of --classes, numbers if all are numbers; where they could be
 both, --labels decides. Shards in or below the index's folder get relative names, so that all can be moved
@@ -93,7 +97,7 @@ def _add_build(commands: _Commands) -> None:
         commands, "build", _build, "build shards from a folder, a list, or ImageNet's original tars", _BUILD,
         "complete shards are kept; run the same command again to continue",
     )  # fmt: skip
-    command.add_argument("source", type=Path, metavar="SOURCE", help="folder, .csv or .tar to build from")
+    command.add_argument("source", type=Path, metavar="SOURCE", help="folder, .csv, .tsv or .tar to build from")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards and the index")
     command.add_argument(
         "--split", choices=["train", "val"], default="train", help="name of the split (default: train)"
@@ -219,6 +223,7 @@ def _add_labels(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="whether labels are class names or numbers (default: found out; an error where both are possible)",
     )
+    command.add_argument("--multi-label", action="store_true", help="an image has any number of labels, also none")
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
@@ -258,7 +263,7 @@ def _build(args: argparse.Namespace) -> int:
         listing = progress.add_task("listing", total=None)
         sources = find(
             args.source, args.split, args.classes and read_classes(args.classes), args.devkit,
-            kind=args.labels, insist=args.folders_are_classes, info=info,
+            kind=args.labels, insist=args.folders_are_classes, multi_label=args.multi_label, info=info,
         )  # fmt: skip
         progress.update(listing, visible=False)
         splits = {args.split: sources}
@@ -307,6 +312,7 @@ def _index(args: argparse.Namespace) -> int:
             args.classes and read_classes(args.classes),
             label_key=args.label_key,
             kind=args.labels,
+            multi_label=args.multi_label,
             workers=args.workers,
             done=lambda shard: progress.advance(task),
             notes=notes,

@@ -132,6 +132,12 @@ class Group:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_on_main(self, value: T) -> list[T]:
+        """Return every rank's value, by rank, on the main rank, and nothing on the others. They must be picklable."""
+        values: list[Any] = [None] * self.world if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self.control)
+        return values
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Do `work` on the main rank and return its result on every rank.
 

@@ -22,6 +22,7 @@ _FORMATS = {
     "val/loss": "val loss {:.4f}",
     "val/top1": "val top-1 {:.2%}",
     "val/top5": "val top-5 {:.2%}",
+    "val/mAP": "val mAP {:.2%}",
 }
 
 
@@ -49,7 +50,7 @@ class Console:
         text = "  ".join(_FORMATS[name].format(value) for name, value in metrics.items() if name in _FORMATS)
         if not text:
             return
-        if self._bar is not None and "val/top1" not in metrics:
+        if self._bar is not None and "val/loss" not in metrics:
             self._bar.update(self._task, description=text)
         else:
             self.info(f"step {step}/{self._steps}  {text}")

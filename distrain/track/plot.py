@@ -7,15 +7,15 @@ from distrain.track.spool import Entry
 
 
 def plot_curves(entries: Sequence[Entry], path: Path) -> Path:
-    """Plot loss and accuracy over steps, training and validation, to an image file. Returns `path`."""
+    """Plot loss and accuracy, or mAP, over steps, training and validation, to an image file. Returns `path`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for ax, metric, label, scale in (
-        (axes[0], "loss", "loss", 1),
-        (axes[1], "top1", "top-1 accuracy, %", 100),
-    ):
+    quality = (
+        ("mAP", "mAP, %") if any("val/mAP" in entry.metrics for entry in entries) else ("top1", "top-1 accuracy, %")
+    )
+    for ax, metric, label, scale in ((axes[0], "loss", "loss", 1), (axes[1], *quality, 100)):
         for split, style in (("train", {"alpha": 0.6, "linewidth": 1}), ("val", {"marker": "o"})):
             points = {  # of entries for the same step the last one counts
                 entry.step: scale * entry.metrics[f"{split}/{metric}"]

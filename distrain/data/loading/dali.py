@@ -107,7 +107,7 @@ class DaliLoader:
         if request.augmented and self._augments_pixels:
             augmented = [self._augment_image(image, sample) for image, sample in zip(images, samples, strict=True)]
             images = torch.stack(augmented).contiguous(memory_format=torch.channels_last)
-        labels = torch.from_numpy(self._reader.index.label[[sample.sample for sample in samples]].astype(np.int64))
+        labels = torch.from_numpy(self._reader.index.targets([sample.sample for sample in samples]))
         return Batch(images, labels.to(self._device))
 
     def _warn(self, rejection: str) -> None:

@@ -25,7 +25,8 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images: uint8 [n, 3, size, size] in channels_last memory; labels: int64 [n]. Both on the device."""
+    """images: uint8 [n, 3, size, size] in channels_last memory; labels: int64 [n], or uint8 [n, classes] as in
+    `Index.targets`. Both on the device."""
 
     images: torch.Tensor
     labels: torch.Tensor

@@ -18,7 +18,8 @@ from distrain.errors import UserError
 
 
 def load_indexes(config: Config) -> tuple[Index, Index]:
-    """Load the training and validation index. Raises UserError unless both have the classes of the model."""
+    """Load the training and validation index. Raises UserError unless both have the classes of the model, and labels as
+    the configured loss needs them."""
     train_index, val_index = (load_index(path, config.download) for path in (config.data.train, config.data.val))
     if train_index.classes != val_index.classes:
         raise UserError(
@@ -30,7 +31,28 @@ def load_indexes(config: Config) -> tuple[Index, Index]:
             f"model.num_classes={config.model.num_classes}, but {config.data.train} has {classes} classes: "
             f"set model.num_classes={classes}"
         )
+    _check_labels(config, train_index, val_index)
     return train_index, val_index
+
+
+def _check_labels(config: Config, train_index: Index, val_index: Index) -> None:
+    if train_index.multi_label != val_index.multi_label:
+        one, other = (config.data.train, config.data.val)[:: 1 if val_index.multi_label else -1]
+        raise UserError(f"{one}: has one label per image, and {other} is multi-label: index both with --multi-label")
+    if not train_index.multi_label:
+        return
+    if config.loss.name == "cross_entropy":
+        raise UserError(
+            f"loss.name=cross_entropy needs one label per image, and {config.data.train} is multi-label: set "
+            "loss.name=auto"
+        )
+    if config.loss.label_smoothing:
+        raise UserError(
+            f"loss.label_smoothing={config.loss.label_smoothing} spreads the one label of an image over all classes, "
+            f"and {config.data.train} is multi-label: set loss.label_smoothing=0"
+        )
+    if not val_index.class_counts().any():
+        raise UserError(f"{config.data.val}: no image has a label, so that nothing can be measured: correct data.val")
 
 
 def make_plan(config: Config, index: Index) -> Plan:

@@ -54,13 +54,14 @@ class TorchLoader:
         pinned = self._device.type == "cuda"
         images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last, pin_memory=pinned)
         pixels = images.permute(0, 2, 3, 1).numpy()
-        labels: list[int] = []
+        samples: list[int] = []
         for index in range(len(images)):
             read = self._reader.read_or_replace(request, index, self._decode)
             if read is not None:
-                pixels[len(labels)] = read.decoded
-                labels.append(int(self._reader.index.label[read.sample]))
-        return Batch(images[: len(labels)], torch.tensor(labels, dtype=torch.int64, pin_memory=pinned))
+                pixels[len(samples)] = read.decoded
+                samples.append(read.sample)
+        labels = torch.from_numpy(self._reader.index.targets(samples))
+        return Batch(images[: len(samples)], labels.pin_memory() if pinned else labels)
 
     def _decode(self, request: Request, index: int, encoded: bytes) -> Pixels:
         """Decode, crop, resize, flip and augment. uint8 [size, size, 3]. Raises DataError if it cannot be decoded."""

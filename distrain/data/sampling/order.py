@@ -110,7 +110,13 @@ class WindowOrder:
 
 
 def make_order(data: DataConfig, index: Index, layout: LaneLayout, seed: int) -> Order:
-    """Return the configured order. Raises UserError if data.window_shards is too small to mix samples well."""
+    """Return the configured order. Raises UserError if data.window_shards is too small to mix samples well, or
+    data.balanced does not know the class of a sample."""
+    if data.balanced and index.multi_label:
+        raise UserError(
+            "data.balanced=true needs one label per image, and data.train is multi-label: set data.balanced=false "
+            "and loss.class_weights=balanced"
+        )
     if data.balanced:
         return BalancedOrder(index.label, seed)
     if data.repeats > 1:

@@ -22,7 +22,7 @@ from distrain.data.index import Index
 from distrain.data.shards.drafts import create_json, draft, remove_abandoned
 from distrain.data.shards.interrupts import Poll, map_threads
 from distrain.data.shards.labels import composed
-from distrain.data.shards.scan import ShardFacts, join, read_shard
+from distrain.data.shards.scan import NUMBERS, Labels, ShardFacts, join, read_shard
 from distrain.data.shards.source_images import SourceImages
 from distrain.data.storage.client import error_reason, explain, is_temporary
 from distrain.data.storage.index_file import load_index, save_index
@@ -37,12 +37,12 @@ _BLOCK = (
 
 
 class Sample(NamedTuple):
-    """One sample of a shard: its key, the image's suffix without the dot, the encoded image, the label."""
+    """One sample of a shard: its key, the image's suffix without the dot, the encoded image, the label or labels."""
 
     key: str
     suffix: str
     image: bytes
-    label: int
+    label: int | list[int]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def build(
             name, reason = unreadable[0]
             raise UserError(f"{out}: none of the {len(sources):,} images can be read; the first: {name}: {reason}")
         label = np.concatenate([facts.labels.number for facts in found])
-        index = join(str(out), found, label, sources.classes)
+        index = join(str(out), found, label, sources.classes, sources.label.ndim == 2)
         save_index(index, index_file)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written: {error_reason(error)}") from error
@@ -118,7 +118,8 @@ def write_shard(path: Path, samples: Iterable[Sample], index: Path) -> None:
 
     with draft(path, index) as file, TarWriter(file, mtime=0, user="", group="", encoder=False) as writer:
         for key, suffix, image, label in samples:
-            writer.write({"__key__": key, suffix: image, "cls": str(label).encode()})
+            member = {"json": json.dumps({"labels": label})} if isinstance(label, list) else {"cls": str(label)}
+            writer.write({"__key__": key, suffix: image, **{name: text.encode() for name, text in member.items()}})
 
 
 def _build_shard(sources: SourceImages, path: Path, index: Path, keys: dict[str, int], poll: Poll) -> _BuiltShard:
@@ -137,7 +138,7 @@ def _build_shard(sources: SourceImages, path: Path, index: Path, keys: dict[str,
     if first is None:
         return _BuiltShard(None, False, unreadable)
     write_shard(path, _chain(first, samples), index)
-    facts = read_shard(str(out), name, decode=False, poll=poll)
+    facts = read_shard(str(out), name, _labels_of(sources), decode=False, poll=poll)
     return _BuiltShard(facts._replace(keys=[]), False, unreadable)
 
 
@@ -145,7 +146,7 @@ def _read_existing(sources: SourceImages, out: Path, name: str, keys: dict[str, 
     """Return the content of an earlier build's shard, or None unless all of it belongs there."""
     try:
         written = (out / name).stat().st_mtime_ns
-        facts = read_shard(str(out), name, decode=False, poll=poll)
+        facts = read_shard(str(out), name, _labels_of(sources), decode=False, poll=poll)
     except (FileNotFoundError, UserError):
         return None
     held = set(facts.keys)
@@ -154,12 +155,19 @@ def _read_existing(sources: SourceImages, out: Path, name: str, keys: dict[str, 
     images = [keys[key] for key in facts.keys]
     if not np.array_equal(facts.columns["size"], sources.size[images]):
         return None
-    if not np.array_equal(facts.labels.number, sources.label[images]):
+    labels = sources.label[images].reshape(len(images), -1)
+    if not np.array_equal(facts.counts, (labels >= 0).sum(axis=1)):
+        return None
+    if not np.array_equal(facts.labels.number, labels[labels >= 0]):
         return None
     for image, crc32 in zip(images, facts.columns["crc32"].tolist(), strict=True):
         if sources.changed[image] > written and not _has_checksum(sources, image, crc32):
             return None
     return facts
+
+
+def _labels_of(sources: SourceImages) -> Labels:
+    return NUMBERS._replace(multi=sources.label.ndim == 2)
 
 
 def _has_checksum(sources: SourceImages, image: int, crc32: int) -> bool:
@@ -183,7 +191,8 @@ def _decodable(
                 raise explain(sources.paths[image], error) from error
             unreadable.append((sources.names[image], error_reason(error)))
         else:
-            yield Sample(key, suffix, data, int(sources.label[image]))
+            label = sources.label[image]
+            yield Sample(key, suffix, data, label[label >= 0].tolist() if label.ndim else int(label))
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:
@@ -208,6 +217,8 @@ def _build_record(sources: SourceImages, shard_bytes: int, seed: int) -> dict[st
     """Return all that determines the bytes of a build."""
     hasher = sha256(json.dumps([sources.names, sources.classes]).encode())
     hasher.update(sources.size.tobytes() + sources.label.tobytes())
+    if sources.label.ndim == 2:
+        hasher.update(b"multi-label")
     return {
         "format": _FORMAT,
         "images": len(sources),

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distrain.data.index import pad_labels
 from distrain.data.storage.client import error_reason
 from distrain.errors import UserError, nearest
 
@@ -21,6 +22,7 @@ Kind = Literal["auto", "names", "numbers"]
 
 _MAX_CLASSES = 1_000_000  # a larger label is a mistake, where the number of classes is not given
 _NUMBER = re.compile("[0-9]{1,9}")
+_NUMBERS = re.compile(r"[0-9]+([\s,;]+[0-9]+)*")
 _PLAIN_NUMBER = re.compile("0|[1-9][0-9]{0,8}")
 
 
@@ -128,6 +130,43 @@ def read_column(
         numbers = columns[:, 0]
         return numbers, [str(number) for number in range(int(numbers.max(initial=-1)) + 1)], remark
     return reader.decide(Readings(columns[:, 0], columns[:, 1]), source), list(classes), remark
+
+
+def read_sets(
+    labels: Sequence[tuple[str, str]], classes: Sequence[str] | None, kind: Kind, source: str
+) -> tuple[NDArray[np.int32], list[str], str]:
+    """The same for multi-label data, where each text lists any number of labels: int32 [n, m] as in `Index`."""
+    sets = [split_labels(where, text) for where, text in labels]
+    each = [(where, text) for (where, _), texts in zip(labels, sets, strict=True) for text in texts]
+    if not each:
+        raise UserError(f"{source}: no image has a label")
+    label, names, remark = read_column(each, classes, kind, source)
+    return pad_labels(label, np.array([len(texts) for texts in sets], np.int64)), names, remark
+
+
+def split_labels(where: str, text: str) -> list[str]:
+    """Split a list of labels: names at semicolons and line ends, numbers also at commas and blanks.
+
+    Raises UserError for an empty or a repeated label.
+    """
+    if not text.strip():
+        return []
+    separator = r"[\s,;]+" if _NUMBERS.fullmatch(text.strip()) else r"[;\n]"
+    return check_set(where, [label.strip() for label in re.split(separator, text.strip())])
+
+
+def lists_numbers(text: str) -> bool:
+    """Whether a text is a list of several numbers."""
+    return _NUMBERS.fullmatch(text) is not None and not text.isdigit()
+
+
+def check_set(where: str, labels: list[str]) -> list[str]:
+    """Return the labels of a sample. Raises UserError if one is empty or repeated."""
+    if "" in labels:
+        raise UserError(f"{where} has an empty label in its list; delete it")
+    if repeated := next((label for label in labels if labels.count(label) > 1), None):
+        raise UserError(f"{where} has label {repeated!r} more than once; list each label of the image once")
+    return labels
 
 
 def _name_classes(labels: Sequence[tuple[str, str]], texts: Sequence[str], kind: Kind) -> tuple[list[str] | None, str]:

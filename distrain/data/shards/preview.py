@@ -68,7 +68,8 @@ def draw_sheet(index_path: str, index: Index, path: Path, config_file: str | Non
             batch = next(stream)
             stream.close()
     pixels = batch.images.permute(0, 2, 3, 1).numpy()
-    names = [index.classes[label] for label in batch.labels.tolist()]
+    labels = [row.nonzero()[:, 0] if index.multi_label else row[None] for row in batch.labels]
+    names = [", ".join(index.classes[label] for label in row.tolist()) for row in labels]
     write_sheet(path, list(pixels), names)
 
 
@@ -94,7 +95,10 @@ def _quantile_line(name: str, values: NDArray[Any]) -> str:
 
 
 def _summarize_classes(index: Index) -> Iterator[str]:
-    counts = np.bincount(index.label, minlength=len(index.classes))
+    if index.multi_label:
+        labels = (index.label >= 0).sum(axis=1)
+        yield f"labels per image: {labels.min():,} to {labels.max():,}, mean {labels.mean():.2f}"
+    counts = index.class_counts()
     empty = int(np.count_nonzero(counts == 0))
     yield (
         f"images per class: {counts.min():,} to {counts.max():,}, median {np.median(counts):,.0f}"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ def print_images(images: list[tuple[str, str]], what: str) -> None:
 
 
 def print_empty_classes(built: Index) -> None:
-    empty = sorted(set(range(len(built.classes))) - set(built.label.tolist()))
+    empty = np.flatnonzero(built.class_counts() == 0).tolist()
     if empty:
         names = ", ".join(built.classes[label] for label in empty[:LISTED])
         print(f"{len(empty):,} classes have no images: {names}{', ...' if len(empty) > LISTED else ''}")
@@ -46,7 +47,8 @@ def writing(path: Path) -> Iterator[None]:
 
 def summary(path: Path, built: Index) -> str:
     size = decimal(sum(shard.size for shard in built.shards))
-    counts = f"{len(built):,} images, {len(built.classes):,} classes, {len(built.shards):,} shards, {size}"
+    kind = f" ({np.count_nonzero(built.label >= 0) / len(built):.1f} labels per image)" if built.multi_label else ""
+    counts = f"{len(built):,} images, {len(built.classes):,} classes{kind}, {len(built.shards):,} shards, {size}"
     return f"{printable(str(path))}: {counts}"
 
 

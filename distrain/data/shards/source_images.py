@@ -18,6 +18,7 @@ class SourceImages:
     """Image i is `size[i]` bytes at `offset[i]` of the file `paths[i]`; `names[i]` is its name in messages and keys.
 
     `changed[i]` is when that file's content or name last changed, in nanoseconds of the epoch.
+    `label` is as in `Index`.
     """
 
     names: list[str]
@@ -49,7 +50,8 @@ class FoundImage(NamedTuple):
     path: str
     offset: int
     size: int
-    label: int
+    label: int | tuple[int, ...]
+    """One, or a row of `Index.label`."""
     changed: int = 0
     device: int = 0
     inode: int = 0

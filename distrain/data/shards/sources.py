@@ -29,19 +29,23 @@ def find(
     *,
     kind: Kind = "auto",
     insist: bool = False,
+    multi_label: bool = False,
     info: Info = lambda line: None,
 ) -> SourceImages:
     """List the images of `source`, which is a folder, a list or a tar of ImageNet. Raises UserError.
 
     The order of `classes` defines the labels; without it classes are sorted by name. `kind` says what the labels of a
-    list are; with `insist` every folder is a class. `info` gets a line about everything that is skipped or doubtful.
+    list are; with `insist` every folder is a class; with `multi_label` an image of a list has any number of labels.
+    `info` gets a line about everything that is skipped or doubtful.
     """
-    if source.is_file() and source.suffix == ".csv":
-        return read_csv(source, classes, kind, info)
+    if source.is_file() and source.suffix in (".csv", ".tsv"):
+        return read_csv(source, classes, kind, info, multi_label)
+    if multi_label:
+        raise UserError(f"{source}: --multi-label needs a list of images and their labels, a .csv or .tsv file")
     if source.is_file() and source.suffix == ".tar":
         return _read_ilsvrc(source, split, classes, devkit or source.parent / DEVKIT)
     if not source.is_dir():
-        problem = "neither a folder nor a .csv or .tar file" if source.exists() else "file or folder not found"
+        problem = "neither a folder nor a .csv, .tsv or .tar file" if source.exists() else "file or folder not found"
         raise UserError(f"{source}: {problem}")
     archive = source / f"ILSVRC2012_img_{split}.tar"
     if archive.is_file():

@@ -7,7 +7,7 @@ from threading import Event
 import numpy as np
 
 from distrain.config import DownloadConfig
-from distrain.data.index import COLUMNS, Index, Shard, is_remote
+from distrain.data.index import COLUMNS, Index, Shard, is_remote, pad_labels
 from distrain.data.storage.client import explain
 from distrain.data.storage.download import Downloader
 from distrain.data.storage.retry import TOOL_POLICY, TOOL_TIMEOUT, RetryPolicy
@@ -31,7 +31,10 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
         # which imports pandas.
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(_read_bytes(path, download))).read()
         header = json.loads(table.schema.metadata[b"distrain"])
-        columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items()}
+        columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "label"}
+        column = table["label"].combine_chunks()
+        is_list = pyarrow.types.is_list(column.type)
+        labels = (column.flatten() if is_list else column).to_numpy().astype(COLUMNS["label"])
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not an index written by `python -m distrain shards`") from error
     if header["format"] != _FORMAT:
@@ -40,14 +43,17 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
         )
     if not len(table):
         raise UserError(f"{path}: the index has no samples")
-    outside = np.flatnonzero((columns["label"] < 0) | (columns["label"] >= len(header["classes"])))
+    counts = column.value_lengths().to_numpy().astype(np.int64) if is_list else np.ones(len(table), np.int64)
+    outside = np.flatnonzero((labels < 0) | (labels >= len(header["classes"])))
     if len(outside):
+        sample = int(np.searchsorted(np.cumsum(counts), outside[0], side="right"))
         raise UserError(
-            f"{path}: sample {outside[0]} has label {columns['label'][outside[0]]}, outside "
+            f"{path}: sample {sample} has label {labels[outside[0]]}, outside "
             f"0..{len(header['classes']) - 1}: index the shards again"
         )
-    root = path.rpartition("/")[0] or "."
-    return Index(root, tuple(Shard(*shard) for shard in header["shards"]), tuple(header["classes"]), **columns)
+    label = pad_labels(labels, counts) if is_list else labels
+    shards = tuple(Shard(*shard) for shard in header["shards"])
+    return Index(path.rpartition("/")[0] or ".", shards, tuple(header["classes"]), label=label, **columns)
 
 
 def save_index(index: Index, path: str | Path) -> None:
@@ -56,7 +62,11 @@ def save_index(index: Index, path: str | Path) -> None:
     import pyarrow.parquet
 
     header = {"format": _FORMAT, "shards": index.shards, "classes": index.classes}
-    table = pyarrow.table({name: getattr(index, name) for name in COLUMNS})
+    columns = {name: getattr(index, name) for name in COLUMNS}
+    if index.multi_label:
+        starts = np.cumsum([0, *(index.label >= 0).sum(axis=1)], dtype=np.int32)
+        columns["label"] = pyarrow.ListArray.from_arrays(starts, index.label[index.label >= 0])
+    table = pyarrow.table(columns)
     table = table.replace_schema_metadata({"distrain": json.dumps(header)})
     content = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(table, content)
