@@ -116,6 +116,8 @@ def from_run(folder: Path, which: str | None, kind: str | None) -> Weights:
     described = _described(weights, classes, settings["model.name"], settings["model.options"], preprocessing)
     if "class_counts" in snapshot.extra:  # absent from runs of older releases
         described.record["class_counts"] = snapshot.extra["class_counts"]
+    if snapshot.extra.get("multi_label"):
+        described.record["multi_label"] = True
     return described
 
 

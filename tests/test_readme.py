@@ -99,7 +99,7 @@ def test_the_settings_of_strategy_precision_and_memory_exist(monkeypatch):
 def test_the_settings_of_fine_tuning_exist(monkeypatch):
     table = TEXT[TEXT.index("## Start from weights") : TEXT.index("## Ways to run")]
     overrides = re.findall(r"^\| `([a-z_.]+=[^`]*)` \|", table, re.MULTILINE)
-    assert len(overrides) == 4
+    assert len(overrides) == 5
     for override in overrides:
         options = ["model.name=regnety_400mf", "data.image_size=224", "data.val_resize=256"]
         assert is_accepted(monkeypatch, override, "model.options={}", *options)

@@ -13,12 +13,16 @@ from distrain.data.storage.index_file import load_index
 from distrain.errors import EXIT_DONE, UserError
 from distrain.evaluation.comparison import compare, write_flips
 from distrain.evaluation.labels import match_classes, read_accepted
-from distrain.evaluation.predictions import Settings, predict
+from distrain.evaluation.multi_label import SetTable, best_thresholds
+from distrain.evaluation.multi_label_report import describe_sets, write_set_report
+from distrain.evaluation.predictions import Settings, predict, predict_sets
 from distrain.evaluation.report import describe, describe_comparison, write_report
 from distrain.evaluation.table import Table, read_table
 from distrain.export.arguments import add_model_arguments, load_model
 from distrain.export.classifier import Classifier
 from distrain.export.load import Model, load_any
+from distrain.export.thresholds import HELP as THRESHOLDS
+from distrain.export.thresholds import choose_thresholds
 from distrain.masking import mask_secrets
 from distrain.models import check_resolution
 from distrain.parallel.group import Group
@@ -29,6 +33,9 @@ class, confusions, the worst-classified images. Written to --out for each index:
 
   predictions.parquet  a row per sample: label, top 5, all probabilities, loss; every metric is computed from it
   metrics.json, classes.csv, confusion.png, reliability.png, worst.png; with --against flips.csv
+
+Of a multi-label model: mAP, precision, recall and F1 by class at 0.5 and at thresholds, those of --thresholds
+or of the best F1 on these images; written to thresholds.json.
 
 On several GPUs: torchrun --nproc-per-node 8 -m distrain evaluate ...; counts do not depend on the number."""
 
@@ -55,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accepted", type=Path, metavar="FILE", help="several right classes for each sample: a JSON list of lists"
     )
+    parser.add_argument("--thresholds", type=Path, metavar="FILE", help=THRESHOLDS)
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at once (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -68,25 +76,68 @@ def run(args: argparse.Namespace) -> int:
     sides = _sides(args.resolutions, model)
     root = args.out or Path("evaluations") / f"{_stem(args.model)}-{_stem(args.data[0])}"
     other = _open_other(args)
+    _check_labels(args, model, indexes)
     with Group() as group:
         for path, index in indexes.items():
             for side in sides:
                 folder = root / (_stem(path) if len(indexes) > 1 else "") / (f"{side}px" if len(sides) > 1 else "")
                 sized = _at_resolution(model, side)
+                about = _about(args, path, index, side, sized)
+                if model.multi_label:
+                    sets = evaluate_sets(sized, path, index, folder, settings, group)
+                    group.on_main(partial(_report_sets, sets, about, args, index, sized, folder))
+                    continue
                 table = evaluate_index(sized, path, index, folder, settings, group)
                 before = other
                 if not isinstance(before, Table | None):
                     before = evaluate_index(before, path, index, folder / "against", settings, group)
-                about = {
-                    "model": mask_secrets(args.model),
-                    "data": mask_secrets(path),
-                    "digest": index.digest,
-                    "resolution": side,
-                    "flip": args.flip,
-                    **{key: value for key, value in sized.record.items() if key != "class_counts"},
-                }
                 group.on_main(partial(_report, table, before, about, args, index, sized, folder))
     return EXIT_DONE
+
+
+def _check_labels(args: argparse.Namespace, model: Model, indexes: dict[str, Index]) -> None:
+    """Raises UserError for data or options of the other kind of model."""
+    kinds = {False: "one class per image", True: "any number of labels per image"}
+    for path, index in indexes.items():
+        if index.multi_label != model.multi_label:
+            raise UserError(
+                f"{mask_secrets(path)}: has {kinds[index.multi_label]}, and {mask_secrets(args.model)} predicts "
+                f"{kinds[model.multi_label]}: give a model that was trained on such data"
+            )
+    for option in ("against", "accepted"):
+        if model.multi_label and getattr(args, option) is not None:
+            raise UserError(f"--{option} compares one class per image, and this is a multi-label model: leave it out")
+    if args.thresholds is not None:
+        choose_thresholds(args.thresholds, model)
+
+
+def _about(args: argparse.Namespace, path: str, index: Index, side: int, model: Model) -> dict[str, Any]:
+    return {
+        "model": mask_secrets(args.model),
+        "data": mask_secrets(path),
+        "digest": index.digest,
+        "resolution": side,
+        "flip": args.flip,
+        **{key: value for key, value in model.record.items() if key != "class_counts"},
+    }
+
+
+def evaluate_sets(model: Model, path: str, index: Index, folder: Path, settings: Settings, group: Group) -> SetTable:
+    """The same as `evaluate_index` for multi-label data."""
+    matching = match_classes(model.classes, index.classes, mask_secrets(path), settings.mask)
+    group.on_main(partial(_make, folder, matching.note))
+    scores = predict_sets(model, index, matching.labels, matching.outputs, group, folder, settings)
+    shards = [mask_secrets(shard.name) for shard in index.shards]
+    return SetTable(
+        classes=matching.names,
+        sample=scores.sample,
+        shard=np.array([shards[number] for number in index.shard[scores.sample].tolist()]),
+        targets=scores.targets,
+        probabilities=scores.probabilities,
+        loss=scores.loss,
+        width=index.width[scores.sample],
+        height=index.height[scores.sample],
+    )
 
 
 def evaluate_index(model: Model, path: str, index: Index, folder: Path, settings: Settings, group: Group) -> Table:
@@ -151,6 +202,27 @@ def _report(
             found = compare(before, table)
             print("\n".join(describe_comparison(found, mask_secrets(args.against), about["model"])))
             write_flips(found, before, table, folder / "flips.csv")
+    print(f"wrote {folder}")
+
+
+def _report_sets(
+    table: SetTable, about: dict[str, Any], args: argparse.Namespace, index: Index, model: Model, folder: Path
+) -> None:
+    """Write and print what came of one multi-label index at one resolution."""
+    if not table.targets.any():
+        raise UserError(f"{about['data']}: no image has a label, so that nothing can be measured")
+    given = args.thresholds is not None or bool(model.thresholds)
+    thresholds = best_thresholds(table)
+    if given:
+        thresholds = choose_thresholds(args.thresholds, model)
+        if len(table.classes) < len(model.classes):
+            thresholds = thresholds[[model.classes.index(name) for name in table.classes]]
+    print(f"\n{about['model']} on {about['data']} at {about['resolution']} pixels")
+    print("\n".join(describe_sets(table, thresholds, not given)))
+    if missing := len(index) - len(table.sample):
+        print(f"{missing:,} images could not be read: not scored; see {folder}/quarantine.jsonl")
+    with writing(folder):
+        write_set_report(table, thresholds, about, index, model.preprocessing, folder)
     print(f"wrote {folder}")
 
 

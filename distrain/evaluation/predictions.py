@@ -1,13 +1,14 @@
 """Predict every sample of an index once, on any number of ranks, with the same result."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from distrain.config import Config, RunConfig
@@ -68,19 +69,13 @@ def predict(
     `labels` are the samples' classes by the model's outputs, int32 [n]; `outputs` those that are scored. Samples that
     cannot be read are left out and listed in `folder`/quarantine.jsonl. Raises UserError if none can be read.
     """
-    config = Config(
-        run=RunConfig(name=folder.name, dir=str(folder.parent)),
-        data=model.preprocessing.data_config(max_bad=1.0),
-        evaluate=EvaluateConfig(batch=settings.batch),
-    )
     label = torch.from_numpy(labels.astype(np.int64))
     scored = torch.from_numpy(outputs.astype(np.int64))
     position = torch.full((len(model.classes),), -1, dtype=torch.int64)
     position[scored] = torch.arange(len(scored))
-    stream = _batches if isinstance(model, Classifier) else _single_images
     parts: list[Scores] = []
     with torch.no_grad():
-        for samples, logits in stream(model, index, config, group, settings.flip):  # type: ignore[arg-type]
+        for samples, logits in _stream(model, index, group, folder, settings):
             probabilities = torch.stack([one[:, scored].double().softmax(dim=1) for one in logits]).mean(dim=0)
             target = position[label[samples]]
             likelihood = probabilities.gather(1, target[:, None])[:, 0]
@@ -93,15 +88,72 @@ def predict(
                     (-likelihood.log()).float().numpy(),
                 )
             )
+    return Scores(*_join(group, parts))
+
+
+class SetScores(NamedTuple):
+    """What a multi-label classifier says of n samples."""
+
+    sample: NDArray[np.int64]
+    """Sample ids [n], ascending."""
+    targets: NDArray[np.uint8]
+    """1 for each label of the sample and 0 for each other scored output [n, outputs]."""
+    probabilities: NDArray[np.float32]
+    """Of the scored outputs [n, outputs], each decided by itself."""
+    loss: NDArray[np.float32]
+    """Binary cross-entropy, mean over the outputs [n]."""
+
+
+def predict_sets(
+    model: Model,
+    index: Index,
+    labels: NDArray[np.int32],
+    outputs: NDArray[np.int32],
+    group: Group,
+    folder: Path,
+    settings: Settings,
+) -> SetScores:
+    """The same for multi-label data; `labels` are the model's outputs for the classes of the index, int32 [classes]."""
+    scored = torch.from_numpy(outputs.astype(np.int64))
+    columns = np.searchsorted(outputs, labels)
+    parts: list[SetScores] = []
+    with torch.no_grad():
+        for samples, logits in _stream(model, index, group, folder, settings):
+            targets = np.zeros((len(samples), len(outputs)), np.uint8)
+            targets[:, columns] = index.targets(samples.tolist())
+            probabilities = torch.stack([one[:, scored].double().sigmoid() for one in logits]).mean(dim=0)
+            loss = F.binary_cross_entropy(probabilities, torch.from_numpy(targets).double(), reduction="none")
+            parts.append(
+                SetScores(samples.numpy(), targets, probabilities.float().numpy(), loss.mean(dim=1).float().numpy())
+            )
+    return SetScores(*_join(group, parts))
+
+
+def _join(group: Group, parts: Sequence[tuple[NDArray[Any], ...]]) -> Iterator[NDArray[Any]]:
+    """Yield the columns of all ranks' parts, in the order of the first one, the sample."""
     joined = [part for parts_of_rank in group.gather(parts) for part in parts_of_rank]
-    order = np.argsort(np.concatenate([part.sample for part in joined]))
-    return Scores(*(np.concatenate(columns)[order] for columns in zip(*joined, strict=True)))
+    order = np.argsort(np.concatenate([part[0] for part in joined]))
+    return (np.concatenate(columns)[order] for columns in zip(*joined, strict=True))
+
+
+def _stream(
+    model: Model, index: Index, group: Group, folder: Path, settings: Settings
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Yield sample ids and logits, the second of mirror images, of this rank's samples."""
+    config = Config(
+        run=RunConfig(name=folder.name, dir=str(folder.parent)),
+        data=model.preprocessing.data_config(max_bad=1.0),
+        evaluate=EvaluateConfig(batch=settings.batch),
+    )
+    if isinstance(model, Classifier):
+        return _batches(model, index, config, group, settings.flip)
+    return _single_images(model, index, config, group, settings.flip)
 
 
 def _batches(
     classifier: Classifier, index: Index, config: Config, group: Group, flip: bool
 ) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-    """Yield sample ids and logits, the second of mirror images, of this rank's batches, read as in validation.
+    """The samples of a classifier, read in batches as in validation.
 
     The batches do not depend on the number of ranks, so every image goes through the same arithmetic.
     """

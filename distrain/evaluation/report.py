@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from distrain.data.storage.store import DataError
 from distrain.evaluation.comparison import Comparison
 from distrain.evaluation.metrics import by_frequency, by_size, per_class, reliability, summarize, worst_pairs
 from distrain.evaluation.plots import plot_confusion, plot_reliability
+from distrain.evaluation.predictions import TOP
 from distrain.evaluation.table import Table, write_table
 from distrain.preprocessing import Preprocessing
 from distrain.sheet import write_sheet
 
-_WORST = 24  # images in the contact sheet
+WORST = 24  # images in the contact sheet
 _PAIRS = 10
 _CLASSES = 5  # best and worst ones printed
 
@@ -44,19 +45,27 @@ def write_report(table: Table, about: dict[str, Any], index: Index, preprocessin
 def write_worst(table: Table, index: Index, preprocessing: Preprocessing, path: Path) -> None:
     """Draw the wrongly classified images of the largest loss, with label and predicted class."""
     wrong = np.flatnonzero(~table.hits(1))
-    chosen = wrong[np.argsort(-table.loss[wrong], kind="stable")][:_WORST]
+    chosen = wrong[np.argsort(-table.loss[wrong], kind="stable")][:WORST]
+    captions = [f"{table.classes[table.label[row]]}, not {table.classes[table.predicted[row]]}" for row in chosen]
+    draw_images(table.sample[chosen].tolist(), captions, index, preprocessing, path)
+
+
+def draw_images(
+    samples: Sequence[int], texts: Sequence[str], index: Index, preprocessing: Preprocessing, path: Path
+) -> None:
+    """Draw samples as the network sees them, each with a text below."""
     images, captions = [], []
     with closing(open_store(index, DownloadConfig())) as store:
-        for row in chosen.tolist():
-            height, width = int(table.height[row]), int(table.width[row])
+        for sample, text in zip(samples, texts, strict=True):
+            height, width = int(index.height[sample]), int(index.width[sample])
             side = max(1, round(min(height, width) * preprocessing.crop / preprocessing.resize))
             try:
-                encoded = store.read(int(table.sample[row]))
+                encoded = store.read(sample)
                 seen = decode_region(encoded, (height - side) // 2, (width - side) // 2, side, side)
             except DataError:  # it was readable a moment ago
                 continue
             images.append(resize(seen, preprocessing.crop, preprocessing.interpolation, False))
-            captions.append(f"{table.classes[table.label[row]]}, not {table.classes[table.predicted[row]]}")
+            captions.append(text)
     if images:
         write_sheet(path, images, captions)
     else:
@@ -66,8 +75,9 @@ def write_worst(table: Table, index: Index, preprocessing: Preprocessing, path: 
 def describe(table: Table) -> Iterator[str]:
     """The metrics in words, a line each."""
     found = summarize(table)
+    top5 = f"  top-5 {found['top5']:.2%}" if len(table.classes) > TOP else ""
     yield (
-        f"top-1 {found['top1']:.2%}  top-5 {found['top5']:.2%}  of {found['images']:,} images  "
+        f"top-1 {found['top1']:.2%}{top5}  of {found['images']:,} images  "
         f"NLL {found['nll']:.4f}  Brier {found['brier']:.4f}  ECE {found['ece']:.2%}  macro-F1 {found['macro_f1']:.4f}"
     )
     classes = per_class(table)

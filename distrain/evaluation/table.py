@@ -66,7 +66,6 @@ class Table:
 def write_table(table: Table, path: Path, about: dict[str, Any]) -> None:
     """Write predictions.parquet; `about` says of which model and data. Raises OSError."""
     import pyarrow
-    import pyarrow.parquet
 
     columns = {
         "sample": table.sample,
@@ -81,7 +80,14 @@ def write_table(table: Table, path: Path, about: dict[str, Any]) -> None:
     }
     if table.accepted is not None:
         columns["accepted"] = pyarrow.array(table.accepted, pyarrow.list_(pyarrow.int32()))
-    header = {"classes": table.classes, **about}
+    write_columns(columns, path, {"classes": table.classes, **about})
+
+
+def write_columns(columns: dict[str, Any], path: Path, header: dict[str, Any]) -> None:
+    """Write columns and what they are of. Raises OSError."""
+    import pyarrow
+    import pyarrow.parquet
+
     content = pyarrow.table(columns).replace_schema_metadata({_KEY: json.dumps(header)})
     pyarrow.parquet.write_table(content, path)
 

@@ -65,6 +65,16 @@ class Classifier(nn.Module):
         """Where the weights come from, of which network they are and, if known, the training samples of each class."""
         self.eval()
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether each class is decided by itself, by the sigmoid of its logit."""
+        return bool(self.record.get("multi_label"))
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The probability from which on an image has each label, [classes]; empty unless chosen when exported."""
+        return tuple(self.record.get("thresholds", ()))
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.network(self.preprocess(images))
         return logits

@@ -11,6 +11,8 @@ from distrain.errors import EXIT_DONE, UserError
 from distrain.export.arguments import add_model_arguments, load_model
 from distrain.export.classifier import Classifier
 from distrain.export.images import list_images, open_images
+from distrain.export.thresholds import HELP as THRESHOLDS
+from distrain.export.thresholds import choose_thresholds
 from distrain.export.writers import TARGETS, export, fold_batch_norm
 
 _MAX_IMAGES = 16
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE", help="real images to compare on; default: random pixels"
     )
+    parser.add_argument("--thresholds", type=Path, metavar="FILE", help=f"write them into the metadata: {THRESHOLDS}")
     parser.add_argument(
         "--fold", action="store_true", help="torch_export, onnx: fold BatchNorm into the convolutions before it"
     )
@@ -57,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--fold: {args.to} has names for BatchNorm only: use torch_export or onnx")
     classifier = load_model(args, programs=False)
     assert isinstance(classifier, Classifier)
+    if args.thresholds is not None:
+        classifier.record["thresholds"] = choose_thresholds(args.thresholds, classifier).tolist()
     path = args.out or Path(f"{_name_of(args.model)}{TARGETS[args.to]}")
     images = _images(args.images)
     written = classifier

@@ -29,6 +29,16 @@ class Model(Protocol):
     preprocessing: Preprocessing
     record: dict[str, Any]
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether each class is decided by itself, by the sigmoid of its logit."""
+        ...
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """The probability from which on an image has each label, [classes]; empty unless chosen when exported."""
+        ...
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -85,6 +95,7 @@ def from_weights(
         "options": chosen,
         "weights": mask_secrets(record.get("weights", weights.source)),
         "sha256": record.get("sha256", weights.sha256),
+        **{key: record[key] for key in ("multi_label", "thresholds") if key in record},
     }
     if len(counts := weights.record.get("class_counts", ())) == outputs:
         record["class_counts"] = counts
@@ -103,6 +114,14 @@ class Program:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: was not exported by `distrain export`: it names no classes") from error
         self.record = record
+
+    @property
+    def multi_label(self) -> bool:
+        return bool(self.record.get("multi_label"))
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return tuple(self.record.get("thresholds", ()))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images [n, 3, h, w] -> logits, float32 [n, classes]."""

@@ -81,7 +81,7 @@ def test_a_source_without_images_is_named(tmp_path):
     with pytest.raises(UserError, match="cat: not a known class: did you mean cats"):
         find(tmp_path, "train", ["cats", "train"])
     (tmp_path / "a.zip").touch()
-    with pytest.raises(UserError, match=r"neither a folder nor a \.csv or \.tar"):
+    with pytest.raises(UserError, match=r"neither a folder nor a \.csv, \.tsv or \.tar"):
         find(tmp_path / "a.zip", "train")
 
 
