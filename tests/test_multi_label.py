@@ -98,5 +98,5 @@ def test_average_precision_is_that_of_scikit_learn_over_classes_with_positives()
 
 
 def test_a_hit_is_any_of_the_labels():
-    logits = torch.tensor([[3.0, 1.0, 2.0]] * 3)
-    assert top1_hits(logits, torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.uint8)).tolist() == [1, 0, 0]
+    logits = torch.tensor([[1.0, 2.0, 3.0]] * 3)
+    assert top1_hits(logits, torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 0]], dtype=torch.uint8)).tolist() == [1, 1, 0]
