@@ -5,10 +5,9 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # what every loader decodes
@@ -20,14 +19,14 @@ class ImageError(Exception):
     """Bytes that are not an image we can train on; the message is the reason."""
 
 
-def check(data: bytes) -> str:
-    """Decode an encoded image and return its usual suffix: jpg, png or webp. Raises ImageError."""
-    measure(data)
+def suffix_of(data: bytes) -> str:
+    """Return the usual suffix of an encoded image that can be decoded: jpg, png or webp."""
     return _SUFFIXES[data[:2]]
 
 
-def decode_rgb(data: bytes) -> NDArray[np.uint8]:
+def decode_rgb(data: bytes) -> "NDArray[np.uint8]":
     """Decode an image to uint8 [h, w, 3] as stored: no EXIF orientation, alpha dropped. Raises ImageError."""
+    import numpy as np
     from PIL import Image
 
     with _open(data) as image:

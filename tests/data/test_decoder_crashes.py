@@ -37,7 +37,7 @@ CROP = Crop(3, 0, 0, 9, 12, 8)
 
 
 @pytest.fixture
-def crashing_decoder(tmp_path, monkeypatch):
+def crashing_decoder(shards, tmp_path, monkeypatch):
     """Every Python process that starts has a decoder that crashes at the mark, and its own folder for records."""
     (tmp_path / "sitecustomize.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', Path.cwd())}")

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from distrain.data.image import MAX_PIXELS, ImageError, measure
+from distrain.data.image import MAX_PIXELS
 from distrain.data.index import Index
 from distrain.data.loading.in_flight import Crop, InFlight
 from distrain.data.loading.loader import Request
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.storage.store import DataError, Store
+from distrain.data.vetting import vet_all
 
 Decode = Callable[[Request, int, bytes], object]
 """(request, index in its batch, encoded image) -> decoded image. Raises DataError if it cannot be decoded."""
@@ -94,8 +95,5 @@ class SampleReader:
     def _diagnose(self, sample: int) -> str:
         """Return why an image is unreadable, which the index does not record. Raises DataError if its bytes have
         changed since."""
-        try:
-            measure(self._store.read(sample))
-        except ImageError as error:
-            return str(error)
-        return "it is now; index the shards again"
+        (verdict,) = vet_all([self._store.read(sample)])
+        return verdict.problem or "it is now; index the shards again"

@@ -9,8 +9,9 @@ import torch
 
 from distrain.config import AugmentConfig, DataConfig
 from distrain.data.augmentation.pixels import augment_pixels, augments_pixels
+from distrain.data.jpeg import Pixels
 from distrain.data.loading.in_flight import Crop
-from distrain.data.loading.jpeg_region import Pixels, crop, resize
+from distrain.data.loading.jpeg_region import crop, resize
 from distrain.data.loading.loader import Batch, Request
 from distrain.data.loading.reader import SampleReader
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.data.image import ImageError, check
+from distrain.data.image import suffix_of
 from distrain.data.index import Index
 from distrain.data.shards.drafts import create_json, draft, remove_abandoned
 from distrain.data.shards.interrupts import Poll, map_threads
@@ -26,6 +26,7 @@ from distrain.data.shards.scan import NUMBERS, Labels, ShardFacts, join, read_sh
 from distrain.data.shards.source_images import SourceImages
 from distrain.data.storage.client import error_reason, explain, is_temporary
 from distrain.data.storage.index_file import load_index, save_index
+from distrain.data.vetting import vet
 from distrain.errors import UserError, printable
 from distrain.files import read_json, write_atomically
 from distrain.rng import Stream, hash64
@@ -181,18 +182,25 @@ def _decodable(
     sources: SourceImages, keys: dict[str, int], unreadable: list[tuple[str, str]], poll: Poll
 ) -> Iterator[Sample]:
     """Yield the samples whose images decode; append the others to `unreadable`."""
-    for key, image in keys.items():
-        poll()
-        try:
-            data = sources.read(image)
-            suffix = check(data)
-        except (OSError, ImageError) as error:
-            if isinstance(error, OSError) and is_temporary(error):
-                raise explain(sources.paths[image], error) from error
-            unreadable.append((sources.names[image], error_reason(error)))
+
+    def read() -> Iterator[tuple[tuple[str, int, str], bytes]]:
+        for key, image in keys.items():
+            poll()
+            data, problem = b"", ""
+            try:
+                data = sources.read(image)
+            except OSError as error:
+                if is_temporary(error):
+                    raise explain(sources.paths[image], error) from error
+                problem = error_reason(error)
+            yield (key, image, problem), data
+
+    for (key, image, unread), data, verdict in vet(read(), poll):
+        if problem := unread or verdict.problem:
+            unreadable.append((sources.names[image], problem))
         else:
             label = sources.label[image]
-            yield Sample(key, suffix, data, label[label >= 0].tolist() if label.ndim else int(label))
+            yield Sample(key, suffix_of(data), data, label[label >= 0].tolist() if label.ndim else int(label))
 
 
 def _chain(first: Sample, rest: Iterator[Sample]) -> Iterator[Sample]:

@@ -3,12 +3,13 @@
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from distrain.data.image import ImageError, measure
 from distrain.data.storage.sequential import SequentialReader
+from distrain.data.vetting import Verdict, vet
 from distrain.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -45,19 +46,46 @@ class Members:
     undecodable: list[tuple[str, str]] = field(default_factory=list)
 
 
+class _Undecoded(NamedTuple):
+    """An image in a tar that is entered into its sample once it has been decoded."""
+
+    sample: dict[str, Image | bytes]
+    suffix: str
+    member: tarfile.TarInfo
+
+
+_Read: TypeAlias = tuple[_Undecoded, bytes]
+
+
 def read_members(reader: SequentialReader, shard: str, decode: bool, poll: Callable[[], None]) -> Members:
     """Group images and labels by WebDataset's rule: the key is the path up to the first dot of the file name.
 
     Without `decode` only the headers of images are parsed. `poll` is called for every member. Raises UserError for a
-    sample that would be lost or mixed with another, TarError, OSError.
+    sample that would be lost or mixed with another, TarError, OSError, TemporaryError if an image cannot be tried.
     """
-    found = _Grouping(shard, decode)
+    found = _Grouping(shard)
+    images = _read_images(reader, shard, found, poll)
+    for image, data, verdict in vet(images, poll) if decode else _parse_headers(images):
+        found.enter(image, data, verdict)
+    return found.finish()
+
+
+def _parse_headers(images: Iterator[_Read]) -> Iterator[tuple[_Undecoded, bytes, Verdict]]:
+    for image, data in images:
+        try:
+            yield image, data, Verdict(*measure(data, decode=False), "")
+        except ImageError as error:
+            yield image, data, Verdict(0, 0, str(error))
+
+
+def _read_images(reader: SequentialReader, shard: str, found: "_Grouping", poll: Callable[[], None]) -> Iterator[_Read]:
+    """Collect all members in `found`, and yield the images."""
     last = "the beginning"
     with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
         for member in tar:
             poll()
             if not member.isdir():
-                found.add(member, reader)
+                yield from found.add(member, reader)
             last = member.name
     if reader.last != bytes(_BLOCK):  # a tar ends with zero blocks, but tarfile treats anything invalid as the end
         raise UserError(f"{shard}: truncated or damaged after {last}; copy or write the shard again")
@@ -68,21 +96,20 @@ def read_members(reader: SequentialReader, shard: str, decode: bool, poll: Calla
                 f"{shard}: holds more data after the end of the archive, such as another tar appended to it, which no "
                 "reader sees; write it again as one tar"
             )
-    return found.finish()
 
 
 class _Grouping:
     """Collects the members of one tar."""
 
-    def __init__(self, shard: str, decode: bool) -> None:
+    def __init__(self, shard: str) -> None:
         self._shard = shard
-        self._decode = decode
         self._found = Members()
         self._names: dict[tuple[str, str], str] = {}  # of (key, suffix)
         self._further: list[tuple[str, str, str]] = []  # images with another suffix: member, key, what is wrong
         self._further_labels: set[str] = set()
 
-    def add(self, member: tarfile.TarInfo, reader: SequentialReader) -> None:
+    def add(self, member: tarfile.TarInfo, reader: SequentialReader) -> Iterator[_Read]:
+        """Collect a member; yield it if it is an image, to be entered once it has been decoded."""
         folder, name = os.path.split(member.name)
         stem, _, suffix = name.partition(".")
         key = os.path.join(folder, stem)  # noqa: PTH118, not a local path
@@ -110,9 +137,17 @@ class _Grouping:
         data = reader.read(member.size)
         if len(data) < member.size:
             raise UserError(f"{self._shard}: truncated inside {member.name}; copy or write the shard again")
-        self._add_known(member, key, suffix, data)
+        yield from self._add_known(member, key, suffix, data)
 
-    def _add_known(self, member: tarfile.TarInfo, key: str, suffix: str, data: bytes) -> None:
+    def enter(self, image: _Undecoded, data: bytes, verdict: Verdict) -> None:
+        """Enter an image into its sample."""
+        if verdict.problem:
+            self._found.undecodable.append((image.member.name, verdict.problem))
+        image.sample[image.suffix] = Image(
+            image.member.offset_data, len(data), verdict.width, verdict.height, zlib.crc32(data)
+        )
+
+    def _add_known(self, member: tarfile.TarInfo, key: str, suffix: str, data: bytes) -> Iterator[_Read]:
         kind = "image" if suffix in IMAGE_SUFFIXES else suffix
         before = self._names.setdefault((key, kind), member.name)
         sample = self._found.samples.setdefault(key, {})
@@ -122,7 +157,11 @@ class _Grouping:
                 f"{self._shard}: {both} the same key {key}, so one would be lost; "
                 "give every sample its own name or folder"
             )
-        sample[suffix] = self._inspect(member, data) if suffix in IMAGE_SUFFIXES else data
+        if suffix in IMAGE_SUFFIXES:
+            sample[suffix] = b""  # so that another one with its name is found
+            yield _Undecoded(sample, suffix, member), data
+        else:
+            sample[suffix] = data
 
     def finish(self) -> Members:
         """Return what was found. Raises UserError for an image that belongs to no indexed sample."""
@@ -133,14 +172,6 @@ class _Grouping:
                 raise UserError(f"{self._shard}: image {name} would be lost: {problem}")
             self._found.skipped.append((name, f"a further image of sample {key}"))
         return self._found
-
-    def _inspect(self, member: tarfile.TarInfo, data: bytes) -> Image:
-        try:
-            width, height = measure(data, self._decode)
-        except ImageError as error:
-            width = height = 0
-            self._found.undecodable.append((member.name, str(error)))
-        return Image(member.offset_data, len(data), width, height, zlib.crc32(data))
 
 
 def _is_image(head: bytes) -> bool:

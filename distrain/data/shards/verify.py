@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from distrain.data.image import ImageError, check
 from distrain.data.index import Index, is_remote
 from distrain.data.shards.interrupts import Poll, map_threads
-from distrain.data.storage.client import error_reason, explain
+from distrain.data.storage.client import explain
 from distrain.data.storage.sequential import SequentialReader, read_once
+from distrain.data.vetting import vet
 from distrain.errors import TemporaryError
 
 
@@ -37,12 +37,14 @@ def _verify_shard(index: Index, shard: int, decode: bool, poll: Poll) -> list[st
     samples = samples[np.argsort(index.offset[samples], kind="stable")]
 
     def read(reader: SequentialReader) -> list[str]:
-        problems = []
+        problems = _find_undecodable(compare(reader), poll) if decode else (found for found, _ in compare(reader))
+        return [f"{name}: sample {sample}: {problem}" for sample, problem in problems if problem]
+
+    def compare(reader: SequentialReader) -> Iterator[tuple[tuple[int, str], bytes]]:
         for sample in samples.tolist():
             poll()
-            if problem := _find_problem(index, sample, reader, decode):
-                problems.append(f"{name}: sample {sample}: {problem}")
-        return problems
+            problem, data = _compare(index, sample, reader)
+            yield (sample, problem), data
 
     try:
         problems, found_size, found_crc32 = read_once(index.location(shard), read)
@@ -58,16 +60,18 @@ def _verify_shard(index: Index, shard: int, decode: bool, poll: Poll) -> list[st
     return problems
 
 
-def _find_problem(index: Index, sample: int, reader: SequentialReader, decode: bool) -> str | None:
+def _find_undecodable(samples: Iterator[tuple[tuple[int, str], bytes]], poll: Poll) -> Iterator[tuple[int, str]]:
+    """Yield every sample with its problem, if it has none that of decoding it."""
+    for (sample, problem), _, verdict in vet(samples, poll):
+        yield sample, problem or (f"cannot be decoded: {verdict.problem}" if verdict.problem else "")
+
+
+def _compare(index: Index, sample: int, reader: SequentialReader) -> tuple[str, bytes]:
+    """Return how a sample differs from the index, if it does, else the encoded image."""
     reader.seek(int(index.offset[sample]))
     data = reader.read(int(index.size[sample]))
     if len(data) < index.size[sample]:
-        return "extends past the end of the shard"
+        return "extends past the end of the shard", b""
     if zlib.crc32(data) != index.crc32[sample]:
-        return f"the {len(data):,} bytes at offset {index.offset[sample]:,} do not match the index"
-    if decode:
-        try:
-            check(data)
-        except ImageError as error:
-            return f"cannot be decoded: {error_reason(error)}"
-    return None
+        return f"the {len(data):,} bytes at offset {index.offset[sample]:,} do not match the index", b""
+    return "", data
