@@ -21,7 +21,7 @@ from distrain.data.shards.interrupts import stop_on_signals
 from distrain.data.shards.labels import read_classes
 from distrain.data.shards.patterns import expand, name_below
 from distrain.data.shards.preview import draw_sheet, summarize
-from distrain.data.shards.report import info, print_empty_classes, print_images, show_progress, summary, writing
+from distrain.data.shards.report import info, print_contents, print_images, show_progress, summary, writing
 from distrain.data.shards.scan import Notes, scan
 from distrain.data.shards.source_images import SourceImages
 from distrain.data.shards.sources import DEVKIT, find
@@ -278,7 +278,7 @@ def _build(args: argparse.Namespace) -> int:
         print_images(
             found.unreadable, f"images could not be decoded and were excluded: {args.out}/{split}.unreadable.txt"
         )
-        print_empty_classes(found.index)
+        print_contents(found.index, found.modes)
     return EXIT_DONE
 
 
@@ -333,7 +333,7 @@ def _index(args: argparse.Namespace) -> int:
         info(f"{shard}: has no samples")
     for first, other in notes.copies:
         info(f"{other}: has the same content as {first}, so its images count twice")
-    print_empty_classes(built)
+    print_contents(built, notes.modes)
     return EXIT_DONE
 
 

@@ -35,17 +35,17 @@ def decode_rgb(data: bytes) -> "NDArray[np.uint8]":
         return np.array(image.convert("RGB"))
 
 
-def measure(data: bytes, decode: bool = True) -> tuple[int, int]:
-    """Return the width and height of an encoded image in pixels as stored.
+def measure(data: bytes, decode: bool = True) -> tuple[int, int, str]:
+    """Return the width and height of an encoded image in pixels as stored, and its mode as Pillow names it: L, RGBA ...
 
     Raises ImageError if it cannot be decoded. Without `decode` only the header is checked.
     """
     with _open(data) as image:
-        size: tuple[int, int] = image.size
+        width, height, mode = *image.size, image.mode
         if decode:
             image.draft("L", (1, 1))  # an eighth of the size: parses all bytes, skips most arithmetic
             image.load()
-        return size
+        return width, height, mode
 
 
 @contextmanager

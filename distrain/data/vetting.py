@@ -24,11 +24,13 @@ _of_thread = threading.local()
 
 
 class Verdict(NamedTuple):
-    """Width and height of an image in pixels as stored, both 0 if there is a `problem`: why it cannot be decoded."""
+    """Width and height of an image in pixels as stored, both 0 if there is a `problem`: why it cannot be decoded; and
+    its mode as Pillow names it."""
 
     width: int
     height: int
-    problem: str
+    problem: str = ""
+    mode: str = ""
 
 
 def vet(images: Iterable[tuple[T, bytes]], poll: Callable[[], None]) -> Iterator[tuple[T, bytes, Verdict]]:
@@ -78,26 +80,26 @@ def vet_all(images: Sequence[bytes], poll: Callable[[], None] = lambda: None) ->
         return [Verdict(0, 0, ended.reason)]
 
 
-def _decode_all(images: list[bytes]) -> list[tuple[int, int, str]]:
+def _decode_all(images: list[bytes]) -> list[tuple[int, int, str, str]]:
     return [_decode(image) for image in images]
 
 
-def _decode(data: bytes) -> tuple[int, int, str]:
+def _decode(data: bytes) -> tuple[int, int, str, str]:
     signal.alarm(TIMEOUT_S)  # ends this process, wherever it is
     try:
-        width, height = measure(data)
+        width, height, mode = measure(data)
         if data.startswith(b"\xff\xd8"):
             from distrain.data.jpeg import jpeg_decoder
 
             if jpeg_decoder.decode(data, 0, 0, height, width) is None:
                 decode_rgb(data)
     except ImageError as error:
-        return 0, 0, str(error)
+        return 0, 0, str(error), ""
     except MemoryError:
-        return 0, 0, "MemoryError"
+        return 0, 0, "needs too much memory", ""
     finally:
         signal.alarm(0)
-    return width, height, ""
+    return width, height, "", mode
 
 
 def _limit() -> None:

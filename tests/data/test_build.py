@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.io import savemat
-from support.images import encoded
+from support.images import encoded, png
 
 from distrain.data.shards.build import build
 from distrain.data.shards.sources import DEVKIT, find
@@ -227,10 +227,10 @@ def test_files_that_cannot_be_read_are_excluded_and_listed(folder, tmp_path, cap
 
 def test_an_image_that_claims_to_be_huge_is_excluded_before_it_is_decoded(tmp_path):
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    (tmp_path / "photos" / "cat" / "big.png").write_bytes(png(20_000, 10_000, 8, 2, b""))
+    (tmp_path / "photos" / "cat" / "big.png").write_bytes(png(12_000, 10_000, 8, 2, b""))
     (tmp_path / "photos" / "cat" / "good.jpg").write_bytes(encoded(0, size=(10, 10)))
     built = make(tmp_path / "photos", tmp_path / "out")
-    assert built.unreadable == [("cat/big.png", "20000 x 10000 pixels exceed the limit of 100,000,000")]
+    assert built.unreadable == [("cat/big.png", "12000 x 10000 pixels exceed the limit of 100,000,000")]
 
 
 def test_a_source_without_readable_images_is_an_error_with_the_first_reason(tmp_path):

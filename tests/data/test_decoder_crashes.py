@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from support.images import encoded, write_tar
 from support.processes import Training, environment
 
@@ -140,3 +141,35 @@ def test_an_image_stays_quarantined_as_long_as_it_is_the_same(tmp_path):
     assert later.crash_reason(8, 1234) == ""
     assert later.count() == 0
     assert Quarantine(tmp_path / "list", "val", 100, 0.5).crash_reason(7, 1234) == ""
+
+
+@pytest.mark.parametrize("tool", ["build", "index", "verify"])
+def test_tools_name_an_image_that_crashes_its_decoder_and_go_on(crashing_decoder, tool, tmp_path):
+    folder = tmp_path / "photos" / "cat"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        (folder / f"{number:02d}.png").write_bytes(encoded(number, "PNG") + (MARK if number in (7, 23) else b""))
+    words, name, code = {
+        "build": (["build", "photos", "--out", "out", "--folders-are-classes"], "cat/07.png", 0),
+        "index": (["index", "train.tar", "--out", "new.parquet"], "train.tar: 007.png", 0),
+        "verify": (["verify", "train.parquet", "--decode"], "train.tar: sample 7", 78),
+    }[tool]
+    command = [sys.executable, "-m", "distrain", "shards", *words, "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if name in line]
+    assert line.endswith("crashes the decoder (SIGSEGV)")
+    assert done.stdout.count("crashes the decoder") == (2 if tool == "build" else 1)
+    if tool == "build":
+        assert "train.parquet: 38 images" in done.stdout
+
+
+def test_images_that_are_not_rgb_are_counted_in_one_line(tmp_path):
+    folder = tmp_path / "photos" / "cat"
+    folder.mkdir(parents=True)
+    for number, mode in enumerate(["RGB", "L", "L", "1", "RGBA", "P", "RGB"]):
+        Image.new(mode, (12, 9)).save(folder / f"{number}.png")
+    build = [sys.executable, "-m", "distrain", "shards", "build", "photos", "--out", "out", "--folders-are-classes"]
+    done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 gray, 1 palette and 1 RGBA images are read as RGB, without alpha" in done.stdout.splitlines()

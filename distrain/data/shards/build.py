@@ -8,6 +8,7 @@ complete.
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -48,11 +49,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Built:
-    """The index, how many of its shards an earlier build had written, and (name, reason) of each excluded image."""
+    """The index, how many of its shards an earlier build had written, (name, reason) of each excluded image, and how
+    many images are of each of Pillow's modes."""
 
     index: Index
     reused: int
     unreadable: list[tuple[str, str]]
+    modes: Counter[str]
 
 
 class _BuiltShard(NamedTuple):
@@ -109,7 +112,8 @@ def build(
         save_index(index, index_file)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written: {error_reason(error)}") from error
-    return Built(index, sum(shard.reused for shard in shards), unreadable)
+    modes = sum((facts.members.modes for facts in found), Counter())
+    return Built(index, sum(shard.reused for shard in shards), unreadable, modes)
 
 
 def write_shard(path: Path, samples: Iterable[Sample], index: Path) -> None:

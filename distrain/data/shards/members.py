@@ -3,6 +3,7 @@
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -39,11 +40,12 @@ class Image(NamedTuple):
 @dataclass
 class Members:
     """What a tar holds: samples by key, each with its members by suffix; (member, reason) of images not indexed and of
-    images that cannot be decoded."""
+    images that cannot be decoded; how many of the others are of each of Pillow's modes."""
 
     samples: dict[str, dict[str, Image | bytes]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     undecodable: list[tuple[str, str]] = field(default_factory=list)
+    modes: Counter[str] = field(default_factory=Counter)
 
 
 class _Undecoded(NamedTuple):
@@ -73,7 +75,8 @@ def read_members(reader: SequentialReader, shard: str, decode: bool, poll: Calla
 def _parse_headers(images: Iterator[_Read]) -> Iterator[tuple[_Undecoded, bytes, Verdict]]:
     for image, data in images:
         try:
-            yield image, data, Verdict(*measure(data, decode=False), "")
+            width, height, mode = measure(data, decode=False)
+            yield image, data, Verdict(width, height, mode=mode)
         except ImageError as error:
             yield image, data, Verdict(0, 0, str(error))
 
@@ -143,6 +146,8 @@ class _Grouping:
         """Enter an image into its sample."""
         if verdict.problem:
             self._found.undecodable.append((image.member.name, verdict.problem))
+        else:
+            self._found.modes[verdict.mode] += 1
         image.sample[image.suffix] = Image(
             image.member.offset_data, len(data), verdict.width, verdict.height, zlib.crc32(data)
         )

@@ -1,6 +1,7 @@
 """What the tools print about an index, what was left out of it, and how far they are."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from distrain.data.storage.client import error_reason
 from distrain.errors import UserError, printable
 from distrain.masking import mask_secrets
 
+_MODES = {"1": "gray", "L": "gray", "LA": "gray", "I": "gray", "I;16": "gray", "P": "palette", "PA": "palette"}
 LISTED = 10  # images or classes listed on the console; a file next to the index lists all images
 
 
@@ -25,7 +27,15 @@ def print_images(images: list[tuple[str, str]], what: str) -> None:
             print(mask_secrets(f"  {printable(name)}: {reason}"))
 
 
-def print_empty_classes(built: Index) -> None:
+def print_contents(built: Index, modes: Counter[str]) -> None:
+    """Say which images are not RGB as stored, `modes` counting images by Pillow's name of their mode, and which classes
+    are empty."""
+    counts: Counter[str] = Counter()
+    for mode in sorted(modes):
+        counts[_MODES.get(mode, mode)] += modes[mode]
+    if other := [f"{count:,} {name}" for name, count in counts.items() if name != "RGB"]:
+        *others, last = other
+        print(f"{', '.join(others)}{' and ' if others else ''}{last} images are read as RGB, without alpha")
     empty = np.flatnonzero(built.class_counts() == 0).tolist()
     if empty:
         names = ", ".join(built.classes[label] for label in empty[:LISTED])

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +32,8 @@ class Notes:
     undecodable: list[tuple[str, str]] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
     copies: list[tuple[str, str]] = field(default_factory=list)
+    modes: Counter[str] = field(default_factory=Counter)
+    """How many images are of each of Pillow's modes."""
 
 
 class ShardFacts(NamedTuple):
@@ -89,6 +92,7 @@ def scan(
     for facts in map_threads(read, shards, workers):
         for listed, images in ((notes.skipped, facts.members.skipped), (notes.undecodable, facts.members.undecodable)):
             listed += [(f"{facts.shard.name}: {name}", reason) for name, reason in images]
+        notes.modes += facts.members.modes
         if not len(facts.counts):
             notes.empty.append(facts.shard.name)
         found.append(facts._replace(members=Members()))
