@@ -116,14 +116,53 @@ def test_a_signal_between_two_starts_requeues_without_a_second(batch):
     assert (len(batch.starts), batch.requeues) == (1, 1)
 
 
+@pytest.fixture
+def pauses(tmp_path) -> Path:
+    """A file of the seconds that the job slept, instead of sleeping."""
+    sleep = tmp_path / "sleep"
+    sleep.write_text(f"#!/bin/sh\necho $1 >>{tmp_path}/pauses\n")
+    sleep.chmod(0o755)
+    return tmp_path / "pauses"
+
+
+def test_starts_that_crash_before_training_are_given_up_after_growing_pauses(batch, pauses):
+    assert batch.run(1, 1, 1, 0) == 1
+    assert len(batch.starts) == 3
+    assert "giving up: 3 starts in a row crashed before training began" in batch.output
+    assert pauses.read_text().split() == ["1", "2"]
+
+
+def test_a_run_that_its_stop_file_ended_is_not_requeued(batch, tmp_path):
+    attempts = tmp_path / "runs" / "a" / "attempts"
+    attempts.mkdir(parents=True)
+    srun = (tmp_path / "srun").read_text()
+    record = '{"number": 1, "end": "stopped by file stop", "committed": 5}'
+    (tmp_path / "srun").write_text(srun.replace("read -r", f"echo '{record}' >{attempts}/00000001.json; read -r"))
+    assert batch.run(75) == 75
+    assert "stopped by the stop file; submit the job again to continue" in batch.output
+    assert batch.requeues == 0
+
+
+@pytest.mark.parametrize(("code", "starts"), [(78, 1), (0, 2)])
+def test_training_begins_only_on_healthy_hosts(batch, code, starts):
+    assert batch.run(code, 0, DOCTOR="1") == code
+    assert len(batch.starts) == starts
+    assert "--doctor" in batch.starts[0]
+    assert ("fix the unhealthy hosts" in batch.output) == (code == 78)
+
+
+def test_the_number_of_ranks_reaches_every_node(batch):
+    assert batch.run(0, RANKS="3") == 0
+    assert " --ranks 3 " in batch.starts[0]
+
+
 @pytest.mark.parametrize(("code", "expected", "requeues"), [(0, 0, 0), (78, 78, 0), (75, 75, 1), (1, 1, 0)])
-def test_without_an_answer_of_the_restart_policy_the_exit_code_decides(batch, tmp_path, code, expected, requeues):
+def test_without_an_answer_of_the_restart_policy_the_exit_code_decides(
+    batch, pauses, tmp_path, code, expected, requeues
+):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")
     python.chmod(0o755)
-    sleep = tmp_path / "sleep"
-    sleep.write_text("#!/bin/sh\n")
-    sleep.chmod(0o755)
     assert batch.run(code, PYTHON=str(python)) == expected, batch.output
     assert batch.requeues == requeues
 
