@@ -137,6 +137,13 @@ def test_secrets_are_masked_and_other_text_is_not(monkeypatch, text, masked):
     assert str(UserError(text)) == masked
 
 
+def test_short_values_and_those_of_other_variables_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "short")
+    monkeypatch.setenv("MY_PASSWORD", "6chars")
+    monkeypatch.setenv("ORDINARY", "visible-value")
+    assert mask_secrets("short 6chars visible-value") == "short *** visible-value"
+
+
 def test_tracebacks_and_log_lines_have_no_secrets(capsys):
     try:
         raise ConnectionError("http://me:s3cret@host refused")

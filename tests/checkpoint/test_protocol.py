@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.processes import Training, train, two_agents
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from distrain.checkpoint import MANIFEST, Checkpointer, committed, distribution, read, verify
 from distrain.checkpoint.files import (
@@ -169,6 +170,48 @@ def test_metadata_that_names_a_file_elsewhere_is_damaged(run_folder):
     (newest / METADATA).write_bytes(pickle.dumps(metadata))
     with pytest.raises(DamagedCheckpointError, match=r"it names the file \.\./\.\./config\.yaml"):
         tensors_in(newest)
+
+
+def test_metadata_of_bytes_or_tensors_that_are_not_there_is_damaged(run_folder):
+    newest = committed(run_folder / "checkpoints")[-1]
+    content = (newest / METADATA).read_bytes()
+
+    def refused(change) -> str:
+        metadata = Reader(newest).read_metadata()
+        change(metadata)
+        (newest / METADATA).write_bytes(pickle.dumps(metadata))
+        with pytest.raises(DamagedCheckpointError) as found:
+            Reader(newest).read_metadata()
+        (newest / METADATA).write_bytes(content)
+        return str(found.value)
+
+    def entry(**changes):
+        def change(metadata):
+            key = next(iter(metadata.storage_data))
+            old = metadata.storage_data[key]
+            size = (newest / old.relative_path).stat().st_size
+            new = {name: value(old, size) for name, value in changes.items()}
+            metadata.storage_data[key] = replace(old, **new)
+
+        return change
+
+    def tensor(**changes):
+        def change(metadata):
+            name = max(metadata.state_dict_metadata, key=lambda name: len(metadata.state_dict_metadata[name].size))
+            old = metadata.state_dict_metadata[name]
+            new = {name: value(old) for name, value in changes.items()}
+            metadata.state_dict_metadata[name] = replace(old, **new)
+
+        return change
+
+    assert "past the end" in refused(entry(offset=lambda old, size: -1))
+    assert "past the end" in refused(entry(length=lambda old, size: -1))
+    assert "past the end" in refused(entry(offset=lambda old, size: size - old.length + 1))
+    assert "past the end" in refused(entry(length=lambda old, size: size - old.offset + 1))
+    assert "is larger than the files" in refused(tensor(size=lambda old: torch.Size([1 << 40])))
+    assert "are not all of it" in refused(tensor(chunks=lambda old: []))
+    moved = ChunkStorageMetadata(torch.Size([7]), torch.Size([1]))
+    assert "is in no file" in refused(tensor(chunks=lambda old: [*old.chunks, moved]))
 
 
 def test_a_checkpoint_is_overdue_after_every_minutes_and_saved_once(group, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from distrain.data.storage import retry
 from distrain.data.storage.client import GaveUpError, explain, read_chunks
-from distrain.data.storage.retry import TOOL_POLICY
+from distrain.data.storage.retry import TOOL_POLICY, RetryPolicy
 from distrain.errors import TemporaryError, UserError
 
 
@@ -40,6 +40,34 @@ def test_a_tool_gives_up_within_about_half_a_minute(monkeypatch):
 
 def test_a_large_file_that_breaks_off_is_tried_again(monkeypatch):
     assert give_up(monkeypatch, 600)[0] >= 2
+
+
+def test_an_attempt_is_repeated_as_often_as_set_after_doubling_waits(monkeypatch):
+    monkeypatch.setattr(retry.random.SystemRandom, "uniform", lambda self, low, high: (low + high) / 2)
+    waits, lines, failures = [], [], [TimeoutError("read timed out")] * 3
+
+    def attempt():
+        if failures:
+            raise failures.pop()
+        return "content"
+
+    policy = RetryPolicy(retries=3, first_wait=2.0)
+    assert policy.call(attempt, waits.append, lines.append) == "content"
+    assert waits == [2.0, 4.0, 8.0]
+    assert lines[0] == "read timed out; attempt 2 of 4 in 2.0 s"
+    failures += [TimeoutError("read timed out")] * 4
+    with pytest.raises(GaveUpError, match="tried 4 times"):
+        policy.call(attempt, waits.append)
+    assert len(waits) == 6
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("not yours"), ValueError("not of I/O")])
+def test_what_a_retry_cannot_fix_is_raised_at_once(error):
+    def attempt():
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        RetryPolicy(retries=3, first_wait=2.0).call(attempt, lambda wait: pytest.fail("waited"))
 
 
 @pytest.mark.parametrize(

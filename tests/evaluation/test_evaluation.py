@@ -208,6 +208,26 @@ def test_mcnemar_by_hand(tmp_path):
     ]  # fmt: skip
 
 
+def test_without_a_change_both_models_are_equally_good_and_no_class_moved():
+    found = compare(made(), made())
+    assert found.p_value == 1.0
+    assert found.moved == []
+
+
+def test_classes_that_moved_come_in_the_order_of_how_far():
+    label = np.array([0, 0, 1, 1, 2, 2, 2, 2, 3, 3], np.int32)
+    before = replace(made(10, 4), label=label, probabilities=np.eye(4)[[0, 0, 1, 1, 0, 0, 0, 0, 3, 3]])
+    after = replace(before, probabilities=np.eye(4)[[0, 0, 1, 0, 2, 2, 2, 0, 3, 3]])
+    assert compare(before, after).moved == [("c", 0.0, 0.75), ("b", 1.0, 0.5)]
+
+
+def test_some_rows_of_a_table_keep_their_accepted_classes():
+    table = replace(made(4, 3), accepted=[[0], [1], [2], [0, 1]])
+    chosen = table.rows(np.array([False, True, False, True]))
+    assert (chosen.sample.tolist(), chosen.accepted) == ([1, 3], [[1], [0, 1]])
+    assert np.array_equal(chosen.probabilities, table.probabilities[[1, 3]])
+
+
 def test_tables_of_other_data_are_not_compared():
     with pytest.raises(UserError, match="the two tables are of different data"):
         compare(made(seed=0), made(seed=1))

@@ -92,6 +92,36 @@ def test_a_launcher_that_starts_a_run_again_takes_it_over_from_a_lost_host(tmp_p
     second.end("done", crashed=False)
 
 
+def test_a_record_that_another_start_creates_meanwhile_is_never_overwritten(tmp_path, monkeypatch):
+    other = AttemptRecord(1, token="other", host="elsewhere", end="done")
+    looks = iter([None, other])
+    write_record(tmp_path, other)
+    monkeypatch.setattr("distrain.resilience.claim.newest_attempt", lambda folder: next(looks, other))
+    mine = claim(tmp_path)
+    mine._ended.set()
+    assert mine.record.number == 2
+    assert newest_attempt(tmp_path).number == 2
+    (tmp_path / "attempts" / "00000002.json").unlink()
+    assert newest_attempt(tmp_path) == other
+
+
+def test_an_attempt_with_the_same_number_but_another_token_is_another_one(tmp_path):
+    mine = claim(tmp_path)
+    mine._ended.set()  # its thread would end this process
+    write_record(tmp_path, replace(mine.record, token="other", host="elsewhere"))
+    with pytest.raises(StaleAttemptError, match="attempt 1 on elsewhere has taken over"):
+        mine.require_current()
+
+
+def test_attempts_without_progress_are_forgiven_after_a_new_checkpoint(tmp_path):
+    write_record(tmp_path, AttemptRecord(5, end="crashed", committed=7, without_progress=2))
+    with pytest.raises(UserError, match="3 attempts in a row ended without a checkpoint after step 7"):
+        claim(tmp_path, committed=7)
+    forgiven = claim(tmp_path, committed=14)
+    assert (forgiven.record.number, forgiven.record.without_progress) == (6, 0)
+    forgiven.end("done", crashed=False)
+
+
 def test_records_deleted_under_a_live_attempt_do_not_end_it(tmp_path):
     live = claim(tmp_path)
     for path in (tmp_path / "attempts").iterdir():
