@@ -12,7 +12,7 @@ from support.processes import SMALL, environment, free_port, read_metrics
 
 from distrain.errors import UserError
 from distrain.masking import MaskingFormatter, mask_secrets, print_masked_traceback, remember_secrets
-from distrain.parallel.environment import read_environment
+from distrain.parallel.environment import Environment, read_environment
 
 
 def distrain(*arguments: str) -> subprocess.CompletedProcess:
@@ -102,6 +102,22 @@ def test_variables_left_over_that_make_a_start_wait_are_named_at_once(on_dataset
     finally:
         started.kill()
         started.communicate()
+
+
+def test_the_environment_says_which_rank_this_is_and_whether_a_launcher_says_so():
+    variables = {
+        "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h",
+        "MASTER_PORT": "4711",
+    }  # fmt: skip
+    found = read_environment(variables)
+    assert (found.rank, found.world, found.local_rank, found.local_world, found.launched) == (3, 8, 1, 2, True)
+    alone = {name: value for name, value in variables.items() if name.startswith("MASTER")}
+    assert read_environment(alone) == Environment(0, 1, local_rank=0, local_world=1, launched=False)
+    assert read_environment({}) == read_environment(alone)
+    one = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert read_environment({**one, **alone}).launched
+    assert not read_environment({**one, "MASTER_PORT": "4711"}).launched
+    assert not read_environment({**one, "MASTER_ADDR": "h"}).launched
 
 
 def test_empty_variables_and_those_of_slurm_and_mpi_are_ignored():

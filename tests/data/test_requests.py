@@ -52,6 +52,18 @@ def prefetched_before_the_first(index, requests):
     return store.prefetched
 
 
+def test_a_bad_sample_is_replaced_by_the_next_of_its_lane_and_both_are_augmented(configure):
+    index = remote_index(*[50] * 4)
+    run = configure("batch.lanes=2")
+    plan = make_plan(run, index)
+    request = next(iter(train_requests(run, plan, index, range(1, 2))))
+    replacement = request.replacement(1)
+    assert replacement.samples.ids.tolist() == request.samples.ids[2:3].tolist()
+    assert request.augmented
+    assert replacement.augmented
+    assert not next(iter(validation_requests(run, index, range(1)))).augmented
+
+
 @pytest.mark.parametrize("lanes", [range(0, 1), range(1, 4), range(8)])
 def test_a_rank_prefetches_one_window_of_shards_per_lane(configure, lanes):
     index = remote_index(*[50] * 160)
