@@ -172,4 +172,4 @@ def test_images_that_are_not_rgb_are_counted_in_one_line(tmp_path):
     build = [sys.executable, "-m", "distrain", "shards", "build", "photos", "--out", "out", "--folders-are-classes"]
     done = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "3 gray, 1 palette and 1 RGBA images are read as RGB, without alpha" in done.stdout.splitlines()
+    assert "read as RGB: 3 gray, 1 palette, 1 RGBA images" in done.stdout.splitlines()

@@ -43,6 +43,7 @@ def uninterrupted(settings, tmp_path_factory) -> str:
     return digest_on_one_node(tmp_path_factory.mktemp("uninterrupted"), *settings, ranks=3)
 
 
+@pytest.mark.slow
 def test_three_nodes_end_in_the_weights_of_one_and_restart_after_crashes(settings, uninterrupted, tmp_path):
     faults = "resilience.faults=[sigkill@train.step:25/1,exception@train.step:45/2]"
     done = run_on_nodes(tmp_path, settings, faults)

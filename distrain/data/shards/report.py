@@ -34,8 +34,7 @@ def print_contents(built: Index, modes: Counter[str]) -> None:
     for mode in sorted(modes):
         counts[_MODES.get(mode, mode)] += modes[mode]
     if other := [f"{count:,} {name}" for name, count in counts.items() if name != "RGB"]:
-        *others, last = other
-        print(f"{', '.join(others)}{' and ' if others else ''}{last} images are read as RGB, without alpha")
+        print(f"read as RGB: {', '.join(other)} images")
     empty = np.flatnonzero(built.class_counts() == 0).tolist()
     if empty:
         names = ", ".join(built.classes[label] for label in empty[:LISTED])
