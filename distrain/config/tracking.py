@@ -17,6 +17,9 @@ class TrackConfig(Section):
         on_resume="free",
     )
     experiment: str = option("distrain", "MLflow experiment", on_resume="free")
+    models: bool = option(
+        True, "log the best and the final model of a finished run to MLflow, with their weights", on_resume="free"
+    )
     register: str = option(
         "",
         "name in MLflow's model registry for the best model of a finished run; empty: not registered",
@@ -32,6 +35,8 @@ class TrackConfig(Section):
             raise UserError("track.experiment is empty: name one")
         if "/" in self.register or ":" in self.register:
             raise UserError(f"track.register={self.register}: MLflow's registry takes no name with '/' or ':'")
+        if self.register and not self.models:
+            raise UserError(f"track.register={self.register} needs track.models=true")
         if self.register and self.uri == NO_MLFLOW:
             raise UserError(
                 f"track.register={self.register} needs MLflow, and track.uri={NO_MLFLOW}: change one of them"

@@ -120,6 +120,7 @@ class MainTracker:
                 folder=self._folder,
                 params=flatten(map_text(mask_secrets, to_dict(self._config))),
                 tags=tags,
+                models=self._config.track.models,
                 register=self._config.track.register,
             )
             self._mlflow = MlflowSender(reported, self._spool, self._console.info)

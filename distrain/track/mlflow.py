@@ -38,6 +38,8 @@ class Reported:
     """Of the run, with its checkpoints."""
     params: Mapping[str, Any]
     tags: Mapping[str, str]
+    models: bool = True
+    """Whether a finished run's models are logged."""
     register: str = ""
     """Name in the model registry; empty: not registered."""
 
@@ -100,7 +102,10 @@ class MlflowSender:
                     self._news.wait(_RETRY_S)
 
     def send_models(self, client: Any, run_id: str) -> None:
-        """Log the models of the finished run. What fails is reported in one line, and sent by a later start."""
+        """Log the models of the finished run, unless they are not wanted. What fails is reported in one line, and sent
+        by a later start."""
+        if not self._reported.models:
+            return
         for problem in log_models(client, run_id, self._reported.folder, self._reported.register):
             self._warn(f"MLflow at {self._reported.uri}: {problem}")
 

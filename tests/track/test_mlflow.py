@@ -280,11 +280,12 @@ def test_an_unreachable_server_does_not_stop_training_and_gets_its_metrics_later
     assert "training continues, metrics are kept" in result.output
     assert "has not received everything" in result.output
 
-    assert train(folder, *settings, f"track.uri=sqlite:///{tmp_path}/back.db").code == 0
+    assert train(folder, *settings, f"track.uri=sqlite:///{tmp_path}/back.db", "track.models=false").code == 0
     client = MlflowClient(f"sqlite:///{tmp_path}/back.db")
     (found,) = client.search_runs([client.get_experiment_by_name("distrain").experiment_id])
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert {point.step: point.value for point in history} == result.series("train/loss")
+    assert models_of(client, found) == {}
 
 
 def test_the_command_shown_at_the_end_serves_the_run(restarted):
