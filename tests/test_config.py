@@ -239,3 +239,26 @@ def test_a_loop_of_links_is_refused_in_one_line(tmp_path):
     settings = config.load(None, [*REQUIRED, f"run.dir={loop}"])
     assert tracking_uri(settings) == f"sqlite:///{loop}/mlflow.db"
     assert name_below(str(loop), tmp_path) == "loop"
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("run.name='a'", "run", "name", "'a'"),
+        ("run.dir='/x y'", "run", "dir", "/x y"),
+        ('data.train="t.parquet"', "data", "train", "t.parquet"),
+        ("run.dir='", "run", "dir", "'"),
+        ("run.dir='a\"", "run", "dir", "'a\""),
+        ("batch.lanes='4'", "batch", "lanes", 4),
+        (f"run.name={'n' * 255}", "run", "name", "n" * 255),
+    ],
+)
+def test_quotes_that_were_typed_around_a_path_or_a_number_are_taken_off(override, section, name, value):
+    assert getattr(getattr(config.load(None, [*REQUIRED, override]), section), name) == value
+
+
+def test_only_settings_that_may_change_are_named_in_run_change():
+    allowed = config.load(None, [*REQUIRED, "run.change=[optimizer.lr,train.epochs]"])
+    assert list(allowed.run.change) == ["optimizer.lr", "train.epochs"]
+    with pytest.raises(UserError, match=r"run\.change: batch\.lanes cannot change during a run"):
+        config.load(None, [*REQUIRED, "run.change=[batch.lanes]"])

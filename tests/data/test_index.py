@@ -193,6 +193,19 @@ def test_scanning_holds_one_image_at_a_time(tmp_path):
     assert peak < 6_000_000
 
 
+def test_shards_lie_below_the_root_unless_their_names_are_absolute():
+    def index_of(*names):
+        each = {
+            name: np.arange(len(names)) for name in ("shard", "offset", "size", "label", "width", "height", "crc32")
+        }
+        return Index("/r", tuple(Shard(name, 1, 0) for name in names), ("a", "b", "c"), **each)
+
+    index = index_of("c.tar", "/x/a.tar", "http://h/b.tar")
+    assert [index.location(shard) for shard in range(3)] == ["/r/c.tar", "/x/a.tar", "http://h/b.tar"]
+    assert (len(index), index.remote) == (3, True)
+    assert not index_of("c.tar", "/x/a.tar").remote
+
+
 def test_a_file_that_is_not_an_index_is_named(tmp_path):
     with pytest.raises(UserError, match=r"none\.parquet: index not found"):
         load_index(f"{tmp_path}/none.parquet")

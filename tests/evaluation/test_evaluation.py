@@ -301,6 +301,15 @@ def test_a_file_of_accepted_classes_is_checked(content, message, tmp_path):
         read_accepted(tmp_path / "real.json", 61, 3)
 
 
+def test_a_file_of_accepted_classes_is_read(tmp_path):
+    (tmp_path / "real.json").write_text("[[0], [2, 1], []]")
+    assert read_accepted(tmp_path / "real.json", 3, 3) == [[0], [2, 1], []]
+    for outside in ("[[0], [3], []]", "[[0], [-1], []]", "[[0], [true], []]"):
+        (tmp_path / "real.json").write_text(outside)
+        with pytest.raises(UserError, match=r"entry 1 is .*: expected class numbers below 3"):
+            read_accepted(tmp_path / "real.json", 3, 3)
+
+
 def test_samples_without_an_accepted_class_are_not_scored(finished, dataset, tmp_path):
     (tmp_path / "real.json").write_text(json.dumps([[0, 1, 2]] * 60 + [[]]))
     code, output = evaluate(
