@@ -19,7 +19,7 @@ from distrain.resilience.claim import newest_attempt
 from distrain.resilience.faults import RECORD
 from distrain.soak.account import Account, find_problems, summarize, tabulate
 from distrain.soak.actions import Log, SoakedRun
-from distrain.soak.disk import Disk, why_impossible
+from distrain.soak.disk import Disk, hide_mounts, why_impossible
 from distrain.soak.plan import draw_plan
 from distrain.soak.training import Training
 
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     losses = read_losses(folder / f"{name}-uninterrupted")
     disk = None if why_not else Disk(folder / f"{name}.img", folder / f"{name}-disk")
     if disk is not None:
+        hide_mounts()
         disk.mount()
         folder = disk.folder
     try:

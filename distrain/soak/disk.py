@@ -1,5 +1,6 @@
 """Power cuts: the run's folder lies on a file system in a file, which is shut down as it is."""
 
+import ctypes
 import fcntl
 import os
 import shutil
@@ -12,6 +13,7 @@ from distrain.errors import UserError
 
 _SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN of ext4 and xfs
 _WITHOUT_FLUSHING = 2  # neither data nor the journal: what is on the disk stays, all else is lost
+_NEW_MOUNTS = 0x00020000  # CLONE_NEWNS of unshare(2)
 _CAP_SYS_ADMIN = 21
 _BYTES = 8 << 30  # of the sparse image
 _UNMOUNT_S = 20.0  # for killed processes to release their files
@@ -27,6 +29,17 @@ def why_impossible() -> str:
     if subprocess.run(["losetup", "--find"], capture_output=True).returncode:
         return "no loop device"
     return ""
+
+
+def hide_mounts() -> None:
+    """Hide what this process mounts from now on from all but the processes that it starts.
+
+    A container that starts beside it copies all mounts that it sees, and keeps a file system as a power cut has left
+    it, so that it fails where it is mounted again, too. Raises UserError.
+    """
+    if ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS):
+        raise UserError(f"soak: unshare: {os.strerror(ctypes.get_errno())}")
+    _run("mount", "--make-rprivate", "/")
 
 
 class Disk:

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
-from support.processes import SMALL, Training
+from support.processes import SMALL, Training, environment
 
 from distrain.checkpoint import newest_step
 from distrain.files import write_atomically
@@ -41,6 +43,40 @@ def test_a_power_cut_loses_what_is_not_synced_and_nothing_else(disk):
     assert (disk.folder / "synced").read_text() == "kept"
     assert not (disk.folder / "not-synced").exists() or not (disk.folder / "not-synced").read_text()
     assert not (disk.folder / "later").exists()
+
+
+BESIDE_A_CONTAINER = """
+import os, subprocess, sys, time
+from pathlib import Path
+from distrain.soak.disk import Disk, hide_mounts
+
+container = subprocess.Popen(["sh", "-c", "read go; exec unshare --mount sleep 60"], stdin=subprocess.PIPE)
+mounts = Path(f"/proc/{container.pid}/ns/mnt")
+before = os.readlink(mounts)
+try:
+    hide_mounts()
+    disk = Disk(Path("image").resolve(), Path("disk").resolve())
+    disk.mount()
+    container.stdin.write(b"go\\n")
+    container.stdin.flush()
+    while os.readlink(mounts) == before:
+        time.sleep(0.01)
+    disk.cut_power()
+    disk.unmount()
+    disk.mount()
+    (disk.folder / "file").write_text("written")
+    disk.unmount()
+finally:
+    container.kill()
+"""
+
+
+def test_a_container_that_starts_meanwhile_does_not_keep_a_disk_without_power(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_A_CONTAINER], cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "disk").is_mount()
 
 
 def test_the_metrics_up_to_the_newest_checkpoint_survive_a_power_cut(disk, on_dataset):

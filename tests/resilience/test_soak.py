@@ -1,10 +1,12 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.processes import SMALL, readme_command
+from support.processes import SMALL, environment, readme_command
 
 from distrain.__main__ import main
 from distrain.resilience.faults import parse_fault
@@ -108,21 +110,21 @@ def test_a_run_too_short_for_its_faults_is_one_line(monkeypatch, capsys, on_data
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_survives_random_faults_bit_for_bit(monkeypatch, capsys, on_dataset, tmp_path):
+def test_a_run_survives_random_faults_bit_for_bit(on_dataset, tmp_path):
     """The command from README, on a small network and small images."""
-    monkeypatch.chdir(Path(__file__).parents[2])
     command = readme_command("python -m distrain soak")
     small = (*SMALL, *on_dataset, "batch.lanes=3", "batch.per_lane=4", "train.epochs=15", "checkpoint.every_steps=5")
     limits = ("evaluate.batch=16", "evaluate.every_epochs=0.5", "resilience.patience=4", f"run.dir={tmp_path}")
     output = tmp_path / "soak.json"
-    assert soak(monkeypatch, *command[4:], *small, *limits, "--seed", "6", "--json", str(output)) == 0
+    words = [sys.executable, *command[1:], *small, *limits, "--seed", "6", "--json", str(output)]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(output.read_text())
-    done = [entry["action"].split("@")[0] for entry in results["done"] if entry["problem"] == ""]
-    actions = sum(kind != "restarted" for kind in done)
+    kinds = [entry["action"].split("@")[0] for entry in results["done"] if entry["problem"] == ""]
+    actions = sum(kind != "restarted" for kind in kinds)
     assert len(results["fired"]) + actions == 25
-    assert {"second-start", "other-settings", "two-attempts"} < {*done}
+    assert {"second-start", "other-settings", "two-attempts"} < {*kinds}
     assert results["problems"] == []
     assert results["digest"] == results["uninterrupted"]
-    shown = capsys.readouterr().out
-    assert "the same bits, nothing lost" in shown
-    assert "resuming at step" in shown
+    assert "the same bits, nothing lost" in done.stdout
+    assert "resuming at step" in done.stdout
