@@ -9,8 +9,7 @@ import pytest
 import sklearn.metrics
 import torch
 from PIL import Image
-from support.forking import Ranks
-from support.processes import environment, free_port
+from support.processes import evaluate
 
 import distrain
 from distrain.data.storage.index_file import load_index, save_index
@@ -30,14 +29,6 @@ from distrain.evaluation.metrics import (
 from distrain.evaluation.report import describe
 from distrain.evaluation.table import Table, read_table, write_table
 from distrain.export.writers import TARGETS, export
-
-
-def evaluate(folder, *arguments, ranks=1):
-    """Run the tool on forked ranks. Returns its exit code and output."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
-    words = ["evaluate", *map(str, arguments), "--out", str(folder)]
-    return Ranks(words, environment(), ranks, free_port(), log, None).wait(120), log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ import pyarrow.parquet
 import pytest
 import sklearn.metrics
 from PIL import Image
-from support.forking import Ranks
-from support.processes import environment, free_port
+from support.processes import evaluate
 from support.synthetic import CLASSES
 
 import distrain
@@ -22,14 +21,6 @@ from distrain.export.load import load_any
 from distrain.export.thresholds import choose_thresholds, read_thresholds
 
 FILES = {"predictions.parquet", "metrics.json", "classes.csv", "thresholds.json", "reliability.png", "worst.png"}
-
-
-def evaluate(folder, *arguments, ranks=1):
-    """Run the tool on forked ranks. Returns its exit code and output."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log = folder.with_suffix(".log")
-    words = ["evaluate", *map(str, arguments), "--out", str(folder)]
-    return Ranks(words, environment(), ranks, free_port(), log, None).wait(120), log.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -195,3 +195,11 @@ def digest_on_one_node(folder: Path, *arguments: str, ranks: int) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip().rpartition("weights ")[2]
+
+
+def evaluate(folder: Path, *arguments: object, ranks: int = 1) -> tuple[int, str]:
+    """Run `distrain evaluate` on forked ranks. Returns its exit code and output."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.with_suffix(".log")
+    words = ["evaluate", *map(str, arguments), "--out", str(folder)]
+    return Ranks(words, environment(), ranks, free_port(), log, None).wait(120), log.read_text()
