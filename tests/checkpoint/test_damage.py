@@ -183,6 +183,13 @@ def test_a_damaged_run_folder_ends_well(unfinished, tmp_path, seed, capsys, monk
     require_good_end(unfinished, folder, has_checkpoint, capsys, monkeypatch)
 
 
+@pytest.mark.parametrize("pattern", ["manifest.json", ".metadata", "*.distcp"])
+def test_a_run_continues_without_the_checkpoint_that_lost_a_file(unfinished, tmp_path, pattern, capsys, monkeypatch):
+    folder = shutil.copytree(unfinished[1], tmp_path / "run")
+    next(max(folder.glob("checkpoints/step-*")).glob(pattern)).unlink()
+    require_good_end(unfinished, folder, True, capsys, monkeypatch)
+
+
 def test_a_file_in_place_of_the_checkpoints_does_not_start_the_run_over(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(NotADirectoryError):
@@ -195,6 +202,16 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path, committe
     refusal = pytest.raises(UserError, match="began from step 7, and there is no checkpoint now")
     with refusal if is_refused else nullcontext():
         require_no_lost_checkpoints(tmp_path)
+
+
+def test_a_start_after_the_checkpoints_are_gone_is_refused(unfinished, tmp_path):
+    folder = shutil.copytree(unfinished[1], tmp_path / "run")
+    for checkpoint in folder.glob("checkpoints/step-*"):
+        shutil.rmtree(checkpoint)
+    Claim(folder, 2, 8, 0).end("killed", True)
+    refused = train_forked(folder, *unfinished[0])
+    assert refused.code == 78
+    assert "began from step 8, and there is no checkpoint now" in refused.output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("content", ["{}", '{"format": 2, "versions": {}}', "[]"])

@@ -103,6 +103,9 @@ def test_a_finished_run_continues_for_more_epochs_only_on_purpose(settings, tmp_
     assert "resuming at step 17 of 51" in longer.output
     assert list(longer.series("train/loss")) == list(range(1, 52))
     assert train(folder, *settings).code == 0  # the new length is the run's from now on
+    shorter = train(folder, *settings, "train.epochs=2", "run.change=[train.epochs]")
+    assert shorter.code == 78
+    assert "train.epochs=2.0 ends at step 34, and this run is at step 51 already" in shorter.output
 
 
 def test_a_fixed_setting_cannot_change_even_on_purpose(settings, tmp_path):

@@ -2,15 +2,19 @@
 
 import logging
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.processes import SMALL, environment, read_metrics
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 
 from launch import rendezvous
-from launch.node import run_ranks
+from launch.node import create_log_folder, report_failure, run_ranks
 from launch.node_env import Node
 
 
@@ -63,3 +67,27 @@ def test_a_node_whose_ranks_end_without_failure_is_done(monkeypatch):
 def test_a_node_that_cannot_reach_the_others_has_crashed_in_one_line(monkeypatch, capsys):
     assert end_with(monkeypatch, RuntimeError("the client socket\nhas timed out")) == 1
     assert capsys.readouterr().err == "launch: here: the client socket has timed out\n"
+
+
+def test_a_node_that_can_write_neither_logs_nor_output_trains_to_its_end(on_dataset, small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,nr_inodes=1", str(small_disk)], check=True)
+    short = ("batch.lanes=2", "batch.per_lane=4", "train.epochs=0.2", "evaluate.batch=64")
+    words = ["--ranks", "1", "--logs", str(small_disk / "logs"), "--", *SMALL, *on_dataset, *short]
+    command = [sys.executable, "-m", "launch", "node", *words, f"run.dir={tmp_path}", "run.name=run"]
+    with Path("/dev/full").open("wb") as full:
+        assert subprocess.run(command, env=environment(), stdout=full, stderr=full, timeout=200).returncode == 0
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 5
+
+
+def test_a_node_without_room_for_a_log_folder_goes_on_without(small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,nr_inodes=1", str(small_disk)], check=True)
+    assert create_log_folder(small_disk / "logs") is None
+    assert capsys.readouterr().err == f"launch: {small_disk}/logs: no log files are kept: No space left on device\n"
+
+
+def test_a_failure_that_cannot_be_written_to_a_file_is_printed(small_disk, capsys):
+    (small_disk / "filler").write_bytes(bytes(2**21))
+    failure = ProcessFailure(0, 4711, -signal.SIGKILL, "")
+    report_failure("here", 3, failure, small_disk)
+    assert capsys.readouterr().err == "launch: rank 3 on here (pid 4711) ended with signal 9\n"
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
