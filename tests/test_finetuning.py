@@ -286,7 +286,7 @@ def test_balanced_weights_give_every_class_the_same_share():
     ("content", "message"),
     [
         ('{"a": 1}', "has no weight of b"),
-        ('{"a": 1, "b": 2, "x": 1}', "x is not a class of data.train"),
+        ('{"a": 1, "b": 2, "x": 1}', "x is none of the classes"),
         ('{"a": 1, "b": "2"}', "the weight of b is '2'"),
         ('{"a": 1, "b": true}', "the weight of b is True"),
         ('{"a": -1, "b": 1}', "the weight of a is -1"),

@@ -20,7 +20,8 @@ from distrain.evaluation.report import describe, describe_comparison, write_repo
 from distrain.evaluation.table import Table, read_table
 from distrain.export.arguments import add_model_arguments, load_model
 from distrain.export.classifier import Classifier
-from distrain.export.load import Model, load_any
+from distrain.export.load import load_any
+from distrain.export.model import Model
 from distrain.export.thresholds import HELP as THRESHOLDS
 from distrain.export.thresholds import choose_thresholds
 from distrain.masking import mask_secrets

@@ -23,7 +23,7 @@ from distrain.data.storage.remote import open_store
 from distrain.data.storage.store import DataError
 from distrain.evaluate import rank_of_label
 from distrain.export.classifier import Classifier, read_image
-from distrain.export.load import Model
+from distrain.export.model import Model
 from distrain.parallel.group import Group
 
 TOP = 5

@@ -7,7 +7,8 @@ from typing import Any
 from distrain.config.values import ValueProblem, read_text
 from distrain.data.shards.labels import read_classes
 from distrain.errors import UserError
-from distrain.export.load import Model, load, load_any
+from distrain.export.load import load, load_any
+from distrain.export.model import Model
 
 MODEL_HELP = (
     "a run (runs/NAME[:best|last|STEP][:ema|raw]), weights (a file, a URL, torchvision[:V1|V2], timm:NAME) or an "

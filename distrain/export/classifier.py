@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from distrain.data.image import decode_rgb
+from distrain.export.model import Model
 from distrain.preprocessing import Preprocessing
 
 _BICUBIC = -0.5  # parameter a of the kernel (Keys 1981), as in antialiased resizing of Pillow and torch
@@ -49,8 +50,8 @@ class Preprocess(nn.Module):
         return weights / weights.sum(dim=1, keepdim=True)
 
 
-class Classifier(nn.Module):
-    """uint8 images [n, 3, h, w] (RGB) of any size -> logits, float32 [n, classes]."""
+class Classifier(nn.Module, Model):
+    """A network with its preprocessing."""
 
     def __init__(
         self, network: nn.Module, preprocessing: Preprocessing, classes: Sequence[str], record: dict[str, Any]
@@ -60,20 +61,8 @@ class Classifier(nn.Module):
         self.network = network
         self.preprocessing = preprocessing
         self.classes = tuple(classes)
-        """Names of the logits."""
         self.record = record
-        """Where the weights come from, of which network they are and, if known, the training samples of each class."""
         self.eval()
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether each class is decided by itself, by the sigmoid of its logit."""
-        return bool(self.record.get("multi_label"))
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """The probability from which on an image has each label, [classes]; empty unless chosen when exported."""
-        return tuple(self.record.get("thresholds", ()))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.network(self.preprocess(images))

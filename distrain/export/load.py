@@ -5,13 +5,14 @@ import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from distrain import models
 from distrain.errors import UserError
 from distrain.export.classifier import Classifier
+from distrain.export.model import Model
 from distrain.masking import mask_secrets
 from distrain.models import load_weights
 from distrain.models.weight_files import Weights
@@ -20,26 +21,6 @@ from distrain.sources import FORMS, open_weights
 
 RECORD = "distrain"  # key of the record in an exported program's metadata
 PROGRAMS = (".onnx", ".pt2")
-
-
-class Model(Protocol):
-    """A classifier, of PyTorch or exported: uint8 images [n, 3, h, w] of any size -> logits, float32 [n, classes]."""
-
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    record: dict[str, Any]
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether each class is decided by itself, by the sigmoid of its logit."""
-        ...
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        """The probability from which on an image has each label, [classes]; empty unless chosen when exported."""
-        ...
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
 def load(
@@ -102,7 +83,7 @@ def from_weights(
     return Classifier(built, preprocessing or Preprocessing(), names, record)
 
 
-class Program:
+class Program(Model):
     """An exported program, ONNX or torch.export, with the class names and provenance that it holds."""
 
     def __init__(self, path: Path) -> None:
@@ -114,14 +95,6 @@ class Program:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: was not exported by `distrain export`: it names no classes") from error
         self.record = record
-
-    @property
-    def multi_label(self) -> bool:
-        return bool(self.record.get("multi_label"))
-
-    @property
-    def thresholds(self) -> tuple[float, ...]:
-        return tuple(self.record.get("thresholds", ()))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 images [n, 3, h, w] -> logits, float32 [n, classes]."""

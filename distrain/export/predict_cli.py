@@ -17,7 +17,7 @@ from distrain.export.activation import activation_map, overlay, view
 from distrain.export.arguments import add_model_arguments, load_model
 from distrain.export.classifier import Classifier, Preprocess
 from distrain.export.images import list_images, open_images
-from distrain.export.load import Model
+from distrain.export.model import Model
 from distrain.export.thresholds import HELP as THRESHOLDS
 from distrain.export.thresholds import choose_thresholds
 from distrain.sheet import write_sheet

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distrain.errors import UserError, nearest
-from distrain.export.load import Model
+from distrain.class_numbers import read_class_numbers
+from distrain.errors import UserError
+from distrain.export.model import Model
 
 DEFAULT = 0.5
 HELP = 'a JSON file {"CLASS": THRESHOLD}, such as thresholds.json of evaluate (multi-label models)'
@@ -28,22 +29,7 @@ def choose_thresholds(path: Path | None, model: Model) -> NDArray[np.float64]:
 
 def read_thresholds(path: Path, classes: Sequence[str]) -> NDArray[np.float64]:
     """Read {"CLASS": THRESHOLD}, float64 [classes]. Raises UserError unless it names every class."""
-    where, cure = f"--thresholds {path}", 'write {"CLASS": THRESHOLD, ...}, as evaluate does'
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {cure}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: not a JSON object: {cure}")
-    if unknown := sorted(content.keys() - set(classes)):
-        raise UserError(f"{where}: {unknown[0]} is not a class of the model: {nearest(unknown[0], classes)}")
-    for name in classes:
-        value = content.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"{where}: the threshold of {name} is {value!r}: it must be a number from 0 to 1")
-    return np.array([content[name] for name in classes], np.float64)
+    return read_class_numbers(path, classes, option="--thresholds", noun="threshold", highest=1.0)
 
 
 def write_thresholds(path: Path, classes: Sequence[str], thresholds: NDArray[np.float64]) -> None:

@@ -1,6 +1,5 @@
 """The loss of classification, and weights of its classes."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
+from distrain.class_numbers import read_class_numbers
 from distrain.config import LossConfig
 from distrain.data.index import Index
-from distrain.errors import UserError, nearest
+from distrain.errors import UserError
 
 BALANCED = "balanced"
 
@@ -80,25 +80,4 @@ def class_weights(
         if images is not None:
             return ((images - counts) / counts).astype(np.float32)
         return (counts.sum() / (len(counts) * counts)).astype(np.float32)
-    return _read_weights(Path(setting), classes)
-
-
-def _read_weights(path: Path, classes: Sequence[str]) -> NDArray[np.float32]:
-    where = f"loss.class_weights: {path}"
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}; write balanced, or a JSON file") from error
-    except ValueError as error:
-        raise UserError(f'{where}: not valid JSON: write {{"CLASS": WEIGHT, ...}}') from error
-    if not isinstance(content, dict):
-        raise UserError(f'{where}: not a JSON object: write {{"CLASS": WEIGHT, ...}}')
-    if missing := [name for name in classes if name not in content]:
-        raise UserError(f"{where}: has no weight of {missing[0]}, and {len(missing) - 1} more: name every class")
-    if unknown := sorted(content.keys() - set(classes)):
-        raise UserError(f"{where}: {unknown[0]} is not a class of data.train: {nearest(unknown[0], classes)}")
-    for name in classes:
-        weight = content[name]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise UserError(f"{where}: the weight of {name} is {weight!r}: it must be a number of at least 0")
-    return np.array([content[name] for name in classes], np.float32)
+    return read_class_numbers(Path(setting), classes, option="loss.class_weights:", noun="weight").astype(np.float32)

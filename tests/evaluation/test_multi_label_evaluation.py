@@ -106,9 +106,9 @@ def test_other_kinds_of_data_models_and_options_are_refused(run, finished, datas
     [
         ("[", "not valid JSON"),
         ("[1]", "not a JSON object"),
-        ('{"red": 0.5}', "the threshold of green is None"),
+        ('{"red": 0.5}', "has no threshold of green, and 1 more: name every class"),
         ('{"red": 0.5, "green": 2, "blue": 0}', "the threshold of green is 2: it must be a number from 0 to 1"),
-        ('{"red": 0.5, "gren": 1, "blue": 0}', "gren is not a class of the model: did you mean green"),
+        ('{"red": 0.5, "gren": 1, "blue": 0}', "gren is none of the classes: did you mean green"),
     ],
 )
 def test_a_file_of_thresholds_is_checked(content, message, tmp_path):
