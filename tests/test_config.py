@@ -26,6 +26,12 @@ def test_printed_configuration_reads_back_as_the_same(tmp_path):
     assert config.load(path) == loaded
 
 
+def test_options_of_a_network_are_numbers_truth_values_and_text():
+    words = ["depth=6", "wa=16.5", "final_relu=true", "stem=cifar", "stage_gate=null"]
+    loaded = config.load(None, [*REQUIRED, *(f"model.options.{word}" for word in words)])
+    assert loaded.model.options == {"depth": 6, "wa": 16.5, "final_relu": True, "stem": "cifar", "stage_gate": None}
+
+
 def test_every_setting_is_explained_where_it_is_printed():
     lines = config.to_yaml(config.load(None, REQUIRED)).splitlines()
     assert all("  # " in line for line in lines if line.startswith("  "))

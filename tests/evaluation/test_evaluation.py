@@ -271,6 +271,11 @@ def test_resolutions_and_a_comparison_are_reported(finished, dataset, tmp_path):
     assert output.count("McNemar p = ") == 2
 
 
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_table(tmp_path)
+
+
 def test_an_exported_program_is_scored_like_its_run(finished, dataset, evaluated, tmp_path):
     model = distrain.load(finished[1])
     path = tmp_path / f"model{TARGETS['onnx']}"
