@@ -228,6 +228,23 @@ def test_a_run_whose_output_cannot_be_written_trains_to_its_end(on_dataset, tmp_
     assert read_metrics(tmp_path / "run")[-1]["step"] == 5
 
 
+def test_a_terminal_that_cannot_show_a_name_gets_it_escaped():
+    command = [
+        sys.executable,
+        "-m",
+        "distrain",
+        "--print-config",
+        "data.train=a",
+        "data.val=b",
+        *SMALL,
+        "run.name=Größe",
+    ]
+    env = {**environment(), "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert shown.returncode == 0, shown.stderr
+    assert r"Gr\xf6\xdfe" in shown.stdout
+
+
 def test_closed_standard_streams_are_no_crash():
     command = f"exec {shlex.quote(sys.executable)} -m distrain --version >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], env=environment()).returncode == 0

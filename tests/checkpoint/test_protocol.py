@@ -31,6 +31,7 @@ from distrain.checkpoint.files import (
 from distrain.checkpoint.metadata import METADATA, DamagedCheckpointError, Reader
 from distrain.config import CheckpointConfig
 from distrain.errors import TemporaryError
+from distrain.files import read_json, write_json
 from distrain.resilience.file_calls import Disturbance, FileCalls
 
 
@@ -87,10 +88,11 @@ def test_a_flipped_bit_in_a_manifest_is_found(run_folder, bit):
 
 def test_a_manifest_that_names_a_file_elsewhere_is_damaged(run_folder):
     newest = committed(run_folder / "checkpoints")[-1]
-    manifest = json.loads((newest / MANIFEST).read_text())
-    manifest["files"]["../../config.yaml"] = {"size": 1, "crc32": 1}
-    (newest / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(DamagedCheckpointError):
+    manifest = read_json(newest / MANIFEST, "")
+    content = (run_folder / "config.yaml").read_bytes()
+    manifest["files"]["../../config.yaml"] = {"size": len(content), "crc32": zlib.crc32(content)}
+    write_json(newest / MANIFEST, manifest)
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json is not as it was written"):
         verify(newest)
 
 
