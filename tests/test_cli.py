@@ -10,7 +10,7 @@ import pytest
 from support.forking import Ranks
 from support.processes import SMALL, environment, free_port, read_metrics
 
-from distrain.errors import UserError
+from distrain.errors import TemporaryError, UserError
 from distrain.masking import MaskingFormatter, mask_secrets, print_masked_traceback, remember_secrets
 from distrain.parallel.environment import Environment, read_environment
 
@@ -150,7 +150,7 @@ def test_secrets_are_masked_and_other_text_is_not(monkeypatch, text, masked):
     remember_secrets("https://h/x?sig=s1gnature&a=1")
     assert mask_secrets(text) == masked
     assert mask_secrets(masked) == masked
-    assert str(UserError(text)) == masked
+    assert str(UserError(text)) == str(TemporaryError(text)) == masked
 
 
 def test_short_values_and_those_of_other_variables_are_no_secrets(monkeypatch):
