@@ -41,11 +41,12 @@ def test_unreadable_lines_are_skipped(tmp_path, caplog):
     assert [entry.step for entry in Spool(path).entries()] == [1, 2]
 
 
-def test_metrics_that_a_full_disk_rejects_are_written_once_there_is_room(tmp_path, caplog):
+@pytest.mark.parametrize("room", [0, 5])
+def test_metrics_that_a_full_disk_rejects_are_written_once_there_is_room(tmp_path, caplog, room):
     spool = Spool(tmp_path / "metrics.jsonl")
     spool.append(1, {"a": 1.0})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + room, limits[1]))
     try:
         spool.append(2, {"a": 2.0})
         with pytest.raises(OSError, match=r"metrics\.jsonl: metrics cannot be written"):
