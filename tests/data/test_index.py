@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from io import BytesIO
@@ -236,3 +238,18 @@ def test_the_index_of_imagenet_loads_and_takes_less_than_64_megabytes(tmp_path):
     assert loaded.digest == built.digest
     assert (loaded.shards, loaded.classes) == (built.shards, built.classes)
     assert held < peak < 64e6
+
+
+def test_reading_an_index_leaves_no_thread_that_waits_for_python_files(dataset):
+    """Such a thread of Arrow's pool for input and output aborts the process at its exit now and then."""
+    program = (
+        "import os, sys, pyarrow, pyarrow.parquet\n"
+        "from distrain.data.storage.index_file import load_index\n"
+        "pyarrow.set_cpu_count(1)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "load_index(sys.argv[1])\n"
+        "print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    command = [sys.executable, "-c", program, str(dataset / "train.parquet")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"  # the one that decodes
