@@ -12,7 +12,7 @@ from distrain.errors import UserError
 
 SHARD = "train-000001.tar"
 
-QUICK_RETRIES = DownloadConfig(retries=2, retry_wait=0.01, timeout=0.3)
+QUICK_RETRIES = DownloadConfig(retries=2, retry_wait=0.01, timeout=1.0)
 
 
 @pytest.mark.parametrize("protocol", ["http", "s3"])
