@@ -1,0 +1,1 @@
+"""Design spaces: sample networks, train each briefly, compare the distributions of their errors, choose."""
