@@ -24,6 +24,7 @@ class Stream(IntEnum):
     FLIP = 3
     FORWARD = 4
     PIXELS = 5
+    SPACE = 6
 
 
 def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:

@@ -144,8 +144,8 @@ def test_a_file_and_a_path_keep_text_as_typed_too(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "expected a mapping of sections, such as batch: {lanes: 4}"),
-        (b"- a\n", "expected a mapping of sections, such as batch: {lanes: 4}"),
+        (b"", "expected a mapping, such as batch: {lanes: 4}"),
+        (b"- a\n", "expected a mapping, such as batch: {lanes: 4}"),
         (b"data:\nrun:\n\tname: x\n", "line 3: indented with a tab: use spaces"),
         (b"run: {name: a}\nrun: {name: b}\n", "line 2: run occurs twice; the first is in line 1: remove one"),
         (b"run: {name: a,\n  name: b}\n", "line 2: run.name occurs twice; the first is in line 1: remove one"),

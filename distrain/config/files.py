@@ -28,7 +28,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     and the key, with the nearest valid key or the cure.
     """
     merged = OmegaConf.structured(Config)
-    for source, layer in [*_read_layers(Path(path))] if path else []:
+    for source, layer in [*read_layers(Path(path), Config, "batch: {lanes: 4}")] if path else []:
         merged = _merge(merged, layer, source)
     for override in overrides:
         merged = _merge(merged, _read_override(override), override)
@@ -173,20 +173,25 @@ def _is_location(key: str) -> bool:
     return any(entry.metadata["location"] for entry in fields(get_type_hints(Config)[section]) if entry.name == name)
 
 
-def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file, content) of what `path` extends, outermost base first, then of `path`."""
+def read_layers(
+    path: Path, kind: type, example: str, seen: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file, content) of what `path` extends, outermost base first, then of `path`.
+
+    The content is a mapping of those fields of the dataclass `kind` that occur, checked. Raises UserError.
+    """
     if resolve(path) in seen:
         raise UserError(f"{path}: extends itself via {', '.join(str(p) for p in seen)}")
     try:
         node = compose(_read_utf8(path))
         if not isinstance(node, yaml.MappingNode):
-            raise ValueProblem("expected a mapping of sections, such as batch: {lanes: 4}")
+            raise ValueProblem(f"expected a mapping, such as {example}")
         base = dict(merged_items(node)).get("extends")
         if base is not None:
             if not isinstance(base, yaml.ScalarNode) or not base.value:
                 raise ValueProblem("must be the name of one file", "extends", base.start_mark.line + 1)
             node.value = [(name, child) for name, child in node.value if name.value != "extends"]
-        content = read_node(node, Config)
+        content = read_node(node, kind)
     except ValueProblem as error:
         where = "" if error.line is None else f"line {error.line}: "
         raise UserError(f"{path}: {where}{error.key}{' ' if error.key else ''}{error}") from error
@@ -194,7 +199,7 @@ def _read_layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[tuple[str,
         extended = path.parent / Path(base.value).expanduser()
         if not extended.exists():
             raise UserError(f"{path}: extends {base.value}, which is not there: {extended}")
-        yield from _read_layers(extended, (*seen, resolve(path)))
+        yield from read_layers(extended, kind, example, (*seen, resolve(path)))
     yield str(path), content
 
 

@@ -1,0 +1,153 @@
+"""Networks of a design space: the i-th is a pure function of (space, seed, i)."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distrain.errors import UserError
+from distrain.models import network_config
+from distrain.models.analytic import network_cost
+from distrain.models.complexity import Cost
+from distrain.models.densenet import DenseNetConfig
+from distrain.models.regnet import AnyNetConfig, RegNetConfig
+from distrain.models.regnet_widths import adjust_width
+from distrain.rng import Stream, uniform
+from distrain.sweep.ranges import Value
+from distrain.sweep.space import COSTS, Space, stage_options
+
+_BATCH = 64
+_MAX_DRAWS = 200_000
+_UNFIT = "the network cannot be built"
+_CONFIGS = DenseNetConfig | RegNetConfig | AnyNetConfig
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A network of a design space."""
+
+    index: int
+    network: str
+    options: Mapping[str, Any]
+    """For `distrain.models.build`."""
+    parameters: Mapping[str, Value]
+    """What was drawn or derived, by name; of stage 1, 2, ... as `width.1`, `width.2`, ..."""
+    cost: Cost
+    """For one image."""
+    draws: int
+    """How many were drawn until one fulfilled the conditions."""
+
+
+class Sampler:
+    """Draws networks of one design space, for images of `resolution` x `resolution` pixels."""
+
+    def __init__(self, space: Space, num_classes: int = 1000, resolution: int = 224) -> None:
+        self.space = space
+        self._num_classes = num_classes
+        self._resolution = resolution
+        self._digest = space.digest
+        self._places = list(self._layout())
+        self._cheap = [one for one in space.conditions if not one.names & set(COSTS)]
+        self._costly = [one for one in space.conditions if one.names & set(COSTS)]
+
+    def sample(self, seed: int, index: int) -> Sample:
+        """The network `index`. Raises UserError if hardly any fulfills the conditions, naming the one that rejects."""
+        rejected: Counter[str] = Counter()
+        for draws, values in enumerate(self._draws(seed, index), 1):
+            outcome = self._try(index, values, draws)
+            if isinstance(outcome, Sample):
+                return outcome
+            rejected[outcome] += 1
+        reason, times = rejected.most_common(1)[0]
+        raise UserError(
+            f"{self.space.name}: none of {_MAX_DRAWS:,} networks fulfills all conditions; {times / _MAX_DRAWS:.1%} of "
+            f"them fail at: {reason}; widen the conditions or the ranges"
+        )
+
+    def accepted(self, seed: int, draws: int) -> int:
+        """How many of the first `draws` fulfill the conditions."""
+        found = (self._try(0, values, 1) for _, values in zip(range(draws), self._draws(seed, 0), strict=False))
+        return sum(isinstance(one, Sample) for one in found)
+
+    def _layout(self) -> Iterator[str]:
+        for parameter in self.space.parameters:
+            yield from [parameter.name] * (self.space.stages if parameter.per_stage else 1)
+
+    def _draws(self, seed: int, index: int) -> Iterator[dict[str, Any]]:
+        keys = seed, Stream.SPACE, self._digest, index
+        for start in range(0, _MAX_DRAWS, _BATCH):
+            attempts = [[number] for number in range(start, start + _BATCH)]
+            for row in uniform(*keys, attempts, range(len(self._places))).tolist():
+                yield self._values(iter(row))
+
+    def _values(self, uniforms: Iterator[float]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for parameter in self.space.parameters:
+            if parameter.per_stage:
+                drawn = [parameter.range.draw(next(uniforms)) for _ in range(self.space.stages)]
+                if parameter.order:  # a sorted list is as likely as all its permutations together
+                    drawn.sort(key=float, reverse=parameter.order == "falling")
+                values[parameter.name] = drawn
+            else:
+                values[parameter.name] = parameter.range.draw(next(uniforms))
+        return values
+
+    def _try(self, index: int, drawn: dict[str, Any], draws: int) -> Sample | str:
+        """The network, or why it is none."""
+        values = {**drawn, **{name: one.evaluate(drawn) for name, one in self.space.derived.items()}}
+        options = self._options(values)
+        try:
+            config = network_config(self.space.network, **options)
+        except UserError:
+            return _UNFIT
+        known = {**values, **_shape(config)}
+        for condition in self._cheap:
+            if not condition.evaluate(known):
+                return condition.text
+        try:
+            cost = network_cost(config, self._num_classes, self._resolution)
+        except UserError:
+            return _UNFIT
+        known |= {"flops": cost.flops, "params": cost.params, "activations": cost.conv_activations}
+        for condition in self._costly:
+            if not condition.evaluate(known):
+                return condition.text
+        return Sample(index, self.space.network, options, dict(_flat(values)), cost, draws)
+
+    def _options(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = {**self.space.fixed, **values}
+        per_stage = stage_options(self.space.network)
+        frame = {name: value for name, value in chosen.items() if name not in per_stage}
+        if not per_stage:
+            return frame
+        stages = [
+            {
+                name: chosen[name][number] if isinstance(chosen[name], list) else chosen[name]
+                for name in chosen.keys() & per_stage
+            }
+            for number in range(self.space.stages)
+        ]
+        if self.space.network == "densenet":
+            return {**frame, "depths": [stage["depth"] for stage in stages]}
+        for stage in stages:
+            ratio, group = stage.get("bottleneck_ratio", 1), stage.get("group_width", 1)
+            if "width" in stage:
+                stage["width"], stage["group_width"] = adjust_width(stage["width"], ratio, group, "pycls")
+        return {**frame, "stages": stages}
+
+
+def _shape(config: _CONFIGS) -> dict[str, Any]:
+    """What conditions can ask of any network."""
+    if isinstance(config, DenseNetConfig):
+        return {"stages": len(config.depths), "blocks": sum(config.depths), "depths": config.depths, "widths": ()}
+    stages = config.stages() if isinstance(config, RegNetConfig) else config.stages
+    depths, widths = [stage.depth for stage in stages], [stage.width for stage in stages]
+    return {"stages": len(stages), "blocks": sum(depths), "depths": depths, "widths": widths}
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Value]]:
+    for name, value in values.items():
+        if isinstance(value, list):
+            yield from ((f"{name}.{number}", one) for number, one in enumerate(value, 1))
+        else:
+            yield name, value
