@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from distrain.errors import UserError, nearest
 
 Kind = TypeVar("Kind")
+_types_of = cache(get_type_hints)
 
 
 def create(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
@@ -25,7 +27,7 @@ def create(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
 
 def check(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return `values` with YAML lists and mappings converted to the field types of `kind`. Raises UserError."""
-    types = get_type_hints(kind)
+    types = _types_of(kind)
     checked: dict[str, Any] = {}
     for name, value in values.items():
         if name not in types:

@@ -6,6 +6,7 @@ are in `regnet_widths`.
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from itertools import groupby
 from typing import Literal
 
@@ -149,6 +150,7 @@ class RegNetConfig(FrameConfig):
         check_choice("width_rule", self.width_rule, WidthRule)
         self.stages()  # checks every stage
 
+    @lru_cache(maxsize=1)  # noqa: B019, it is asked for several times while a network is drawn
     def stages(self) -> tuple[StageConfig, ...]:
         """Return one stage per run of equal quantized widths, rounded to be divisible by its groups."""
         widths = quantize_widths(self.depth, self.w0, self.wa, self.wm).tolist()

@@ -103,8 +103,8 @@ def load_space(path: Path, fixed: Mapping[str, Any] | None = None, keep: Sequenc
                 found[name] = {**found[name], **value}
             else:
                 found[name] = [*found[name], *value] if name == "keep" else value
-    if "network" not in found:
-        raise UserError(f"{path}: network must be set: {', '.join(CONFIGS)}")
+    if found.get("network") not in CONFIGS:
+        raise UserError(f"{path}: network must be set to one of {', '.join(CONFIGS)}")
     found["fixed"] = {**found["fixed"], **(fixed or {})}
     found["keep"] = [*found["keep"], *keep]
     return _check(path, SpaceFile(**found))
@@ -112,13 +112,14 @@ def load_space(path: Path, fixed: Mapping[str, Any] | None = None, keep: Sequenc
 
 def _check(path: Path, file: SpaceFile) -> Space:
     options = _known_options(file.network)
-    if (file.network == "regnet") != (file.stages == 0) or file.stages < 0:
-        cure = "leave it out" if file.network == "regnet" else "how many, such as stages: 4"
-        raise UserError(f"{path}: stages={file.stages} of a {file.network}: {cure}")
+    if file.network == "regnet" and file.stages:
+        raise UserError(f"{path}: stages: leave it out: those of a RegNet follow from its parameters")
+    if file.network != "regnet" and file.stages < 1:
+        raise UserError(f"{path}: stages must be set, such as stages: 4")
     for section in ("sample", "derive", "fixed"):
         for name in getattr(file, section):
             if name not in options:
-                raise UserError(f"{path}: {section}: a {file.network} has no {name}: {nearest(name, options)}")
+                raise UserError(f"{path}: {section}: {file.network} has no option {name}: {nearest(name, options)}")
     if both := set(file.sample) & set(file.fixed) | set(file.derive) & {*file.sample, *file.fixed}:
         raise UserError(f"{path}: {min(both)} is set twice, in two of sample, derive and fixed: leave one out")
     if not file.sample:

@@ -1,0 +1,176 @@
+"""Design spaces: what a file may hold, and that every sampled network is as the file says."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distrain.errors import UserError
+from distrain.models import build, network_config
+from distrain.models.analytic import network_cost
+from distrain.sweep.expressions import Expression
+from distrain.sweep.ranges import Range
+from distrain.sweep.sampling import Sampler
+from distrain.sweep.space import load_space
+
+FOLDER = Path(__file__).parents[2] / "configs/sweep"
+SPACES = {path.stem: load_space(path) for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def lists(sample, name):
+    return [value for key, value in sample.parameters.items() if key.partition(".")[0] == name]
+
+
+@pytest.mark.parametrize("name", SPACES)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**9), index=st.integers(0, 10**6))
+def test_every_sample_is_a_network_that_fulfills_the_conditions(name, seed, index):
+    space = SPACES[name]
+    sample = Sampler(space).sample(seed, index)
+    assert sample == Sampler(space).sample(seed, index)
+    config = network_config(sample.network, **sample.options)
+    assert network_cost(config, 1000, 224) == sample.cost
+    for parameter in space.parameters:
+        values = lists(sample, parameter.name)
+        assert len(values) == (space.stages if parameter.per_stage else 1)
+        for value in values:
+            if parameter.range.kind == "choice":
+                assert value in parameter.range.choices
+            else:
+                assert parameter.range.low <= value <= parameter.range.high
+                steps = value / parameter.range.step
+                assert math.isclose(steps, round(steps), abs_tol=1e-6)
+        if parameter.order == "rising":
+            assert all(before <= after for before, after in pairwise(values))
+    flops, params, activations = sample.cost.flops, sample.cost.params, sample.cost.conv_activations
+    if name != "densenet":
+        assert 360e6 <= flops <= 400e6
+    if name.startswith("regnet"):
+        assert len(config.stages()) == 4
+    if name.endswith("refined"):
+        assert config.bottleneck_ratio == 1
+        assert config.depth <= 40
+        assert config.wm >= 2
+        assert params <= 3e6 + 5.5e-3 * flops
+        assert activations <= 6.5e6 * math.sqrt(flops / 1e9)
+        assert all(stage.se_ratio == (0.25 if name.startswith("regnety") else 0) for stage in config.stages())
+
+
+@pytest.mark.parametrize(
+    ("name", "per_stage"),
+    [
+        ("anynetx_a", {"depth", "width", "bottleneck_ratio", "group_width"}),
+        ("anynetx_b", {"depth", "width", "group_width"}),
+        ("anynetx_c", {"depth", "width"}),
+        ("anynetx_d", {"depth", "width"}),
+        ("anynetx_e", {"depth", "width"}),
+    ],
+)
+def test_each_anynet_shares_one_thing_more_between_its_stages(name, per_stage):
+    space = SPACES[name]
+    assert {parameter.name for parameter in space.parameters if parameter.per_stage} == per_stage
+    rising = {parameter.name for parameter in space.parameters if parameter.order == "rising"}
+    assert rising == {"d": {"width"}, "e": {"width", "depth"}}.get(name[-1], set())
+
+
+@pytest.mark.parametrize(("letter", "log10"), [("a", 18), ("b", 16), ("c", 14), ("d", 13), ("e", 11)])
+def test_the_spaces_are_as_large_as_in_the_paper(letter, log10):
+    """Table 1 and section 3.2 give the powers of ten, cut off."""
+    assert int(math.log10(SPACES[f"anynetx_{letter}"].count())) == log10
+
+
+def test_samples_of_one_space_seed_and_index_never_change():
+    sample = Sampler(SPACES["regnetx_refined"]).sample(1, 7)
+    assert dict(sample.parameters) == {"depth": 18, "w0": 32, "wa": 15.7, "wm": 2.206, "group_width": 32}
+    assert sample.cost.flops == 398499560
+
+
+def test_sampled_networks_can_be_built():
+    for space in SPACES.values():
+        sample = Sampler(space, 10, 32 if space.name == "densenet" else 224).sample(0, 0)
+        assert sum(p.numel() for p in build(sample.network, 10, **sample.options).parameters()) == sample.cost.params
+
+
+def test_values_follow_their_distribution():
+    uniforms = [(number + 0.5) / 4096 for number in range(4096)]
+    even = Range.parse({"uniform": [1, 4]}, "x")
+    assert [[even.draw(u) for u in uniforms].count(value) for value in (1, 2, 3, 4)] == [1024] * 4
+    log = Range.parse({"log": [1, 16]}, "x")
+    drawn = [log.draw(u) for u in uniforms]
+    octaves = [sum(low <= value < 2 * low for value in drawn) for low in (2, 4, 8)]
+    assert max(octaves) / min(octaves) < 1.2
+    assert (min(drawn), max(drawn)) == (1, 16)
+    real = Range.parse({"log": [0.01, 1.0]}, "x")
+    assert real.count == math.inf
+    assert math.isclose(real.draw(0.5), 0.1)
+    assert Range.parse({"uniform": [0.0, 0.3], "step": 0.1}, "x").draw(0.99) == 0.3
+
+
+WORDS = (
+    "network: anynet\nstages: 2\nsample:\n  width: {log: [8, 64], step: 8, per: stage}\n  depth: {uniform: [1, 4]}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("network: vit\n", "network must be set to one of regnet, anynet, densenet"),
+        ("stages: 2\n", "network must be set to one of"),
+        ("network: anynet\nsample: {depth: {uniform: [1, 2]}}\n", "stages must be set, such as stages: 4"),
+        ("network: regnet\nstages: 3\nsample: {depth: {uniform: [1, 2]}}\n", "stages: leave it out: those of a RegNet"),
+        ("network: regnet\n", "sample: nothing is drawn: name an option"),
+        ("network: regnet\nsample: {dept: {uniform: [1, 2]}}\n", "regnet has no option dept: did you mean depth?"),
+        ("network: regnet\nsample: {depth: [1, 2]}\n", "sample: depth: write {uniform: [LOW, HIGH]}"),
+        ("network: regnet\nsample: {depth: {uniform: [2, 1]}}\n", "uniform needs LOW < HIGH"),
+        ("network: regnet\nsample: {depth: {log: [0, 1]}}\n", "log needs LOW < HIGH, both above 0"),
+        ("network: regnet\nsample: {w0: {log: [9, 15], step: 8}}\n", "no multiple of 8 lies between 9 and 15"),
+        ("network: regnet\nsample: {depth: {choice: []}}\n", "choice needs a list of numbers or words"),
+        ("network: regnet\nsample: {depth: {uniform: [1, 2], per: stage}}\n", "per: stage is for AnyNets"),
+        (WORDS + "fixed: {depth: 3}\n", "depth is set twice, in two of sample, derive and fixed"),
+        (WORDS + "keep: [flop <= 1]\n", "'flop <= 1': no flop here: did you mean flops?"),
+        (WORDS + "keep: ['flops <=']\n", "'flops <=' is not an expression"),
+        (WORDS + "keep: ['__import__(\"os\")']\n", "only arithmetic, comparisons"),
+        (WORDS + "keep: [depth.real > 1]\n", "only arithmetic, comparisons"),
+        (WORDS + "keep: [width > 1]\n", "'width > 1' has no value: '>' not supported"),
+        (WORDS + "keep: [flops < 10]\n", "100.0% of them fail at: flops < 10; widen"),
+        ("extends: nothing.yaml\n", "extends nothing.yaml, which is not there"),
+        ("network: anynet\nnetwork: regnet\n", "line 2"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_one_line(tmp_path, text, message, monkeypatch):
+    monkeypatch.setattr("distrain.sweep.sampling._MAX_DRAWS", 640)
+    (tmp_path / "space.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        Sampler(load_space(tmp_path / "space.yaml")).sample(0, 0)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_replaces_what_it_extends_and_adds_conditions(tmp_path):
+    (tmp_path / "base.yaml").write_text(WORDS + "keep: [flops < 1e9]\nfixed: {stem: cifar}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "extends: base.yaml\nsample: {width: {choice: [16, 24]}}\nkeep: [stages == 2]\n"
+    )
+    space = load_space(tmp_path / "mine.yaml", fixed={"head_width": 64}, keep=["depth > 1"])
+    assert [(parameter.name, parameter.per_stage) for parameter in space.parameters] == [
+        ("width", False),
+        ("depth", False),
+    ]
+    assert [condition.text for condition in space.conditions] == ["flops < 1e9", "stages == 2", "depth > 1"]
+    assert space.fixed == {"stem": "cifar", "head_width": 64}
+
+
+def test_expressions_compute():
+    values = {"width": [8, 16, 40], "depth": 3}
+    for text, value in {
+        "1 + 2 * depth ** 2 / 4 - 7 // 2 % 2": 1 + 2 * 9 / 4 - 1,
+        "width[0] < width[1] < width[-1] and not depth == 4": True,
+        "depth > 5 or max(width) >= 40": True,
+        "sum(width) / len(width) + sqrt(16) + abs(-depth)": 64 / 3 + 7,
+    }.items():
+        assert Expression(text, values, "x").evaluate(values) == value
+    with pytest.raises(UserError, match=r"x: '1 / \(depth - 3\)' has no value: division by zero"):
+        Expression("1 / (depth - 3)", values, "x").evaluate(values)
