@@ -26,6 +26,7 @@ TOOLS = {
     "export": ("distrain.export.cli", "write a classifier for torchvision, timm, safetensors, torch.export or ONNX"),
     "checkpoints": ("distrain.checkpoint.cli", "list, verify, show and prune the checkpoints of a run"),
     "soak": ("distrain.soak.cli", "train under random faults and compare with an uninterrupted run"),
+    "sweep": ("distrain.sweep.cli", "sample design spaces and say how large they are"),
     "shards": ("distrain.data.cli", "build, fetch, index, verify and preview training data"),
 }
 

@@ -36,6 +36,8 @@ class SpaceFile:
     """Options that follow from what is drawn, as expressions."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Options that all networks share."""
+    flops: list[float] = field(default_factory=list)
+    """The fewest and the most multiply-adds for one image; any number if it is empty."""
     keep: list[str] = field(default_factory=list)
     """Conditions that every network fulfills: others are drawn again."""
 
@@ -91,12 +93,18 @@ class Space:
         return math.prod(parameter.count(self.stages) for parameter in self.parameters)
 
 
-def load_space(path: Path, fixed: Mapping[str, Any] | None = None, keep: Sequence[str] = ()) -> Space:
-    """Read a design space and what it extends; `fixed` options and conditions to `keep` are added to its own.
+def load_space(
+    path: Path,
+    fixed: Mapping[str, Any] | None = None,
+    keep: Sequence[str] = (),
+    flops: Sequence[float] = (),
+) -> Space:
+    """Read a design space and what it extends. `fixed` options and conditions to `keep` are added to its own, `flops`,
+    the fewest and the most multiply-adds, replace them.
 
-    An entry of `sample` or `derive` replaces that of the file it extends, conditions add up. Raises UserError.
+    An entry of a file replaces that of the file it extends, conditions add up. Raises UserError.
     """
-    found: dict[str, Any] = {"stages": 0, "sample": {}, "derive": {}, "fixed": {}, "keep": []}
+    found: dict[str, Any] = {"stages": 0, "sample": {}, "derive": {}, "fixed": {}, "flops": [], "keep": []}
     for _, layer in read_layers(path, SpaceFile, "network: anynet"):
         for name, value in layer.items():
             if name in ("sample", "derive", "fixed"):
@@ -107,6 +115,8 @@ def load_space(path: Path, fixed: Mapping[str, Any] | None = None, keep: Sequenc
         raise UserError(f"{path}: network must be set to one of {', '.join(CONFIGS)}")
     found["fixed"] = {**found["fixed"], **(fixed or {})}
     found["keep"] = [*found["keep"], *keep]
+    if flops:
+        found["flops"] = list(flops)
     return _check(path, SpaceFile(**found))
 
 
@@ -128,7 +138,10 @@ def _check(path: Path, file: SpaceFile) -> Space:
     drawn = [parameter.name for parameter in parameters]
     derived = {name: Expression(str(text), drawn, f"{path}: derive: {name}") for name, text in file.derive.items()}
     known = {*drawn, *derived, *COSTS, *_COUNTS}
-    conditions = tuple(Expression(text, known, f"{path}: keep") for text in file.keep)
+    if file.flops and (len(file.flops) != 2 or not 0 <= file.flops[0] < file.flops[1]):
+        raise UserError(f"{path}: flops needs two numbers, [FEWEST, MOST], not {file.flops}")
+    window = ["{:g} <= flops <= {:g}".format(*file.flops)] if file.flops else []
+    conditions = tuple(Expression(text, known, f"{path}: keep") for text in [*file.keep, *window])
     return Space(path.stem, file.network, file.stages, parameters, derived, file.fixed, conditions)
 
 
