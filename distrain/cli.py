@@ -26,11 +26,11 @@ TOOLS = {
     "export": ("distrain.export.cli", "write a classifier for torchvision, timm, safetensors, torch.export or ONNX"),
     "checkpoints": ("distrain.checkpoint.cli", "list, verify, show and prune the checkpoints of a run"),
     "soak": ("distrain.soak.cli", "train under random faults and compare with an uninterrupted run"),
-    "sweep": ("distrain.sweep.cli", "sample design spaces and say how large they are"),
+    "sweep": ("distrain.sweep.cli", "sample networks of design spaces, train them, find the best"),
     "shards": ("distrain.data.cli", "build, fetch, index, verify and preview training data"),
 }
 
-_OWN_SIGNALS = ("launch", "shards")  # tools that handle SIGINT and SIGTERM themselves
+_OWN_SIGNALS = ("launch", "shards", "sweep")  # tools that handle SIGINT and SIGTERM themselves
 
 _DESCRIPTION = """\
 Train DenseNet and RegNet image classifiers, on one process or many nodes.

@@ -3,50 +3,87 @@
 import argparse
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain.arguments import AnyOrder
+from distrain.arguments import AnyOrder, natural, positive, run_arguments
 from distrain.config.values import ValueProblem, read_text
 from distrain.errors import UserError
+from distrain.files import translated_errors
 
 if TYPE_CHECKING:
     from distrain.sweep.space import Space
 
 _EXAMPLES = """\
 examples:
+  python -m distrain sweep run configs/sweep/anynetx_e.yaml configs/sweep/regnetx.yaml --n 25 --out runs/small \\
+      --config configs/quickstart.yaml --set stem=cifar --flops 4e6..6e6 train.epochs=1
+  python -m distrain sweep status runs/small
+  python -m distrain sweep best runs/small
   python -m distrain sweep size configs/sweep/anynetx_a.yaml configs/sweep/regnetx.yaml
   python -m distrain sweep sample configs/sweep/regnetx_refined.yaml --n 20 --plot networks.png
   python -m distrain sweep sample configs/sweep/anynetx_e.yaml --image-size 32 --classes 10 \\
       --set stem=cifar --flops 4e6..6e6 --json
 """
 _SIZE_DRAWS = 2000
+_OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands sample and size."""
+    """Add the subcommands run, status, best, sample and size."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=AnyOrder, required=True)
+    train = commands.add_parser(
+        "run", help="train the first networks of design spaces; any number of processes may run the same command"
+    )
+    train.add_argument(
+        "words", nargs="+", metavar="SPACE... [key=value ...]", help="files of design spaces; settings of all runs"
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file of all runs, such as configs/quickstart.yaml")
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
+    train.add_argument("--n", type=positive, default=10, metavar="N", help="networks of each space (default: 10)")
+    train.add_argument("--workers", type=positive, metavar="N", help="at a time (default: one for each GPU, or core)")
+    train.add_argument("--member", type=natural, metavar="I", help="train only this one, counted over all spaces")
+    _add_conditions(train)
+    train.set_defaults(run=_run)
+    status = commands.add_parser("status", help="say how far a sweep is, and which members failed")
+    status.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
+    status.set_defaults(run=_status)
+    best = commands.add_parser("best", help="print the best networks of a sweep, as settings of a run")
+    best.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
+    best.add_argument("--n", type=positive, default=5, metavar="N", help="how many (default: 5)")
+    best.set_defaults(run=_best)
     sample = commands.add_parser("sample", help="print networks of a design space, and draw them")
-    _add_space(sample, "SPACE", None)
-    sample.add_argument("--n", type=int, default=10, metavar="N", help="how many (default: 10)")
-    sample.add_argument("--start", type=int, default=0, metavar="I", help="index of the first (default: 0)")
+    sample.add_argument("space", type=Path, metavar="SPACE", help="file of a design space")
+    _add_cost(sample)
+    sample.add_argument("--n", type=positive, default=10, metavar="N", help="how many (default: 10)")
+    sample.add_argument("--start", type=natural, default=0, metavar="I", help="index of the first (default: 0)")
     sample.add_argument("--json", action="store_true", help="print a line of JSON for each, with its model.options")
     sample.add_argument("--plot", type=Path, metavar="FILE", help="draw the widths of their blocks: .png, .svg or .pdf")
     sample.set_defaults(run=_sample)
     size = commands.add_parser("size", help="say how many networks there are")
-    _add_space(size, "SPACE", "+")
+    size.add_argument("space", type=Path, nargs="+", metavar="SPACE", help="file of a design space")
+    _add_cost(size)
     size.set_defaults(run=_size)
 
 
-def _add_space(parser: argparse.ArgumentParser, name: str, count: str | None) -> None:
-    parser.add_argument("space", type=Path, metavar=name, nargs=count, help="file of a design space")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other networks (default: 0)")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="for the cost (default: 224)")
-    parser.add_argument("--classes", type=int, default=1000, metavar="N", help="for the cost (default: 1000)")
+def _add_cost(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-size", type=positive, default=224, metavar="PIXELS", help="for the cost (default: 224)"
+    )
+    parser.add_argument("--classes", type=positive, default=1000, metavar="N", help="for the cost (default: 1000)")
+    _add_conditions(parser)
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=natural, default=0, metavar="N", help="another seed, other networks (default: 0)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option that all networks share"
     )
@@ -56,11 +93,67 @@ def _add_space(parser: argparse.ArgumentParser, name: str, count: str | None) ->
     )
 
 
+def _run(args: argparse.Namespace) -> int:
+    import torch
+
+    from distrain import config
+    from distrain.sweep.runner import Runner, share_machine
+    from distrain.sweep.sampling import Sampler
+    from distrain.sweep.sweep import Sweep, sample_members
+
+    args.overrides = [word for word in args.words if "=" in word]
+    for override in args.overrides:
+        if override.partition("=")[0].strip().startswith(_OWN_KEYS):
+            raise UserError(f"{override}: the sweep chooses it for each network: leave it out")
+    paths = [Path(word) for word in args.words if "=" not in word]
+    shared = config.load(args.config, [*args.overrides, "run.name=member", "model.name=regnet"])
+    samplers = [Sampler(_load(path, args), shared.model.num_classes, shared.data.image_size) for path in paths]
+    settings = {key: value for key, value in config.fixed_settings(shared).items() if key not in _OWN_KEYS}
+    with translated_errors(args.out):
+        sweep = Sweep.create(args.out, sample_members(samplers, args.seed, args.n), settings)
+        chosen = sweep.trained
+        if args.member is not None:
+            if args.member >= len(sweep.members):
+                raise UserError(f"--member {args.member}: the sweep has {len(sweep.members)} members, from 0 on")
+            chosen = [sweep.twin(sweep.members[args.member])]
+        slots = share_machine(args.workers, torch.cuda.device_count())
+        print(f"{args.out}: {len(sweep.members)} networks, {len(chosen)} to train here, {len(slots)} at a time")
+        arguments = [*run_arguments(args), "track.models=false"]
+        batch = shared.batch.lanes * shared.batch.per_lane
+        return Runner(sweep, chosen, arguments, batch, slots, partial(print, flush=True)).run()
+
+
+def _status(args: argparse.Namespace) -> int:
+    from distrain.sweep.sweep import Sweep
+
+    with translated_errors(args.folder):
+        members = Sweep.open(args.folder).current()
+    for space in dict.fromkeys(member.space for member in members):
+        counts = Counter(member.status for member in members if member.space == space)
+        print(f"{space}: " + ", ".join(f"{number} {status}" for status, number in counts.items()))
+    for member in members:
+        if member.status == "failed":
+            print(f"{member.name}: failed: {member.reason}")
+    return 0
+
+
+def _best(args: argparse.Namespace) -> int:
+    from distrain.sweep.sweep import Sweep
+
+    with translated_errors(args.folder):
+        members = Sweep.open(args.folder).current()
+    done = [member for member in members if member.status == "done" and member.error is not None]
+    if not done:
+        raise UserError(f"{args.folder}: no member is done yet: see python -m distrain sweep status {args.folder}")
+    for member in sorted(done, key=lambda member: member.error or 0.0)[: args.n]:
+        print(f"# {member.name}: error {member.error:.2%}, {member.flops / 1e6:.4g} M multiply-adds")
+        print(f"model.name={member.network} 'model.options={json.dumps(member.options)}'")
+    return 0
+
+
 def _sample(args: argparse.Namespace) -> int:
     from distrain.sweep.sampling import Sampler
 
-    if args.n < 1 or args.start < 0:
-        raise UserError(f"--n {args.n} must be at least 1, and --start {args.start} at least 0")
     space = _load(args.space, args)
     sampler = Sampler(space, args.classes, args.image_size)
     samples = [sampler.sample(args.seed, index) for index in range(args.start, args.start + args.n)]

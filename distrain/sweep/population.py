@@ -33,3 +33,8 @@ class Member:
     """Measured training time of one step."""
     reason: str = ""
     """Why it failed."""
+
+    @property
+    def name(self) -> str:
+        """Of its run: unique within a sweep."""
+        return f"{self.space}-{self.index:06d}"

@@ -1,0 +1,188 @@
+"""Train the members of a sweep, several at a time, each on its share of the machine."""
+
+import json
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+
+from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER
+from distrain.files import read_regular
+from distrain.resilience.claim import Claim
+from distrain.sweep import member_process
+from distrain.sweep.population import Member
+from distrain.sweep.sweep import Sweep
+
+_MAX_CRASHES = 5  # of a member in this process
+_LOOK_S = 3.0  # between looks at members that other processes train
+_CHOICES = 8  # members that a process chooses from, so that several do not always want the same one
+_TAIL_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A share of the machine that trains one member at a time."""
+
+    cores: tuple[int, ...]
+    gpu: str | None = None
+    """For CUDA_VISIBLE_DEVICES."""
+
+
+@dataclass
+class _Training:
+    member: Member
+    slot: Slot
+    claim: Claim
+    process: BaseProcess
+
+
+class Runner:
+    """Trains members until all are finished, by this process or by others."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        members: Sequence[Member],
+        arguments: Sequence[str],
+        batch: int,
+        slots: Sequence[Slot],
+        report: Callable[[str], None],
+    ) -> None:
+        """`arguments` are those of a run that all share, and `batch` its images per step."""
+        self._sweep = sweep
+        self._members = list(members)
+        self._arguments = list(arguments)
+        self._batch = batch
+        self._free = list(slots)
+        self._report = report
+        self._running: list[_Training] = []
+        self._crashes: Counter[str] = Counter()
+        self._stop = False
+        self._began = time.monotonic()
+        self._finished = 0
+
+    def run(self) -> int:
+        """Returns 0 once all are finished and none failed, 1 if some failed, 75 after SIGTERM or SIGINT."""
+        with self._signals():
+            while True:
+                is_waiting = not self._stop and self._start()
+                if not self._running and not is_waiting:
+                    break
+                sentinels = [training.process.sentinel for training in self._running]
+                wait(sentinels, timeout=_LOOK_S) if sentinels else time.sleep(_LOOK_S)
+                for training in [one for one in self._running if one.process.exitcode is not None]:
+                    self._end(training)
+        if self._stop:
+            return EXIT_STOPPED
+        return int(any(member.status == "failed" for member in self._sweep.current()))
+
+    def _start(self) -> bool:
+        """Start members in the free slots. Returns whether any member is not finished, here or elsewhere."""
+        left = [member for member in self._members if not self._sweep.is_finished(member)]
+        own = {training.member.name for training in self._running}
+        others = [member for member in left if member.name not in own]
+        fresh = [member for member in others if not self._sweep.is_claimed(member)]
+        lost = [member for member in others if self._sweep.is_claimed(member)]  # or trained by another process
+        while self._free and (fresh or lost):
+            pool = fresh or lost
+            member = pool.pop(random.randrange(min(_CHOICES, len(pool))))
+            if (claim := self._sweep.claim(member)) is not None:
+                self._train(member, claim)
+        return bool(left)
+
+    def _train(self, member: Member, claim: Claim) -> None:
+        slot = self._free.pop()
+        variables = {"OMP_NUM_THREADS": str(len(slot.cores))}
+        if slot.gpu is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
+        arguments = [*self._arguments, f"run.dir={self._sweep.folder / 'runs'}", *_own_arguments(member)]
+        log = self._sweep.claim_folder(member) / "log.txt"
+        process = member_process.start(arguments, log, slot.cores, variables)
+        self._running.append(_Training(member, slot, claim, process))
+
+    def _end(self, training: _Training) -> None:
+        self._running.remove(training)
+        self._free.append(training.slot)
+        member, code = training.member, training.process.exitcode
+        reason = last_line(self._sweep.claim_folder(member) / "log.txt")
+        self._crashes[member.name] += code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USER)
+        if code == EXIT_DONE:
+            error, seconds = read_outcome(self._sweep.run_folder(member), self._batch)
+            self._finish(replace(member, status="done", error=error, seconds=seconds))
+        elif code == EXIT_USER:
+            self._finish(replace(member, status="failed", reason=reason))
+        elif self._crashes[member.name] >= _MAX_CRASHES:
+            text = f"crashed {_MAX_CRASHES} times, the last time with exit code {code}: {reason}"
+            self._finish(replace(member, status="failed", reason=text))
+        training.claim.end(f"exit code {code}", False)
+
+    def _finish(self, member: Member) -> None:
+        self._sweep.finish(member)
+        self._finished += 1
+        left = sum(not self._sweep.is_finished(other) for other in self._members)
+        eta = (time.monotonic() - self._began) / self._finished * left
+        outcome = f"error {member.error:.2%}" if member.error is not None else f"failed: {member.reason}"
+        total = len(self._members)
+        self._report(f"{total - left} of {total}  {member.name}: {outcome}  {_duration(eta)} left")
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """At SIGTERM and SIGINT have every member save and stop."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._stop = True
+            for training in self._running:
+                if training.process.pid is not None and training.process.is_alive():
+                    os.kill(training.process.pid, signal.SIGTERM)
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def share_machine(workers: int | None, gpus: int) -> list[Slot]:
+    """A slot for each GPU, or of equally many cores for each of `workers`; None: one for each GPU or core."""
+    cores = sorted(os.sched_getaffinity(0))
+    count = workers or gpus or len(cores)
+    share = max(1, len(cores) // count)
+    groups = [tuple(cores[(number * share) % len(cores) :][:share]) for number in range(count)]
+    return [Slot(group, str(number % gpus) if gpus else None) for number, group in enumerate(groups)]
+
+
+def read_outcome(run: Path, batch: int) -> tuple[float | None, float | None]:
+    """The error of a run's last validation, and its seconds per step of `batch` images."""
+    error, rates = None, []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)["metrics"]
+        if "val/top1" in entry:
+            error = 1 - entry["val/top1"]
+        if entry.get("train/images_per_second"):
+            rates.append(entry["train/images_per_second"])
+    return error, batch / statistics.median(rates) if rates else None
+
+
+def last_line(log: Path) -> str:
+    """The last line that a run printed."""
+    lines = read_regular(log)[-_TAIL_BYTES:].decode(errors="replace").split("\n") if log.exists() else []
+    return next((line.removeprefix("distrain: ").strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def _own_arguments(member: Member) -> list[str]:
+    options = json.dumps(member.options)
+    return [f"run.name={member.name}", f"model.name={member.network}", f"model.options={options}"]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

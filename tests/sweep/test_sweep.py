@@ -1,0 +1,128 @@
+"""Sweeps of real, tiny runs: claimed, killed, continued, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.processes import SMALL, environment, read_metrics
+
+from distrain.sweep.runner import share_machine
+from distrain.sweep.sweep import Sweep
+
+REGNETS = """\
+network: regnet
+sample:
+  depth: {uniform: [2, 4]}
+  w0: {choice: [8, 16]}
+  wa: {uniform: [4, 12]}
+  wm: {choice: [2.0, 2.5]}
+  group_width: {choice: [4, 8]}
+fixed: {stem: cifar}
+keep: [stages <= 3]
+"""
+SETTINGS = tuple(word for word in SMALL if not word.startswith("model.name"))
+
+
+class Command:
+    """`distrain sweep run` of two spaces, three networks each."""
+
+    def __init__(self, folder: Path, on_dataset: tuple[str, ...]) -> None:
+        self.folder = folder / "sweep"
+        for name in ("small", "large"):
+            extra = "" if name == "small" else "extends: small.yaml\nfixed: {head_width: 16}\n"
+            (folder / f"{name}.yaml").write_text(extra or REGNETS)
+        self._words = [
+            str(folder / "small.yaml"), str(folder / "large.yaml"), "--out", str(self.folder), *SETTINGS, *on_dataset,
+            "batch.lanes=2", "batch.per_lane=8", "train.epochs=2", "checkpoint.every_steps=5",
+        ]  # fmt: skip
+
+    def start(self, *words: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "distrain", "sweep", "run", *self._words, "--n", "3", "--workers", "2", *words]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment())
+
+    def run(self, *words: str) -> tuple[int, str]:
+        process = self.start(*words)
+        output = process.communicate(timeout=200)[0]
+        return process.returncode, output
+
+
+def tool(*words: str) -> str:
+    command = [sys.executable, "-m", "distrain", "sweep", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def command(on_dataset, tmp_path_factory) -> Command:
+    """A sweep during which every process but the last is killed, once in the middle of a member."""
+    command = Command(tmp_path_factory.mktemp("sweep"), on_dataset)
+    for wanted in (1, 3):
+        process = command.start()
+        deadline = time.monotonic() + 120
+        while len(list(command.folder.glob("runs/*/checkpoints/step-*"))) < 2 * wanted:
+            assert time.monotonic() < deadline, process.poll()
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    others = command.start()
+    code, command.output = command.run()
+    assert code == 0, command.output
+    assert others.wait(100) == 0
+    return command
+
+
+def test_killed_and_joined_processes_lose_no_member_and_train_none_twice(command):
+    members = Sweep.open(command.folder).current()
+    assert [member.name for member in members] == [f"{s}-{i:06d}" for s in ("small", "large") for i in range(3)]
+    assert {member.status for member in members} == {"done"}
+    for member in members:
+        steps = [
+            entry["step"]
+            for entry in read_metrics(command.folder / "runs" / member.name)
+            if "train/loss" in entry["metrics"]
+        ]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 25
+        assert 0 <= member.error < 1
+        assert member.seconds > 0
+
+
+def test_a_member_is_the_run_that_its_settings_describe(command, on_dataset, tmp_path):
+    (line,) = [line for line in tool("best", str(command.folder), "--n", "1").splitlines() if not line.startswith("#")]
+    best = min(Sweep.open(command.folder).current(), key=lambda member: member.error)
+    assert line == f"model.name=regnet 'model.options={json.dumps(best.options)}'"
+    log = (command.folder / "claims" / best.name / "log.txt").read_text()
+    assert f"top-1 {1 - best.error:.2%}" in log.splitlines()[-1]
+
+
+def test_status_counts(command):
+    assert tool("status", str(command.folder)) == "small: 3 done\nlarge: 3 done\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train.epochs=3",), "this sweep was begun with train.epochs=2.0, not 3.0"),
+        (("--seed", "1"), "of this sweep is another network: the space, its conditions or --seed changed"),
+        (("--n", "2"), "this sweep has large 2, which is not chosen now"),
+        (("--member", "6"), "--member 6: the sweep has 6 members, from 0 on"),
+        (("run.name=x",), "run.name=x: the sweep chooses it for each network"),
+    ],
+)
+def test_another_sweep_in_the_folder_is_refused(command, words, message):
+    code, output = command.run(*words)
+    assert code == 78, output
+    assert message in output.splitlines()[-1]
+
+
+def test_the_cores_are_shared_evenly():
+    cores = sorted(os.sched_getaffinity(0))
+    assert [slot.cores for slot in share_machine(None, 0)] == [(core,) for core in cores]
+    assert [slot.cores for slot in share_machine(1, 0)] == [tuple(cores)]
+    assert [slot.gpu for slot in share_machine(None, 3)] == ["0", "1", "2"]
+    assert [slot.gpu for slot in share_machine(4, 2)] == ["0", "1", "0", "1"]
