@@ -21,7 +21,7 @@ def network_cost(config: DenseNetConfig | RegNetConfig | AnyNetConfig, num_class
     else:
         width = _anynet(tally, config.anynet() if isinstance(config, RegNetConfig) else config)
     tally.linear(width, num_classes)
-    return Cost(tally.flops, tally.params, tally.activations, tally.conv_activations)
+    return Cost(*tally.counts)
 
 
 class _Tally:
@@ -30,6 +30,16 @@ class _Tally:
     def __init__(self, size: int) -> None:
         self.size = size
         self.flops = self.params = self.activations = self.conv_activations = 0
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        return self.flops, self.params, self.activations, self.conv_activations
+
+    def repeat(self, before: tuple[int, int, int, int], times: int) -> None:
+        """Count what has come since `before` so many times more."""
+        self.flops, self.params, self.activations, self.conv_activations = (
+            now + times * (now - then) for now, then in zip(self.counts, before, strict=True)
+        )
 
     def conv(self, width_in: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         self.size = self._pooled(kernel, stride, (kernel - 1) // 2)
@@ -80,9 +90,12 @@ def _anynet(tally: _Tally, config: AnyNetConfig) -> int:
         tally.max_pool(config.stem_width)
     width = config.stem_width
     for stage in config.stages:
-        for number in range(stage.depth):
-            _bottleneck(tally, width, stage, stage.stride if number == 0 else 1)
-            width = stage.width
+        _bottleneck(tally, width, stage, stage.stride)
+        width = stage.width
+        if stage.depth > 1:
+            before = tally.counts
+            _bottleneck(tally, width, stage, 1)
+            tally.repeat(before, stage.depth - 2)
     if config.head_width:
         tally.conv_norm(width, config.head_width)
     return config.head_width or width

@@ -17,7 +17,7 @@ from types import FrameType
 
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER
 from distrain.files import read_regular
-from distrain.resilience.claim import Claim
+from distrain.resilience.claim import LAUNCH_VARIABLE, Claim
 from distrain.sweep import member_process
 from distrain.sweep.population import Member
 from distrain.sweep.sweep import Sweep
@@ -69,6 +69,7 @@ class Runner:
         self._stop = False
         self._began = time.monotonic()
         self._finished = 0
+        os.environ.pop(LAUNCH_VARIABLE, None)  # a launcher's nodes work on different members: none replaces another
 
     def run(self) -> int:
         """Returns 0 once all are finished and none failed, 1 if some failed, 75 after SIGTERM or SIGINT."""
@@ -83,21 +84,27 @@ class Runner:
                     self._end(training)
         if self._stop:
             return EXIT_STOPPED
-        return int(any(member.status == "failed" for member in self._sweep.current()))
+        own = {member.name for member in self._members}
+        return int(any(member.status == "failed" for member in self._sweep.current() if member.name in own))
 
     def _start(self) -> bool:
         """Start members in the free slots. Returns whether any member is not finished, here or elsewhere."""
         left = [member for member in self._members if not self._sweep.is_finished(member)]
+        if not self._free:
+            return True
         own = {training.member.name for training in self._running}
         others = [member for member in left if member.name not in own]
-        fresh = [member for member in others if not self._sweep.is_claimed(member)]
-        lost = [member for member in others if self._sweep.is_claimed(member)]  # or trained by another process
-        while self._free and (fresh or lost):
-            pool = fresh or lost
-            member = pool.pop(random.randrange(min(_CHOICES, len(pool))))
-            if (claim := self._sweep.claim(member)) is not None:
-                self._train(member, claim)
+        claimed = [member for member in others if self._sweep.is_claimed(member)]
+        fresh = [member for member in others if member not in claimed]
+        while self._free and fresh:
+            self._claim(fresh.pop(random.randrange(min(_CHOICES, len(fresh)))))
+        if self._free and claimed:  # one at a time, as it takes seconds to find out whether its process lives
+            self._claim(random.choice(claimed))
         return bool(left)
+
+    def _claim(self, member: Member) -> None:
+        if (claim := self._sweep.claim(member)) is not None:
+            self._train(member, claim)
 
     def _train(self, member: Member, claim: Claim) -> None:
         slot = self._free.pop()
@@ -130,7 +137,7 @@ class Runner:
         self._finished += 1
         left = sum(not self._sweep.is_finished(other) for other in self._members)
         eta = (time.monotonic() - self._began) / self._finished * left
-        outcome = f"error {member.error:.2%}" if member.error is not None else f"failed: {member.reason}"
+        outcome = f"failed: {member.reason}" if member.error is None else f"error {member.error:.2%}"
         total = len(self._members)
         self._report(f"{total - left} of {total}  {member.name}: {outcome}  {_duration(eta)} left")
 
@@ -162,12 +169,13 @@ def share_machine(workers: int | None, gpus: int) -> list[Slot]:
 
 
 def read_outcome(run: Path, batch: int) -> tuple[float | None, float | None]:
-    """The error of a run's last validation, and its seconds per step of `batch` images."""
+    """The error of a run's last validation (multi-label: 1 - mAP), and its seconds per step of `batch` images."""
     error, rates = None, []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)["metrics"]
-        if "val/top1" in entry:
-            error = 1 - entry["val/top1"]
+        quality = entry.get("val/top1", entry.get("val/mAP"))
+        if quality is not None:
+            error = 1 - quality
         if entry.get("train/images_per_second"):
             rates.append(entry["train/images_per_second"])
     return error, batch / statistics.median(rates) if rates else None

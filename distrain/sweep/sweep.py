@@ -34,6 +34,7 @@ class Sweep:
         self.members = tuple(members)
         first: dict[str, Member] = {}
         keys = {member.name: json.dumps([member.network, member.options], sort_keys=True) for member in self.members}
+        self._finished: set[str] = set()
         self._trained = {member.name: first.setdefault(keys[member.name], member).name for member in self.members}
 
     @classmethod
@@ -106,7 +107,9 @@ class Sweep:
 
     def is_finished(self, member: Member) -> bool:
         """Whether the member is done, or has failed."""
-        return (self.claim_folder(member) / "result.json").exists()
+        if member.name not in self._finished and (self.claim_folder(member) / "result.json").exists():
+            self._finished.add(member.name)
+        return member.name in self._finished
 
     def finish(self, member: Member) -> None:
         """Record what a member reached."""
