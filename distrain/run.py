@@ -73,6 +73,8 @@ class Run(Session):
     """Steps that rollbacks have excluded."""
     validation_steps: set[int]
     """Numbers of updates after which the network is validated; includes the end of the run."""
+    stop_step: int
+    """Number of updates after which train.stop_epoch stops the run; the end of the run if it does not."""
     manifest: dict[str, Any]
     """What every checkpoint records about the run: format, identity, versions."""
     learner: Learner
@@ -126,9 +128,18 @@ class Run(Session):
         is_overdue = self.group.is_main and self.checkpoints.is_overdue()
         stopping, self.progress.overdue = self.flags.exchange(bool(self.stop), is_overdue)
         if stopping:
-            self.checkpoints.save(step, self.learner.state(), self.manifest)
-            self.checkpoints.wait_or_raise()
-            raise Stopped(self.stop.reason or "a signal to another rank")
+            self._save_and_stop(step, self.stop.reason or "a signal to another rank")
+
+    def stop_if_due(self, step: int) -> None:
+        """Raises Stopped, with everything saved, after train.stop_epoch epochs."""
+        if step >= self.stop_step:
+            self.stop.reason = f"train.stop_epoch={self.config.train.stop_epoch:g}"
+            self._save_and_stop(step, self.stop.reason)
+
+    def _save_and_stop(self, step: int, reason: str) -> None:
+        self.checkpoints.save(step, self.learner.state(), self.manifest)
+        self.checkpoints.wait_or_raise()
+        raise Stopped(reason)
 
     def record_step(self, step: int, lr: float, metrics: Mapping[str, torch.Tensor], applied: torch.Tensor) -> None:
         """Record that `step` updates are done, and report `metrics` if a report is due."""
@@ -218,13 +229,16 @@ def open_run(session: Session) -> Iterator[Run]:
         batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.splits)))
         flags = AsyncFlags(group)
         stack.callback(flags.wait)
+        stop_epoch = config.train.stop_epoch
+        stop_step = min(session.plan.step_at(stop_epoch), session.plan.steps) if stop_epoch else session.plan.steps
         progress = Progress(torch.zeros((), dtype=torch.int64, device=group.device))
         progress.restart_clock(start)
         yield Run(
             **vars(session),
             start=start,
             skipped_steps=skipped_steps,
-            validation_steps=session.plan.steps_every(config.evaluate.every_epochs),
+            validation_steps=session.plan.steps_every(config.evaluate.every_epochs) | {stop_step},
+            stop_step=stop_step,
             manifest=manifest,
             learner=learner,
             checkpoints=checkpoints,

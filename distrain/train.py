@@ -86,6 +86,7 @@ def train_steps(run: Run) -> tuple[Quality, str]:
         run.save_if_due(step)
         run.validate_if_due(step)
         run.poll_stop_and_save(step)
+        run.stop_if_due(step)
         failpoint("train.step", step)
 
         lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)

@@ -98,8 +98,8 @@ def decide(code: int, stop_requested: bool, history: History, newest: Attempt) -
     if code == EXIT_USER:
         return Decision.USER_ERROR, after
     if code == EXIT_STOPPED or stop_requested:
-        by_file = began and newest.end.startswith("stopped by file")
-        return (Decision.STOPPED if by_file else Decision.REQUEUE), after
+        on_purpose = began and newest.end.startswith(("stopped by file", "stopped by train.stop_epoch"))
+        return (Decision.STOPPED if on_purpose else Decision.REQUEUE), after
     crashed = History(
         newest.number,
         newest.committed,

@@ -191,6 +191,9 @@ class TrainConfig(Section):
     max_minutes: float = option(
         0.0, "save and stop after this many minutes of this start; 0 disables", min=0, on_resume="free"
     )
+    stop_epoch: float = option(
+        0.0, "validate, save and stop after this many of the epochs; 0: at their end", min=0, on_resume="free"
+    )
     deterministic: bool = option(
         False, "on GPUs, bit-for-bit repeatable at some cost; CPUs always are", on_resume="free"
     )

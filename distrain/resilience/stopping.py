@@ -50,7 +50,7 @@ class StopRequest:
     @property
     def ends_job(self) -> bool:
         """Whether this process stops for a reason for which no agent should start it again."""
-        return self.reason.startswith(("file ", "train.max_minutes"))
+        return self.reason.startswith(("file ", "train."))
 
     def __bool__(self) -> bool:
         if not self.reason and self._file is not None:

@@ -10,13 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrain.arguments import AnyOrder, natural, positive, run_arguments
+from distrain.arguments import AnyOrder, fraction, natural, positive, run_arguments
 from distrain.config.values import ValueProblem, read_text
 from distrain.errors import UserError
 from distrain.files import translated_errors
 
 if TYPE_CHECKING:
     from distrain.sweep.space import Space
+    from distrain.sweep.sweep import Halving
 
 _EXAMPLES = """\
 examples:
@@ -30,7 +31,7 @@ examples:
       --set stem=cifar --flops 4e6..6e6 --json
 """
 _SIZE_DRAWS = 2000
-_OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options")
+_OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_epoch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
     train.add_argument("--n", type=positive, default=10, metavar="N", help="networks of each space (default: 10)")
     train.add_argument("--workers", type=positive, metavar="N", help="at a time (default: one for each GPU, or core)")
+    train.add_argument(
+        "--rungs", default="", metavar="E,E...", help="successive halving: epochs after which only the best go on"
+    )
+    train.add_argument("--fraction", type=fraction, default=1 / 3, metavar="F", help="that go on (default: 1/3)")
     train.add_argument("--member", type=natural, metavar="I", help="train only this one, counted over all spaces")
     _add_conditions(train)
     train.set_defaults(run=_run)
@@ -109,8 +114,9 @@ def _run(args: argparse.Namespace) -> int:
     shared = config.load(args.config, [*args.overrides, "run.name=member", "model.name=regnet"])
     samplers = [Sampler(_load(path, args), shared.model.num_classes, shared.data.image_size) for path in paths]
     settings = {key: value for key, value in config.fixed_settings(shared).items() if key not in _OWN_KEYS}
+    halving = _read_halving(args, shared.train.epochs)
     with translated_errors(args.out):
-        sweep = Sweep.create(args.out, sample_members(samplers, args.seed, args.n), settings)
+        sweep = Sweep.create(args.out, sample_members(samplers, args.seed, args.n), settings, halving)
         chosen = sweep.trained
         if args.member is not None:
             if args.member >= len(sweep.members):
@@ -121,6 +127,22 @@ def _run(args: argparse.Namespace) -> int:
         arguments = [*run_arguments(args), "track.models=false"]
         batch = shared.batch.lanes * shared.batch.per_lane
         return Runner(sweep, chosen, arguments, batch, slots, partial(print, flush=True)).run()
+
+
+def _read_halving(args: argparse.Namespace, epochs: float) -> "Halving":
+    from distrain.sweep.sweep import Halving
+
+    if not args.rungs:
+        return Halving()
+    try:
+        rungs = tuple(float(text) for text in args.rungs.split(","))
+    except ValueError as error:
+        raise UserError(f"--rungs {args.rungs}: write epochs, such as 1,3") from error
+    if list(rungs) != sorted({*rungs}) or not 0 < rungs[0] <= rungs[-1] < epochs:
+        raise UserError(f"--rungs {args.rungs}: they must increase, from above 0 to below train.epochs={epochs:g}")
+    if args.member is not None:
+        raise UserError("--member trains one network, and --rungs waits for all of them: leave one out")
+    return Halving(rungs, args.fraction)
 
 
 def _status(args: argparse.Namespace) -> int:

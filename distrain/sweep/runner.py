@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -59,7 +59,7 @@ class Runner:
     ) -> None:
         """`arguments` are those of a run that all share, and `batch` its images per step."""
         self._sweep = sweep
-        self._members = list(members)
+        self._names = {member.name for member in members}
         self._arguments = list(arguments)
         self._batch = batch
         self._free = list(slots)
@@ -68,7 +68,7 @@ class Runner:
         self._crashes: Counter[str] = Counter()
         self._stop = False
         self._began = time.monotonic()
-        self._finished = 0
+        self._recorded = 0
         os.environ.pop(LAUNCH_VARIABLE, None)  # a launcher's nodes work on different members: none replaces another
 
     def run(self) -> int:
@@ -84,34 +84,34 @@ class Runner:
                     self._end(training)
         if self._stop:
             return EXIT_STOPPED
-        own = {member.name for member in self._members}
-        return int(any(member.status == "failed" for member in self._sweep.current() if member.name in own))
+        return int(any(result.has_failed for name, result in self._sweep.results().items() if name in self._names))
 
     def _start(self) -> bool:
-        """Start members in the free slots. Returns whether any member is not finished, here or elsewhere."""
-        left = [member for member in self._members if not self._sweep.is_finished(member)]
+        """Start members in the free slots. Returns whether any has further to go, here or elsewhere."""
+        left = [(member, rung) for member, rung in self._sweep.due() if member.name in self._names]
         if not self._free:
             return True
         own = {training.member.name for training in self._running}
-        others = [member for member in left if member.name not in own]
-        claimed = [member for member in others if self._sweep.is_claimed(member)]
-        fresh = [member for member in others if member not in claimed]
+        others = [one for one in left if one[0].name not in own]
+        claimed = [one for one in others if self._sweep.is_claimed(one[0])]
+        fresh = [one for one in others if one not in claimed]
         while self._free and fresh:
-            self._claim(fresh.pop(random.randrange(min(_CHOICES, len(fresh)))))
+            self._claim(*fresh.pop(random.randrange(min(_CHOICES, len(fresh)))))
         if self._free and claimed:  # one at a time, as it takes seconds to find out whether its process lives
-            self._claim(random.choice(claimed))
+            self._claim(*random.choice(claimed))
         return bool(left)
 
-    def _claim(self, member: Member) -> None:
-        if (claim := self._sweep.claim(member)) is not None:
-            self._train(member, claim)
-
-    def _train(self, member: Member, claim: Claim) -> None:
+    def _claim(self, member: Member, rung: int) -> None:
+        if (claim := self._sweep.claim(member, rung)) is None:
+            return
         slot = self._free.pop()
         variables = {"OMP_NUM_THREADS": str(len(slot.cores))}
         if slot.gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
-        arguments = [*self._arguments, f"run.dir={self._sweep.folder / 'runs'}", *_own_arguments(member)]
+        rungs = self._sweep.halving.rungs
+        stop = rungs[rung] if rung < len(rungs) else 0
+        own = [f"run.name={member.name}", f"model.name={member.network}", f"model.options={json.dumps(member.options)}"]
+        arguments = [*self._arguments, f"run.dir={self._sweep.folder / 'runs'}", *own, f"train.stop_epoch={stop:g}"]
         log = self._sweep.claim_folder(member) / "log.txt"
         process = member_process.start(arguments, log, slot.cores, variables)
         self._running.append(_Training(member, slot, claim, process))
@@ -122,24 +122,24 @@ class Runner:
         member, code = training.member, training.process.exitcode
         reason = last_line(self._sweep.claim_folder(member) / "log.txt")
         self._crashes[member.name] += code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USER)
-        if code == EXIT_DONE:
-            error, seconds = read_outcome(self._sweep.run_folder(member), self._batch)
-            self._finish(replace(member, status="done", error=error, seconds=seconds))
+        if code == EXIT_DONE or (code == EXIT_STOPPED and "train.stop_epoch" in reason):
+            self._record(member, *read_outcome(self._sweep.run_folder(member), self._batch))
         elif code == EXIT_USER:
-            self._finish(replace(member, status="failed", reason=reason))
+            self._record(member, None, reason=reason)
         elif self._crashes[member.name] >= _MAX_CRASHES:
             text = f"crashed {_MAX_CRASHES} times, the last time with exit code {code}: {reason}"
-            self._finish(replace(member, status="failed", reason=text))
+            self._record(member, None, reason=text)
         training.claim.end(f"exit code {code}", False)
 
-    def _finish(self, member: Member) -> None:
-        self._sweep.finish(member)
-        self._finished += 1
-        left = sum(not self._sweep.is_finished(other) for other in self._members)
-        eta = (time.monotonic() - self._began) / self._finished * left
-        outcome = f"failed: {member.reason}" if member.error is None else f"error {member.error:.2%}"
-        total = len(self._members)
-        self._report(f"{total - left} of {total}  {member.name}: {outcome}  {_duration(eta)} left")
+    def _record(self, member: Member, error: float | None, seconds: float | None = None, reason: str = "") -> None:
+        if error is None and not reason:
+            reason = "the run has no accuracy in its metrics"
+        self._sweep.record(member, error, seconds, reason)
+        self._recorded += 1
+        left = len([one for one, _ in self._sweep.due() if one.name in self._names])
+        minutes = (time.monotonic() - self._began) / self._recorded * left / 60
+        outcome = f"failed: {reason}" if error is None else f"error {error:.2%}"
+        self._report(f"{member.name}: {outcome}  {left} left, about {minutes:.0f} min")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -185,12 +185,3 @@ def last_line(log: Path) -> str:
     """The last line that a run printed."""
     lines = read_regular(log)[-_TAIL_BYTES:].decode(errors="replace").split("\n") if log.exists() else []
     return next((line.removeprefix("distrain: ").strip() for line in reversed(lines) if line.strip()), "no output")
-
-
-def _own_arguments(member: Member) -> list[str]:
-    options = json.dumps(member.options)
-    return [f"run.name={member.name}", f"model.name={member.network}", f"model.options={options}"]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -2,7 +2,7 @@
 
     sweep.json            the members, and the settings that they share
     runs/NAME/            the run of a member, an ordinary one
-    claims/NAME/          attempts/ and beat: who trains it; log.txt: what the run printed; result.json: its end
+    claims/NAME/          attempts/ and beat: who trains it; log.txt: what the run printed; result.json: its errors
 
 Any number of processes, on any number of hosts, work on one folder. Each claims a member before it trains it, as a run
 is claimed: a claim holds while its process lives. A member whose process is lost is claimed again, and continues from
@@ -11,31 +11,56 @@ its checkpoint.
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from distrain.errors import UserError
 from distrain.files import read_json, write_json
 from distrain.resilience.claim import Claim, newest_attempt
-from distrain.sweep.population import Member
+from distrain.sweep.halving import goals
+from distrain.sweep.population import Member, Status
 from distrain.sweep.sampling import Sampler
 
 _FILE = "sweep.json"
 _CURE = "restore it from a copy, or begin another sweep with another --out"
 
 
+@dataclass(frozen=True)
+class Halving:
+    """When members are compared, and how many go on."""
+
+    rungs: tuple[float, ...] = ()
+    """Epochs after which all but the best stop."""
+    fraction: float = 1.0
+    """Of those that have come to a rung."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a member has reached."""
+
+    errors: tuple[float | None, ...] = ()
+    """At each rung and at the end, as far as it has come; None where it failed."""
+    seconds: float | None = None
+    reason: str = ""
+
+    @property
+    def has_failed(self) -> bool:
+        return bool(self.errors) and self.errors[-1] is None
+
+
 class Sweep:
     """The members of a sweep and what is known of each. Raises OSError where its folder cannot be used."""
 
-    def __init__(self, folder: Path, members: Sequence[Member]) -> None:
+    def __init__(self, folder: Path, members: Sequence[Member], halving: Halving) -> None:
         self.folder = folder
         self.members = tuple(members)
+        self.halving = halving
         first: dict[str, Member] = {}
         keys = {member.name: json.dumps([member.network, member.options], sort_keys=True) for member in self.members}
-        self._finished: set[str] = set()
-        self._trained = {member.name: first.setdefault(keys[member.name], member).name for member in self.members}
+        self._twins = {member.name: first.setdefault(keys[member.name], member) for member in self.members}
+        self._final: dict[str, Result] = {}
 
     @classmethod
     def open(cls, folder: Path) -> "Sweep":
@@ -44,41 +69,91 @@ class Sweep:
         if not content:
             raise UserError(f"{folder}: no sweep: give the folder that `sweep run --out` made")
         try:
-            return cls(folder, [Member(**member) for member in content["members"]])
+            halving = Halving(tuple(content["rungs"]), content["fraction"])
+            return cls(folder, [Member(**member) for member in content["members"]], halving)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / _FILE}: written by another release: {_CURE}") from error
 
     @classmethod
-    def create(cls, folder: Path, members: Sequence[Member], settings: Mapping[str, Any]) -> "Sweep":
+    def create(cls, folder: Path, members: Sequence[Member], settings: Mapping[str, Any], halving: Halving) -> "Sweep":
         """Begin a sweep, go on with the same one, or extend it by more `members`.
 
         Raises UserError if the folder's sweep has other settings or other members.
         """
+        shared = {"settings": dict(settings), **asdict(halving), "rungs": list(halving.rungs)}
         content = read_json(folder / _FILE, _CURE)
         if content:
-            _require_same(folder, content, members, settings)
+            _require_same(folder, content, members, shared)
         if len(members) > len(content.get("members", ())):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / _FILE, {"settings": dict(settings), "members": [asdict(member) for member in members]})
+            write_json(folder / _FILE, {**shared, "members": [asdict(member) for member in members]})
         return cls.open(folder)
 
     @property
     def trained(self) -> list[Member]:
         """The members without those that equal an earlier one, which are not trained again."""
-        return [member for member in self.members if self._trained[member.name] == member.name]
+        return [member for member in self.members if self.twin(member) == member]
 
     def twin(self, member: Member) -> Member:
         """The member that is trained for this one: itself, or an earlier one that equals it."""
-        return next(one for one in self.members if one.name == self._trained[member.name])
+        return self._twins[member.name]
 
     def current(self) -> list[Member]:
         """All members as they are now. One whose process was killed counts as running until it is claimed again."""
-        now = {member.name: self._look(member) for member in self.trained}
+        results = self.results()
+        wanted = self._goals(results)
+        ends = len(self.halving.rungs) + 1
+        found = []
+        for member in self.members:
+            twin = self.twin(member)
+            result = results[twin.name]
+            done = len(result.errors)
+            status: Status
+            if result.has_failed:
+                status = "failed"
+            elif done == ends:
+                status = "done"
+            elif done == wanted[twin.name]:
+                status = (
+                    "waiting" if any(len(results[name].errors) < goal for name, goal in wanted.items()) else "pruned"
+                )
+            else:
+                status = "running" if self.is_claimed(twin) else "waiting"
+            error = result.errors[-1] if result.errors else None
+            found.append(replace(member, status=status, error=error, seconds=result.seconds, reason=result.reason))
+        return found
+
+    def due(self) -> list[tuple[Member, int]]:
+        """The members that have further to go, by this process or another, each with the number of its next rung."""
+        results = self.results()
+        wanted = self._goals(results)
+        rungs = {member.name: len(results[member.name].errors) for member in self.trained}
         return [
-            replace(member, status=twin.status, error=twin.error, seconds=twin.seconds, reason=twin.reason)
-            for member in self.members
-            for twin in [now[self._trained[member.name]]]
+            (member, rungs[member.name])
+            for member in self.trained
+            if rungs[member.name] < wanted[member.name] and not results[member.name].has_failed
         ]
+
+    def results(self) -> dict[str, Result]:
+        """What each trained member has reached."""
+        return {member.name: self.result(member) for member in self.trained}
+
+    def result(self, member: Member) -> Result:
+        """What a trained member has reached. Raises UserError if the file is damaged."""
+        if member.name not in self._final:
+            path = self.claim_folder(member) / "result.json"
+            cure = "delete it; the member's run is then looked at again"
+            content = read_json(path, cure)
+            if not content:
+                return Result()
+            try:
+                result = Result(tuple(content["errors"]), content["seconds"], content["reason"])
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: not a result: {cure}") from error
+            if not result.has_failed and len(result.errors) <= len(self.halving.rungs):
+                return result
+            self._final[member.name] = result
+        return self._final[member.name]
 
     def run_folder(self, member: Member) -> Path:
         return self.folder / "runs" / member.name
@@ -86,16 +161,15 @@ class Sweep:
     def claim_folder(self, member: Member) -> Path:
         return self.folder / "claims" / member.name
 
-    def claim(self, member: Member) -> Claim | None:
-        """The right to train a member; None if another process trains it, or it is finished."""
-        folder = self.claim_folder(member)
-        if self.is_finished(member):
+    def claim(self, member: Member, rung: int) -> Claim | None:
+        """The right to train a member to a rung; None if another process does or has done that."""
+        if len(self.result(member).errors) > rung:
             return None
         try:
-            claim = Claim(folder, 1, 0, 0)
+            claim = Claim(self.claim_folder(member), 1, 0, 0)
         except UserError:  # its process is alive
             return None
-        if self.is_finished(member):  # meanwhile
+        if len(self.result(member).errors) > rung:  # meanwhile
             claim.end("finished by another process", False)
             return None
         return claim
@@ -105,24 +179,14 @@ class Sweep:
         attempt = newest_attempt(self.claim_folder(member))
         return attempt is not None and attempt.end is None
 
-    def is_finished(self, member: Member) -> bool:
-        """Whether the member is done, or has failed."""
-        if member.name not in self._finished and (self.claim_folder(member) / "result.json").exists():
-            self._finished.add(member.name)
-        return member.name in self._finished
-
-    def finish(self, member: Member) -> None:
-        """Record what a member reached."""
-        result = {name: getattr(member, name) for name in ("status", "error", "seconds", "reason")}
+    def record(self, member: Member, error: float | None, seconds: float | None = None, reason: str = "") -> None:
+        """Record the error at a member's next rung, or None and the reason why it failed there."""
+        result = {"errors": [*self.result(member).errors, error], "seconds": seconds, "reason": reason}
         write_json(self.claim_folder(member) / "result.json", result)
 
-    def _look(self, member: Member) -> Member:
-        path = self.claim_folder(member) / "result.json"
-        with suppress(TypeError):
-            result = read_json(path, "delete it; the member's run is then looked at again")
-            if result:
-                return replace(member, **result)
-        return replace(member, status="running" if self.is_claimed(member) else "waiting")
+    def _goals(self, results: Mapping[str, Result]) -> dict[str, int]:
+        reached = {name: result.errors for name, result in results.items()}
+        return goals(reached, len(self.halving.rungs) + 1, self.halving.fraction)
 
 
 def sample_members(samplers: Sequence[Sampler], seed: int, count: int) -> list[Member]:
@@ -148,14 +212,16 @@ def sample_members(samplers: Sequence[Sampler], seed: int, count: int) -> list[M
 
 
 def _require_same(
-    folder: Path, content: Mapping[str, Any], members: Sequence[Member], settings: Mapping[str, Any]
+    folder: Path, content: Mapping[str, Any], members: Sequence[Member], shared: Mapping[str, Any]
 ) -> None:
-    before = content.get("settings", {})
-    for name in sorted(before.keys() | settings.keys()):
-        if before.get(name) != settings.get(name):
+    before, now = (
+        {**one["settings"], **{name: one[name] for name in ("rungs", "fraction")}} for one in (content, shared)
+    )
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
             raise UserError(
-                f"{folder}: this sweep was begun with {name}={before.get(name)}, not {settings.get(name)}: use that, "
-                "or begin another with another --out"
+                f"{folder}: this sweep was begun with {name}={before.get(name)}, not {now.get(name)}: use that, or begin "
+                "another with another --out"
             )
     known = {(entry["space"], entry["index"]): entry for entry in content.get("members", ())}
     chosen = {(member.space, member.index): member for member in members}

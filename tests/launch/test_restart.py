@@ -34,6 +34,7 @@ def test_a_start_is_done_or_stopped_only_if_all_nodes_agree(codes, code):
         (75, False, "stopped by SIGTERM", Decision.REQUEUE),
         (75, False, "stopped by train.max_minutes=5", Decision.REQUEUE),
         (75, False, "stopped by file runs/a/stop", Decision.STOPPED),
+        (75, False, "stopped by train.stop_epoch=2", Decision.STOPPED),
         (1, True, "", Decision.REQUEUE),
         (137, True, "stopped by file runs/a/stop", Decision.STOPPED),
         (1, False, "RuntimeError: ...", Decision.START_AGAIN),

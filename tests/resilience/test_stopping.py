@@ -105,6 +105,21 @@ def test_a_time_budget_saves_and_stops_and_applies_to_every_start(on_dataset, tm
     assert len(steps) > done
 
 
+def test_a_run_that_stops_after_some_epochs_continues_to_the_same_bits(on_dataset, tmp_path):
+    settings = (*SHORT, *on_dataset, "evaluate.every_epochs=3")
+    whole = train(tmp_path / "whole", *settings, ranks=2)
+    first = train(tmp_path / "run", *settings, "train.stop_epoch=1", ranks=2)
+    assert first.code == 75, first.output
+    assert "stopped by train.stop_epoch=1; everything is saved" in first.output
+    assert list(first.series("train/loss")) == list(range(1, 26))
+    assert list(first.series("val/loss")) == [25]
+    again = train(tmp_path / "run", *settings, "train.stop_epoch=1", ranks=2)
+    assert again.code == 75, again.output
+    assert list(again.series("train/loss")) == list(range(1, 26))
+    rest = train(tmp_path / "run", *settings, ranks=2)
+    assert rest.digest == whole.digest
+
+
 def test_a_stop_file_under_torchrun_ends_the_job_though_it_may_restart(on_dataset, tmp_path):
     rendezvous = ("--standalone", "--max-restarts", "3")
     settings = (*SHORT, *on_dataset, "train.epochs=1000", "evaluate.every_epochs=1000")

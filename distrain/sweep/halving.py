@@ -1,0 +1,25 @@
+"""Successive halving (Jamieson and Talwalkar, AISTATS 2016): all members train for a while, the best ones longer.
+
+Each trains by the schedule of the whole run and continues exactly from where it stopped, so that nothing is trained
+twice, and the winner is the run that it would be alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def goals(reached: Mapping[str, Sequence[float | None]], rungs: int, fraction: float) -> dict[str, int]:
+    """How many rungs each member is to climb, as far as that is decided.
+
+    `reached` are the errors of each member at the rungs it has climbed, None at the one at which it failed. Once all
+    have climbed a rung, `fraction` of them, those of the smallest errors, go on to the next one; at least one does.
+    """
+    found: dict[str, int] = {}
+    field = list(reached)
+    for rung in range(rungs):
+        found |= dict.fromkeys(field, rung + 1)
+        if any(len(reached[name]) <= rung for name in field):
+            break
+        ranked = sorted((error, name) for name in field if (error := reached[name][rung]) is not None)
+        field = [name for _, name in ranked[: max(1, math.floor(len(field) * fraction))]]
+    return found
