@@ -19,7 +19,7 @@ class Member:
     """The name that `distrain.models.build` knows: regnet, anynet or densenet."""
     options: Mapping[str, Any]
     """The network's options."""
-    parameters: Mapping[str, float]
+    parameters: Mapping[str, Any]
     """What was drawn, by name; of stage 1, 2, ... as `width.1`, `width.2`, ..."""
     flops: int
     """Multiply-adds for one image."""

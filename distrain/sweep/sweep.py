@@ -215,13 +215,13 @@ def _require_same(
     folder: Path, content: Mapping[str, Any], members: Sequence[Member], shared: Mapping[str, Any]
 ) -> None:
     before, now = (
-        {**one["settings"], **{name: one[name] for name in ("rungs", "fraction")}} for one in (content, shared)
+        {**one["settings"], "--rungs": one["rungs"], "--fraction": one["fraction"]} for one in (content, shared)
     )
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise UserError(
-                f"{folder}: this sweep was begun with {name}={before.get(name)}, not {now.get(name)}: use that, or begin "
-                "another with another --out"
+                f"{folder}: this sweep was begun with {name}={before.get(name)}, not {now.get(name)}: use that, or "
+                "begin another with another --out"
             )
     known = {(entry["space"], entry["index"]): entry for entry in content.get("members", ())}
     chosen = {(member.space, member.index): member for member in members}

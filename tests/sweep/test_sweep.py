@@ -33,6 +33,7 @@ class Command:
 
     def __init__(self, folder: Path, on_dataset: tuple[str, ...]) -> None:
         self.folder = folder / "sweep"
+        self.output = ""
         for name in ("small", "large"):
             extra = "" if name == "small" else "extends: small.yaml\nfixed: {head_width: 16}\n"
             (folder / f"{name}.yaml").write_text(extra or REGNETS)
