@@ -92,7 +92,7 @@ class Sweep:
     @property
     def trained(self) -> list[Member]:
         """The members without those that equal an earlier one, which are not trained again."""
-        return [member for member in self.members if self.twin(member) == member]
+        return [member for member in self.members if self.twin(member).name == member.name]
 
     def twin(self, member: Member) -> Member:
         """The member that is trained for this one: itself, or an earlier one that equals it."""
@@ -114,9 +114,7 @@ class Sweep:
             elif done == ends:
                 status = "done"
             elif done == wanted[twin.name]:
-                status = (
-                    "waiting" if any(len(results[name].errors) < goal for name, goal in wanted.items()) else "pruned"
-                )
+                status = "pruned" if max(wanted.values()) > done else "waiting"
             else:
                 status = "running" if self.is_claimed(twin) else "waiting"
             error = result.errors[-1] if result.errors else None

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.processes import SMALL, environment, read_metrics
+from support.processes import SMALL, environment, read_metrics, train
 
 from distrain.sweep.runner import share_machine
 from distrain.sweep.sweep import Sweep
@@ -37,10 +37,9 @@ class Command:
         for name in ("small", "large"):
             extra = "" if name == "small" else "extends: small.yaml\nfixed: {head_width: 16}\n"
             (folder / f"{name}.yaml").write_text(extra or REGNETS)
-        self._words = [
-            str(folder / "small.yaml"), str(folder / "large.yaml"), "--out", str(self.folder), *SETTINGS, *on_dataset,
-            "batch.lanes=2", "batch.per_lane=8", "train.epochs=2", "checkpoint.every_steps=5",
-        ]  # fmt: skip
+        self.sizes = ("batch.lanes=2", "batch.per_lane=8", "train.epochs=2", "checkpoint.every_steps=5")
+        spaces = str(folder / "small.yaml"), str(folder / "large.yaml")
+        self._words = [*spaces, "--out", str(self.folder), *SETTINGS, *on_dataset, *self.sizes]
 
     def start(self, *words: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "distrain", "sweep", "run", *self._words, "--n", "3", "--workers", "2", *words]
@@ -119,6 +118,35 @@ def test_another_sweep_in_the_folder_is_refused(command, words, message):
     code, output = command.run(*words)
     assert code == 78, output
     assert message in output.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_winner_of_halving_is_the_run_that_it_is_alone(on_dataset, tmp_path):
+    command = Command(tmp_path, on_dataset)
+    code, output = command.run("--rungs", "0.5,1", "--fraction", "0.5")
+    assert code == 0, output
+    members = {member.name: member for member in Sweep.open(command.folder).current()}
+    assert sorted(member.status for member in members.values()) == ["done"] + ["pruned"] * 5
+    (winner,) = (member for member in members.values() if member.status == "done")
+    lengths = sorted(max(entry["step"] for entry in read_metrics(command.folder / "runs" / name)) for name in members)
+    assert lengths == [6, 6, 6, 13, 13, 25]
+    log = (command.folder / "claims" / winner.name / "log.txt").read_text().splitlines()[-1]
+    alone = train(
+        tmp_path / "alone", *SETTINGS, *on_dataset, *command.sizes, "model.name=regnet",
+        f"model.options={json.dumps(winner.options)}",
+    )  # fmt: skip
+    assert alone.code == 0, alone.output
+    assert alone.output.splitlines()[-1] == log
+
+
+@pytest.mark.slow
+def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_path):
+    command = Command(tmp_path, on_dataset)
+    code, output = command.run("--n", "1", "augment.crop=none", "data.image_size=4", "data.val_resize=3")
+    assert code == 1, output
+    lines = tool("status", str(command.folder)).splitlines()
+    assert lines[:2] == ["small: 1 failed", "large: 1 failed"]
+    assert "small-000000: failed: " in lines[2]
 
 
 def test_the_cores_are_shared_evenly():
