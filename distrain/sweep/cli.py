@@ -102,6 +102,7 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from distrain import config
+    from distrain.data.loading.setup import load_indexes
     from distrain.sweep.runner import Runner, share_machine
     from distrain.sweep.sampling import Sampler
     from distrain.sweep.sweep import Sweep, sample_members
@@ -114,6 +115,7 @@ def _run(args: argparse.Namespace) -> int:
     shared = config.load(args.config, [*args.overrides, "run.name=member", "model.name=regnet"])
     samplers = [Sampler(_load(path, args), shared.model.num_classes, shared.data.image_size) for path in paths]
     settings = {key: value for key, value in config.fixed_settings(shared).items() if key not in _OWN_KEYS}
+    load_indexes(shared)  # a mistake in it would fail every member
     halving = _read_halving(args, shared.train.epochs)
     with translated_errors(args.out):
         sweep = Sweep.create(args.out, sample_members(samplers, args.seed, args.n), settings, halving)

@@ -65,7 +65,8 @@ def command(on_dataset, tmp_path_factory) -> Command:
         process = command.start()
         deadline = time.monotonic() + 120
         while len(list(command.folder.glob("runs/*/checkpoints/step-*"))) < 2 * wanted:
-            assert time.monotonic() < deadline, process.poll()
+            assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
@@ -112,6 +113,9 @@ def test_status_counts(command):
         (("--n", "2"), "this sweep has large 2, which is not chosen now"),
         (("--member", "6"), "--member 6: the sweep has 6 members, from 0 on"),
         (("run.name=x",), "run.name=x: the sweep chooses it for each network"),
+        (("--rungs", "1"), "this sweep was begun with --rungs=[], not [1.0]"),
+        (("--rungs", "2,1"), "--rungs 2,1: they must increase, from above 0 to below train.epochs=2"),
+        (("data.train=none.parquet",), "none.parquet: index not found"),
     ],
 )
 def test_another_sweep_in_the_folder_is_refused(command, words, message):
@@ -142,11 +146,11 @@ def test_the_winner_of_halving_is_the_run_that_it_is_alone(on_dataset, tmp_path)
 @pytest.mark.slow
 def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_path):
     command = Command(tmp_path, on_dataset)
-    code, output = command.run("--n", "1", "augment.crop=none", "data.image_size=4", "data.val_resize=3")
+    code, output = command.run("--n", "1", f"loss.class_weights={tmp_path}/none.json")
     assert code == 1, output
     lines = tool("status", str(command.folder)).splitlines()
     assert lines[:2] == ["small: 1 failed", "large: 1 failed"]
-    assert "small-000000: failed: " in lines[2]
+    assert lines[2].startswith(f"small-000000: failed: loss.class_weights: {tmp_path}/none.json: cannot be read")
 
 
 def test_the_cores_are_shared_evenly():
