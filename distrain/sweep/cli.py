@@ -16,6 +16,7 @@ from distrain.errors import UserError
 from distrain.files import translated_errors
 
 if TYPE_CHECKING:
+    from distrain.sweep.population import Member
     from distrain.sweep.space import Space
     from distrain.sweep.sweep import Halving
 
@@ -24,9 +25,10 @@ examples:
   python -m distrain sweep run configs/sweep/anynetx_e.yaml configs/sweep/regnetx.yaml --n 25 --out runs/small \\
       --config configs/quickstart.yaml --set stem=cifar --flops 4e6..6e6 train.epochs=1
   python -m distrain sweep status runs/small
+  python -m distrain sweep report runs/small --out report/index.html
   python -m distrain sweep best runs/small
   python -m distrain sweep size configs/sweep/anynetx_a.yaml configs/sweep/regnetx.yaml
-  python -m distrain sweep sample configs/sweep/regnetx_refined.yaml --n 20 --plot networks.png
+  python -m distrain sweep sample configs/sweep/regnetx_refined.yaml --n 20
   python -m distrain sweep sample configs/sweep/anynetx_e.yaml --image-size 32 --classes 10 \\
       --set stem=cifar --flops 4e6..6e6 --json
 """
@@ -35,7 +37,7 @@ _OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_e
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands run, status, best, sample and size."""
+    """Add the subcommands run, status, report, best, sample and size."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=AnyOrder, required=True)
@@ -59,17 +61,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status = commands.add_parser("status", help="say how far a sweep is, and which members failed")
     status.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status.set_defaults(run=_status)
+    report = commands.add_parser(
+        "report", help="compare the spaces of sweeps: error distributions, what good ones share"
+    )
+    report.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders of sweeps")
+    report.add_argument(
+        "-o", "--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html"
+    )
+    report.set_defaults(run=_report)
     best = commands.add_parser("best", help="print the best networks of a sweep, as settings of a run")
     best.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     best.add_argument("--n", type=positive, default=5, metavar="N", help="how many (default: 5)")
     best.set_defaults(run=_best)
-    sample = commands.add_parser("sample", help="print networks of a design space, and draw them")
+    sample = commands.add_parser("sample", help="print networks of a design space")
     sample.add_argument("space", type=Path, metavar="SPACE", help="file of a design space")
     _add_cost(sample)
     sample.add_argument("--n", type=positive, default=10, metavar="N", help="how many (default: 10)")
     sample.add_argument("--start", type=natural, default=0, metavar="I", help="index of the first (default: 0)")
     sample.add_argument("--json", action="store_true", help="print a line of JSON for each, with its model.options")
-    sample.add_argument("--plot", type=Path, metavar="FILE", help="draw the widths of their blocks: .png, .svg or .pdf")
     sample.set_defaults(run=_sample)
     size = commands.add_parser("size", help="say how many networks there are")
     size.add_argument("space", type=Path, nargs="+", metavar="SPACE", help="file of a design space")
@@ -161,6 +170,27 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from distrain.sweep.report import describe, write_report
+    from distrain.sweep.sweep import Sweep
+
+    spaces: dict[str, list[Member]] = {}
+    for folder in args.folders:
+        with translated_errors(folder):
+            for member in Sweep.open(folder).current():
+                spaces.setdefault(member.space, []).append(member)
+    about = {"sweeps": ", ".join(map(str, args.folders))}
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_report(spaces, args.out, about)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from error
+    for line in describe(spaces):
+        print(line)
+    print(f"wrote {args.out}")
+    return 0
+
+
 def _best(args: argparse.Namespace) -> int:
     from distrain.sweep.sweep import Sweep
 
@@ -195,10 +225,6 @@ def _sample(args: argparse.Namespace) -> int:
             ["i", *names, "flops", "params", "acts"],
             [index + row + cost for index, row, cost in zip(indices, rows, costs, strict=True)],
         )
-    if args.plot is not None:
-        from distrain.sweep.plots import plot_samples
-
-        plot_samples(space.name, samples, args.plot)
     return 0
 
 

@@ -215,7 +215,7 @@ def _require_same(
     before, now = (
         {**one["settings"], "--rungs": one["rungs"], "--fraction": one["fraction"]} for one in (content, shared)
     )
-    for name in sorted(before.keys() | now.keys()):
+    for name in ["--rungs", *sorted(before.keys() | now.keys())]:
         if before.get(name) != now.get(name):
             raise UserError(
                 f"{folder}: this sweep was begun with {name}={before.get(name)}, not {now.get(name)}: use that, or "

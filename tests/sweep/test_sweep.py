@@ -101,6 +101,14 @@ def test_a_member_is_the_run_that_its_settings_describe(command, on_dataset, tmp
     assert f"top-1 {1 - best.error:.2%}" in log.splitlines()[-1]
 
 
+def test_the_report_compares_the_spaces(command, tmp_path):
+    printed = tool("report", str(command.folder), "--out", str(tmp_path / "new" / "report.html"))
+    assert printed.splitlines()[-1] == f"wrote {tmp_path}/new/report.html"
+    page = (tmp_path / "new" / "report.html").read_text()
+    assert all(name in page for name in ("small", "large"))
+    assert len((tmp_path / "new" / "members.csv").read_text().splitlines()) == 7
+
+
 def test_status_counts(command):
     assert tool("status", str(command.folder)) == "small: 3 done\nlarge: 3 done\n"
 
