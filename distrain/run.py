@@ -73,8 +73,6 @@ class Run(Session):
     """Steps that rollbacks have excluded."""
     validation_steps: set[int]
     """Numbers of updates after which the network is validated; includes the end of the run."""
-    stop_step: int
-    """Number of updates after which train.stop_epoch stops the run; the end of the run if it does not."""
     manifest: dict[str, Any]
     """What every checkpoint records about the run: format, identity, versions."""
     learner: Learner
@@ -132,7 +130,7 @@ class Run(Session):
 
     def stop_if_due(self, step: int) -> None:
         """Raises Stopped, with everything saved, after train.stop_epoch epochs."""
-        if step >= self.stop_step:
+        if step >= step_to_stop(self.config, self.plan):
             self.stop.reason = f"train.stop_epoch={self.config.train.stop_epoch:g}"
             self._save_and_stop(step, self.stop.reason)
 
@@ -229,16 +227,14 @@ def open_run(session: Session) -> Iterator[Run]:
         batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.splits)))
         flags = AsyncFlags(group)
         stack.callback(flags.wait)
-        stop_epoch = config.train.stop_epoch
-        stop_step = min(session.plan.step_at(stop_epoch), session.plan.steps) if stop_epoch else session.plan.steps
         progress = Progress(torch.zeros((), dtype=torch.int64, device=group.device))
         progress.restart_clock(start)
         yield Run(
             **vars(session),
             start=start,
             skipped_steps=skipped_steps,
-            validation_steps=session.plan.steps_every(config.evaluate.every_epochs) | {stop_step},
-            stop_step=stop_step,
+            validation_steps=session.plan.steps_every(config.evaluate.every_epochs)
+            | {step_to_stop(config, session.plan)},
             manifest=manifest,
             learner=learner,
             checkpoints=checkpoints,
@@ -248,6 +244,12 @@ def open_run(session: Session) -> Iterator[Run]:
             flags=flags,
             progress=progress,
         )
+
+
+def step_to_stop(config: Config, plan: Plan) -> int:
+    """Number of updates after which this start ends: those of train.stop_epoch epochs, or of all."""
+    epochs = config.train.stop_epoch
+    return min(plan.step_at(epochs), plan.steps) if epochs else plan.steps
 
 
 def open_stop_request(config: Config, group: Group) -> StopRequest:

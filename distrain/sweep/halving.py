@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 
 def goals(reached: Mapping[str, Sequence[float | None]], rungs: int, fraction: float) -> dict[str, int]:
-    """How many rungs each member is to climb, as far as that is decided.
+    """To how many rungs each member is to come, as far as that is decided.
 
-    `reached` are the errors of each member at the rungs it has climbed, None at the one at which it failed. Once all
-    have climbed a rung, `fraction` of them, those of the smallest errors, go on to the next one; at least one does.
+    `reached` are the errors of each member at the rungs it has come to, None at the one at which it failed. Once all
+    have come to a rung, `fraction` of them, those of the smallest errors, go on to the next one; at least one does.
     """
     found: dict[str, int] = {}
     field = list(reached)

@@ -1,7 +1,7 @@
 from distrain.sweep.halving import goals
 
 
-def test_a_third_goes_on_once_all_have_climbed_a_rung():
+def test_a_third_goes_on_once_all_have_come_to_a_rung():
     names = [f"m{number}" for number in range(9)]
     waiting = {name: [0.1 * number] for number, name in enumerate(names)} | {"m8": []}
     assert goals(waiting, 3, 1 / 3) == dict.fromkeys(names, 1)
