@@ -99,8 +99,8 @@ class Run(Session):
         self.tracker.log(step, {"checkpoint/stall_seconds": self.checkpoints.stall})
 
     def validate_if_due(self, step: int) -> None:
-        """Validate if evaluate.every_epochs have passed."""
-        if step in self.validation_steps:
+        """Validate if evaluate.every_epochs have passed, or train.stop_epoch."""
+        if step in self.validation_steps or step == step_to_stop(self.config, self.plan):
             self.validate(step)
 
     def validate(self, step: int) -> Quality:
@@ -233,8 +233,7 @@ def open_run(session: Session) -> Iterator[Run]:
             **vars(session),
             start=start,
             skipped_steps=skipped_steps,
-            validation_steps=session.plan.steps_every(config.evaluate.every_epochs)
-            | {step_to_stop(config, session.plan)},
+            validation_steps=session.plan.steps_every(config.evaluate.every_epochs),
             manifest=manifest,
             learner=learner,
             checkpoints=checkpoints,
