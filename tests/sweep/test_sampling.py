@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distrain.__main__ import main
 from distrain.errors import UserError
 from distrain.models import build, network_config
 from distrain.models.analytic import network_cost
@@ -174,3 +175,20 @@ def test_expressions_compute():
         assert Expression(text, values, "x").evaluate(values) == value
     with pytest.raises(UserError, match=r"x: '1 / \(depth - 3\)' has no value: division by zero"):
         Expression("1 / (depth - 3)", values, "x").evaluate(values)
+
+
+def test_the_tools_of_readme_print_networks_and_sizes(capsys, monkeypatch):
+    lines = [line.strip() for line in (FOLDER.parents[1] / "README.md").read_text().splitlines()]
+    commands = [
+        line for line in lines if line.startswith(("python -m distrain sweep sample", "python -m distrain sweep size"))
+    ]
+    assert len(commands) == 2
+    monkeypatch.chdir(FOLDER.parents[1])
+    for command in commands:
+        monkeypatch.setattr("sys.argv", ["distrain", *command.split()[3:]])
+        assert main() == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["i", "depth", "w0", "wa", "wm", "group_width", "flops", "params", "acts"]
+    assert [line.split()[0] for line in printed[1:21]] == [str(number) for number in range(20)]
+    assert printed[21].startswith("anynetx_a: 10^18.3 ways to draw, of which ")
+    assert printed[22].startswith("regnetx: 10^11.1 ways to draw, of which ")

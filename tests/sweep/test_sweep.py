@@ -14,6 +14,8 @@ from support.processes import SMALL, environment, read_metrics, train
 from distrain.sweep.runner import share_machine
 from distrain.sweep.sweep import Sweep
 
+pytestmark = pytest.mark.slow
+
 REGNETS = """\
 network: regnet
 sample:
@@ -132,7 +134,6 @@ def test_another_sweep_in_the_folder_is_refused(command, words, message):
     assert message in output.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_the_winner_of_halving_is_the_run_that_it_is_alone(on_dataset, tmp_path):
     command = Command(tmp_path, on_dataset)
     code, output = command.run("--rungs", "0.5,1", "--fraction", "0.5")
@@ -151,7 +152,6 @@ def test_the_winner_of_halving_is_the_run_that_it_is_alone(on_dataset, tmp_path)
     assert alone.output.splitlines()[-1] == log
 
 
-@pytest.mark.slow
 def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_path):
     command = Command(tmp_path, on_dataset)
     code, output = command.run("--n", "1", f"loss.class_weights={tmp_path}/none.json")
