@@ -1,6 +1,5 @@
 """A number for each class, in a JSON file that people write."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.errors import UserError, nearest
+from distrain.files import read_json_from_user
 
 
 def read_class_numbers(
@@ -18,15 +18,10 @@ def read_class_numbers(
 
     Raises UserError unless the file has a finite number from 0 to `highest` for every class and names no other.
     """
-    where, cure = f"{option} {path}", f'write {{"CLASS": {noun.upper()}, ...}}'
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read: {error.strerror}: {cure} to a JSON file") from error
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON: {cure}") from error
+    where, form = f"{option} {path}", f'{{"CLASS": {noun.upper()}, ...}}'
+    content = read_json_from_user(path, where, form)
     if not isinstance(content, dict):
-        raise UserError(f"{where}: not a JSON object: {cure}")
+        raise UserError(f"{where}: not a JSON object: expected {form}")
     if unknown := sorted(content.keys() - set(classes)):
         raise UserError(f"{where}: {unknown[0]} is none of the classes: {nearest(unknown[0], classes)}")
     if missing := [name for name in classes if name not in content]:

@@ -102,6 +102,19 @@ def read_json(path: Path, cure: str, types: Mapping[str, type] = MappingProxyTyp
     return content
 
 
+def read_json_from_user(path: Path, where: str, form: str) -> Any:
+    """What a JSON file that a person or another program wrote holds.
+
+    Raises UserError, which begins with `where` and shows the `form` that is expected.
+    """
+    try:
+        return json.loads(read_regular(path))
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read: {error.strerror}: expected a JSON file, {form}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON: expected {form}") from error
+
+
 def parse_json(data: bytes) -> tuple[dict[str, Any], bool | None]:
     """The JSON object in the content of a file, without its checksum, and whether that is right; None if it has none.
 

@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
 
 LONGEST = (
     "test_slurm.py", "test_equivalence.py", "test_crash_matrix.py", "test_ssh.py", "test_strategies.py",
-    "test_training.py", "test_soak.py", "test_compilation.py",
+    "test_training.py", "test_sweep.py", "test_soak.py", "test_compilation.py",
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ LEVELS = {
 }  # fmt: skip
 
 FORBIDDEN = (  # brackets, so that this line does not match itself
-    r"hee[d]|struc[k]|strik[e]|fruitles[s]|come[s]? upo[n]|\bmen[d]\b|how-maniet[h]|judge[d]|\bclim[b]"
+    r"hee[d]|struc[k]|strik[e]|fruitles[s]|come[s]? upo[n]|\bmen[d]\b|how-maniet[h]|judge[d]|\brun[g]\b|\bclim[b]"
     r"|undisturbe[d]|made[-_ ]u[p]|make-believ[e]|ane[w]|without a wor[d]"
 )
 

@@ -1,11 +1,13 @@
 """Values as the schema types them: text as it was typed, numbers and lists only where a setting has them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+
+from distrain.errors import UserError
 
 _INT = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _FLOAT = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?\.?(inf|nan)", re.IGNORECASE)
@@ -32,6 +34,20 @@ def read_text(text: str, kind: Any, key: str) -> Any:
     if kind is Any or is_dataclass(kind) or get_origin(kind) in (list, dict):
         return read_node(compose(text), kind, key)
     return _read_scalar(text, kind, key)
+
+
+def read_options(pairs: Sequence[str], flag: str) -> dict[str, Any]:
+    """A network's options from key=value, as `model.options` has them. Raises UserError, which begins with `flag`."""
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{flag} {pair}: expected key=value, such as stem=cifar")
+        try:
+            options[key] = read_text(value, Any, key)
+        except ValueProblem as error:
+            raise UserError(f"{flag} {pair}: {error}") from error
+    return options
 
 
 def compose(text: str) -> yaml.Node:

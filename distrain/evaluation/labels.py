@@ -1,6 +1,5 @@
 """Match the classes of a data set with those of a classifier."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrain.errors import UserError, nearest
+from distrain.files import read_json_from_user
 
 
 class Matching(NamedTuple):
@@ -60,12 +60,7 @@ def read_accepted(path: Path, samples: int, classes: int) -> list[list[int]]:
 
     A sample with an empty list is not scored. Raises UserError.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"--accepted {path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--accepted {path}: not valid JSON: expected [[1], [4, 7], [], ...]") from error
+    content = read_json_from_user(path, f"--accepted {path}", "[[1], [4, 7], [], ...]")
     if not isinstance(content, list) or not all(isinstance(entry, list) for entry in content):
         raise UserError(f"--accepted {path}: expected a list of lists of class numbers, such as [[1], [4, 7], []]")
     if len(content) != samples:

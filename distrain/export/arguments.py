@@ -2,11 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from distrain.config.values import ValueProblem, read_text
+from distrain.config.values import read_options
 from distrain.data.shards.labels import read_classes
-from distrain.errors import UserError
 from distrain.export.load import load, load_any
 from distrain.export.model import Model
 
@@ -28,14 +26,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace, programs: bool = True) -> Model:
     """Load what `add_model_arguments` describe. Raises UserError; also for exported programs, if not `programs`."""
-    options = {}
-    for text in args.option:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"--option {text}: expected key=value, such as stem=cifar")
-        try:
-            options[key] = read_text(value, Any, key)
-        except ValueProblem as error:
-            raise UserError(f"--option {text}: {error}") from error
+    options = read_options(args.option, "--option")
     classes = read_classes(args.classes) if args.classes else ()
     return (load_any if programs else load)(args.model, args.network, options or None, classes)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distrain.arguments import AnyOrder
+from distrain.config.values import read_options
 from distrain.errors import UserError
 from distrain.models import PUBLISHED, Config, build, network_config
 from distrain.models.complexity import Layer, count_complexity, total
@@ -90,7 +91,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    options = _parse_options(args.options)
+    options = read_options(args.options, "options:")
     config = network_config(args.name, **options)
     default_resolution, default_classes = (32, 10) if config.stem == "cifar" else (224, 1000)
     resolution = default_resolution if args.resolution is None else args.resolution
@@ -118,32 +119,13 @@ def _show(args: argparse.Namespace) -> int:
 def _plot(args: argparse.Namespace) -> int:
     from distrain.models.plot import plot_widths
 
-    config = network_config(args.name, **_parse_options(args.options))
+    config = network_config(args.name, **read_options(args.options, "options:"))
     if isinstance(config, (DenseNetConfig, AnyNetConfig)):
         raise UserError(f"model {args.name} is not a RegNet: plot needs one, such as regnety_4gf")
     path = args.out or Path(f"{args.name}.png")
     plot_widths(args.name, config, path)
     print(f"wrote {path}")
     return 0
-
-
-def _parse_options(pairs: Iterable[str]) -> dict[str, Any]:
-    """Parse key=value as a run's command line does: values are YAML, including lists and mappings."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"{pair!r} is not an option: expected key=value, such as stem=cifar")
-        try:
-            content = OmegaConf.to_container(OmegaConf.from_dotlist([pair]))
-        except (YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{pair}: not a valid key=value option") from error
-        assert isinstance(content, dict)
-        options.update({str(key): value for key, value in content.items()})
-    return options
 
 
 def _print_stages(config: AnyNetConfig) -> None:

@@ -4,21 +4,20 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrain.arguments import AnyOrder, fraction, natural, positive, run_arguments
-from distrain.config.values import ValueProblem, read_text
+from distrain.config.values import read_options
 from distrain.errors import UserError
 from distrain.files import translated_errors
+from distrain.sweep.table import align
 
 if TYPE_CHECKING:
+    from distrain.sweep.halving import Halving
     from distrain.sweep.population import Member
     from distrain.sweep.space import Space
-    from distrain.sweep.sweep import Halving
 
 _EXAMPLES = """\
 examples:
@@ -33,6 +32,7 @@ examples:
       --set stem=cifar --flops 4e6..6e6 --json
 """
 _SIZE_DRAWS = 2000
+_DRAWN = ("index", "network", "options", "parameters", "flops", "params", "activations")
 _OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_epoch")
 
 
@@ -52,13 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--n", type=positive, default=10, metavar="N", help="networks of each space (default: 10)")
     train.add_argument("--workers", type=positive, metavar="N", help="at a time (default: one for each GPU, or core)")
     train.add_argument(
-        "--rungs", default="", metavar="E,E...", help="successive halving: epochs after which only the best go on"
+        "--halve-at", default="", metavar="E,E...", help="successive halving: epochs after which only the best continue"
     )
-    train.add_argument("--fraction", type=fraction, default=1 / 3, metavar="F", help="that go on (default: 1/3)")
+    train.add_argument("--fraction", type=fraction, default=1 / 3, metavar="F", help="that continue (default: 1/3)")
     train.add_argument("--member", type=natural, metavar="I", help="train only this one, counted over all spaces")
     _add_conditions(train)
     train.set_defaults(run=_run)
-    status = commands.add_parser("status", help="say how far a sweep is, and which members failed")
+    status = commands.add_parser("status", help="count the members that are done, and list those that failed")
     status.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status.set_defaults(run=_status)
     report = commands.add_parser(
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--start", type=natural, default=0, metavar="I", help="index of the first (default: 0)")
     sample.add_argument("--json", action="store_true", help="print a line of JSON for each, with its model.options")
     sample.set_defaults(run=_sample)
-    size = commands.add_parser("size", help="say how many networks there are")
+    size = commands.add_parser("size", help="count the networks of design spaces")
     size.add_argument("space", type=Path, nargs="+", metavar="SPACE", help="file of a design space")
     _add_cost(size)
     size.set_defaults(run=_size)
@@ -141,19 +141,19 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _read_halving(args: argparse.Namespace, epochs: float) -> "Halving":
-    from distrain.sweep.sweep import Halving
+    from distrain.sweep.halving import Halving
 
-    if not args.rungs:
+    if not args.halve_at:
         return Halving()
     try:
-        rungs = tuple(float(text) for text in args.rungs.split(","))
+        ends = tuple(float(text) for text in args.halve_at.split(","))
     except ValueError as error:
-        raise UserError(f"--rungs {args.rungs}: write epochs, such as 1,3") from error
-    if list(rungs) != sorted({*rungs}) or not 0 < rungs[0] <= rungs[-1] < epochs:
-        raise UserError(f"--rungs {args.rungs}: they must increase, from above 0 to below train.epochs={epochs:g}")
+        raise UserError(f"--halve-at {args.halve_at}: write epochs, such as 1,3") from error
+    if list(ends) != sorted({*ends}) or not 0 < ends[0] <= ends[-1] < epochs:
+        raise UserError(f"--halve-at {args.halve_at}: must increase, from above 0 to below train.epochs={epochs:g}")
     if args.member is not None:
-        raise UserError("--member trains one network, and --rungs waits for all of them: leave one out")
-    return Halving(rungs, args.fraction)
+        raise UserError("--member trains one network, and --halve-at waits for all of them: leave one out")
+    return Halving(ends, args.fraction)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -213,18 +213,14 @@ def _sample(args: argparse.Namespace) -> int:
     samples = [sampler.sample(args.seed, index) for index in range(args.start, args.start + args.n)]
     if args.json:
         for sample in samples:
-            print(json.dumps({**asdict(sample), "cost": asdict(sample.cost)}))
-    else:
-        names = [*samples[0].parameters]
-        rows = [[_show(sample.parameters[name]) for name in names] for sample in samples]
-        costs = [
-            [f"{value / 1e6:.4g}M" for value in (s.cost.flops, s.cost.params, s.cost.conv_activations)] for s in samples
-        ]
-        indices = [[str(sample.index)] for sample in samples]
-        _print_table(
-            ["i", *names, "flops", "params", "acts"],
-            [index + row + cost for index, row, cost in zip(indices, rows, costs, strict=True)],
-        )
+            print(json.dumps({name: getattr(sample, name) for name in _DRAWN}))
+        return 0
+    rows = [["i", *samples[0].parameters, "flops", "params", "acts"]]
+    for sample in samples:
+        costs = (f"{count / 1e6:.4g}M" for count in (sample.flops, sample.params, sample.activations))
+        rows.append([str(sample.index), *map(_show, sample.parameters.values()), *costs])
+    for line in align(rows):
+        print(line)
     return 0
 
 
@@ -256,28 +252,8 @@ def _load(path: Path, args: argparse.Namespace) -> "Space":
         window = [float(text) for text in args.flops.split("..")] if args.flops else []
     except ValueError as error:
         raise UserError(f"--flops {args.flops}: write LOW..HIGH, such as 360e6..400e6") from error
-    return load_space(path, parse_options(args.set), args.keep, window)
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse OPTION=VALUE as `model.options` does. Raises UserError."""
-    options = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(f"--set {pair}: write OPTION=VALUE, such as stem=cifar")
-        try:
-            options[name] = read_text(text, Any, name)
-        except ValueProblem as error:
-            raise UserError(f"--set {pair}: {error}") from error
-    return options
+    return load_space(path, read_options(args.set, "--set"), args.keep, window)
 
 
 def _show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))

@@ -6,20 +6,39 @@ twice, and the winner is the run that it would be alone.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 
-def goals(reached: Mapping[str, Sequence[float | None]], rungs: int, fraction: float) -> dict[str, int]:
-    """To how many rungs each member is to come, as far as that is decided.
+@dataclass(frozen=True)
+class Halving:
+    """The rounds of a sweep: when members are compared, and how many continue."""
 
-    `reached` are the errors of each member at the rungs it has come to, None at the one at which it failed. Once all
-    have come to a rung, `fraction` of them, those of the smallest errors, go on to the next one; at least one does.
+    epochs: tuple[float, ...] = ()
+    """The end of each round but the last, which ends with the run."""
+    fraction: float = 1.0
+    """How many of a round's members are in the next one; at least one is."""
+
+    @property
+    def rounds(self) -> int:
+        return len(self.epochs) + 1
+
+    def stop_epoch(self, number: int) -> float:
+        """The end of round `number`, from 0, as train.stop_epoch has it."""
+        return self.epochs[number] if number < len(self.epochs) else 0
+
+
+def wanted_rounds(reached: Mapping[str, Sequence[float | None]], halving: Halving) -> dict[str, int]:
+    """How many rounds each member is to finish, as far as that is decided.
+
+    `reached` are the errors of each member at the end of its rounds so far, None for the one in which it failed. Once
+    all members of a round have finished it, those of the smallest errors are in the next one.
     """
-    found: dict[str, int] = {}
-    field = list(reached)
-    for rung in range(rungs):
-        found |= dict.fromkeys(field, rung + 1)
-        if any(len(reached[name]) <= rung for name in field):
+    wanted: dict[str, int] = {}
+    names = list(reached)
+    for number in range(halving.rounds):
+        wanted |= dict.fromkeys(names, number + 1)
+        if any(len(reached[name]) <= number for name in names):
             break
-        ranked = sorted((error, name) for name in field if (error := reached[name][rung]) is not None)
-        field = [name for _, name in ranked[: max(1, math.floor(len(field) * fraction))]]
-    return found
+        ranked = sorted((error, name) for name in names if (error := reached[name][number]) is not None)
+        names = [name for _, name in ranked[: max(1, math.floor(len(names) * halving.fraction))]]
+    return wanted

@@ -20,7 +20,7 @@ class Member:
     options: Mapping[str, Any]
     """The network's options."""
     parameters: Mapping[str, Any]
-    """What was drawn, by name; of stage 1, 2, ... as `width.1`, `width.2`, ..."""
+    """What was drawn or derived, by name; of stage 1, 2, ... as `width.1`, `width.2`, ..."""
     flops: int
     """Multiply-adds for one image."""
     params: int

@@ -23,6 +23,7 @@ from distrain.sweep.plots import (
 from distrain.sweep.population import Member
 from distrain.sweep.statistics import Floats, Interval, compare, errors_of, progress, summarize
 from distrain.sweep.structure import block_widths, fit_linear_rule
+from distrain.sweep.table import align
 
 FIGURES = "figures"
 """Folder beside the page."""
@@ -57,9 +58,7 @@ def describe(populations: Mapping[str, Sequence[Member]]) -> Iterator[str]:
         summary = summarize(found)
         lowest = show_error(Interval(summary.min.value))
         rows.append([name, str(summary.count), show_error(summary.mean), show_error(summary.median), lowest])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+    yield from align(rows)
     yield from (f"{name}: {progress(members)}" for name, members in populations.items())
     yield from compare_all(errors)
     for name, members in populations.items():

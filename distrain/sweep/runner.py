@@ -17,10 +17,11 @@ from types import FrameType
 
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER
 from distrain.files import read_regular
-from distrain.resilience.claim import LAUNCH_VARIABLE, Claim
+from distrain.resilience.claim import LAUNCH_VARIABLE, Claim, newest_attempt
 from distrain.sweep import member_process
 from distrain.sweep.population import Member
 from distrain.sweep.sweep import Sweep
+from distrain.track.spool import read_entries
 
 _MAX_CRASHES = 5  # of a member in this process
 _LOOK_S = 3.0  # between looks at members that other processes train
@@ -87,8 +88,8 @@ class Runner:
         return int(any(result.has_failed for name, result in self._sweep.results().items() if name in self._names))
 
     def _start(self) -> bool:
-        """Start members in the free slots. Returns whether any has further to go, here or elsewhere."""
-        left = [(member, rung) for member, rung in self._sweep.due() if member.name in self._names]
+        """Start members in the free slots. Returns whether any is to train further, here or elsewhere."""
+        left = [(member, number) for member, number in self._sweep.due() if member.name in self._names]
         if not self._free:
             return True
         own = {training.member.name for training in self._running}
@@ -101,15 +102,14 @@ class Runner:
             self._claim(*random.choice(claimed))
         return bool(left)
 
-    def _claim(self, member: Member, rung: int) -> None:
-        if (claim := self._sweep.claim(member, rung)) is None:
+    def _claim(self, member: Member, number: int) -> None:
+        if (claim := self._sweep.claim(member, number)) is None:
             return
         slot = self._free.pop()
         variables = {"OMP_NUM_THREADS": str(len(slot.cores))}
         if slot.gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
-        rungs = self._sweep.halving.rungs
-        stop = rungs[rung] if rung < len(rungs) else 0
+        stop = self._sweep.halving.stop_epoch(number)
         own = [f"run.name={member.name}", f"model.name={member.network}", f"model.options={json.dumps(member.options)}"]
         arguments = [*self._arguments, f"run.dir={self._sweep.folder / 'runs'}", *own, f"train.stop_epoch={stop:g}"]
         log = self._sweep.claim_folder(member) / "log.txt"
@@ -120,10 +120,11 @@ class Runner:
         self._running.remove(training)
         self._free.append(training.slot)
         member, code = training.member, training.process.exitcode
+        run = self._sweep.run_folder(member)
         reason = last_line(self._sweep.claim_folder(member) / "log.txt")
         self._crashes[member.name] += code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USER)
-        if code == EXIT_DONE or (code == EXIT_STOPPED and "train.stop_epoch" in reason):
-            self._record(member, *read_outcome(self._sweep.run_folder(member), self._batch))
+        if code == EXIT_DONE or (code == EXIT_STOPPED and has_ended_round(run)):
+            self._record(member, *read_outcome(run, self._batch))
         elif code == EXIT_USER:
             self._record(member, None, reason=reason)
         elif self._crashes[member.name] >= _MAX_CRASHES:
@@ -168,16 +169,20 @@ def share_machine(workers: int | None, gpus: int) -> list[Slot]:
     return [Slot(group, str(number % gpus) if gpus else None) for number, group in enumerate(groups)]
 
 
+def has_ended_round(run: Path) -> bool:
+    """Whether a run that stopped did so where train.stop_epoch says."""
+    attempt = newest_attempt(run)
+    return attempt is not None and (attempt.end or "").startswith("stopped by train.stop_epoch")
+
+
 def read_outcome(run: Path, batch: int) -> tuple[float | None, float | None]:
     """The error of a run's last validation (multi-label: 1 - mAP), and its seconds per step of `batch` images."""
     error, rates = None, []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)["metrics"]
-        quality = entry.get("val/top1", entry.get("val/mAP"))
-        if quality is not None:
-            error = 1 - quality
-        if entry.get("train/images_per_second"):
-            rates.append(entry["train/images_per_second"])
+    for entry in read_entries(run / "metrics.jsonl"):
+        quality = entry.metrics.get("val/top1", entry.metrics.get("val/mAP"))
+        error = error if quality is None else 1 - quality
+        rates.append(entry.metrics.get("train/images_per_second", 0.0))
+    rates = [rate for rate in rates if rate]
     return error, batch / statistics.median(rates) if rates else None
 
 

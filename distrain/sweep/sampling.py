@@ -2,40 +2,23 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from distrain.errors import UserError
 from distrain.models import network_config
 from distrain.models.analytic import network_cost
-from distrain.models.complexity import Cost
 from distrain.models.densenet import DenseNetConfig
 from distrain.models.regnet import AnyNetConfig, RegNetConfig
 from distrain.models.regnet_widths import adjust_width
 from distrain.rng import Stream, uniform
+from distrain.sweep.population import Member
 from distrain.sweep.ranges import Value
 from distrain.sweep.space import COSTS, Space, stage_options
 
 _BATCH = 64
 _MAX_DRAWS = 200_000
 _UNFIT = "the network cannot be built"
-_CONFIGS = DenseNetConfig | RegNetConfig | AnyNetConfig
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A network of a design space."""
-
-    index: int
-    network: str
-    options: Mapping[str, Any]
-    """For `distrain.models.build`."""
-    parameters: Mapping[str, Value]
-    """What was drawn or derived, by name; of stage 1, 2, ... as `width.1`, `width.2`, ..."""
-    cost: Cost
-    """For one image."""
-    draws: int
-    """How many were drawn until one fulfilled the conditions."""
 
 
 class Sampler:
@@ -46,16 +29,16 @@ class Sampler:
         self._num_classes = num_classes
         self._resolution = resolution
         self._digest = space.digest
-        self._places = list(self._layout())
+        self._uniforms = sum(space.stages if parameter.per_stage else 1 for parameter in space.parameters)
         self._cheap = [one for one in space.conditions if not one.names & set(COSTS)]
         self._costly = [one for one in space.conditions if one.names & set(COSTS)]
 
-    def sample(self, seed: int, index: int) -> Sample:
+    def sample(self, seed: int, index: int) -> Member:
         """The network `index`. Raises UserError if hardly any fulfills the conditions, naming the one that rejects."""
         rejected: Counter[str] = Counter()
-        for draws, values in enumerate(self._draws(seed, index), 1):
-            outcome = self._try(index, values, draws)
-            if isinstance(outcome, Sample):
+        for values in self._draws(seed, index):
+            outcome = self._try(index, values)
+            if isinstance(outcome, Member):
                 return outcome
             rejected[outcome] += 1
         reason, times = rejected.most_common(1)[0]
@@ -66,18 +49,13 @@ class Sampler:
 
     def accepted(self, seed: int, draws: int) -> int:
         """How many of the first `draws` fulfill the conditions."""
-        found = (self._try(0, values, 1) for _, values in zip(range(draws), self._draws(seed, 0), strict=False))
-        return sum(isinstance(one, Sample) for one in found)
-
-    def _layout(self) -> Iterator[str]:
-        for parameter in self.space.parameters:
-            yield from [parameter.name] * (self.space.stages if parameter.per_stage else 1)
+        return sum(isinstance(self._try(0, values), Member) for values in islice(self._draws(seed, 0), draws))
 
     def _draws(self, seed: int, index: int) -> Iterator[dict[str, Any]]:
         keys = seed, Stream.SPACE, self._digest, index
         for start in range(0, _MAX_DRAWS, _BATCH):
             attempts = [[number] for number in range(start, start + _BATCH)]
-            for row in uniform(*keys, attempts, range(len(self._places))).tolist():
+            for row in uniform(*keys, attempts, range(self._uniforms)).tolist():
                 yield self._values(iter(row))
 
     def _values(self, uniforms: Iterator[float]) -> dict[str, Any]:
@@ -92,7 +70,7 @@ class Sampler:
                 values[parameter.name] = parameter.range.draw(next(uniforms))
         return values
 
-    def _try(self, index: int, drawn: dict[str, Any], draws: int) -> Sample | str:
+    def _try(self, index: int, drawn: dict[str, Any]) -> Member | str:
         """The network, or why it is none."""
         values = {**drawn, **{name: one.evaluate(drawn) for name, one in self.space.derived.items()}}
         options = self._options(values)
@@ -112,7 +90,10 @@ class Sampler:
         for condition in self._costly:
             if not condition.evaluate(known):
                 return condition.text
-        return Sample(index, self.space.network, options, dict(_flat(values)), cost, draws)
+        return Member(
+            space=self.space.name, index=index, network=self.space.network, options=options,
+            parameters=dict(_flat(values)), flops=cost.flops, params=cost.params, activations=cost.conv_activations,
+        )  # fmt: skip
 
     def _options(self, values: Mapping[str, Any]) -> dict[str, Any]:
         chosen = {**self.space.fixed, **values}
@@ -122,8 +103,9 @@ class Sampler:
             return frame
         stages = [
             {
-                name: chosen[name][number] if isinstance(chosen[name], list) else chosen[name]
-                for name in chosen.keys() & per_stage
+                name: value[number] if isinstance(value, list) else value
+                for name, value in chosen.items()
+                if name in per_stage
             }
             for number in range(self.space.stages)
         ]
@@ -136,7 +118,7 @@ class Sampler:
         return {**frame, "stages": stages}
 
 
-def _shape(config: _CONFIGS) -> dict[str, Any]:
+def _shape(config: DenseNetConfig | RegNetConfig | AnyNetConfig) -> dict[str, Any]:
     """What conditions can ask of any network."""
     if isinstance(config, DenseNetConfig):
         return {"stages": len(config.depths), "blocks": sum(config.depths), "depths": config.depths, "widths": ()}

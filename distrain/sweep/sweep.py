@@ -10,6 +10,7 @@ its checkpoint.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from distrain.errors import UserError
 from distrain.files import read_json, write_json
 from distrain.resilience.claim import Claim, newest_attempt
-from distrain.sweep.halving import goals
+from distrain.sweep.halving import Halving, wanted_rounds
 from distrain.sweep.population import Member, Status
 from distrain.sweep.sampling import Sampler
 
@@ -27,21 +28,11 @@ _CURE = "restore it from a copy, or begin another sweep with another --out"
 
 
 @dataclass(frozen=True)
-class Halving:
-    """When members are compared, and how many go on."""
-
-    rungs: tuple[float, ...] = ()
-    """Epochs after which all but the best stop."""
-    fraction: float = 1.0
-    """Of those that have come to a rung."""
-
-
-@dataclass(frozen=True)
 class Result:
     """What a member has reached."""
 
     errors: tuple[float | None, ...] = ()
-    """At each rung and at the end, as far as it has come; None where it failed."""
+    """At the end of each round that it has finished; None for the one in which it failed."""
     seconds: float | None = None
     reason: str = ""
 
@@ -69,18 +60,18 @@ class Sweep:
         if not content:
             raise UserError(f"{folder}: no sweep: give the folder that `sweep run --out` made")
         try:
-            halving = Halving(tuple(content["rungs"]), content["fraction"])
+            halving = Halving(tuple(content["halve_at"]), content["fraction"])
             return cls(folder, [Member(**member) for member in content["members"]], halving)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / _FILE}: written by another release: {_CURE}") from error
 
     @classmethod
     def create(cls, folder: Path, members: Sequence[Member], settings: Mapping[str, Any], halving: Halving) -> "Sweep":
-        """Begin a sweep, go on with the same one, or extend it by more `members`.
+        """Begin a sweep, continue the same one, or extend it by more `members`.
 
         Raises UserError if the folder's sweep has other settings or other members.
         """
-        shared = {"settings": dict(settings), **asdict(halving), "rungs": list(halving.rungs)}
+        shared = {"settings": dict(settings), "halve_at": list(halving.epochs), "fraction": halving.fraction}
         content = read_json(folder / _FILE, _CURE)
         if content:
             _require_same(folder, content, members, shared)
@@ -101,8 +92,7 @@ class Sweep:
     def current(self) -> list[Member]:
         """All members as they are now. One whose process was killed counts as running until it is claimed again."""
         results = self.results()
-        wanted = self._goals(results)
-        ends = len(self.halving.rungs) + 1
+        wanted = self._wanted(results)
         found = []
         for member in self.members:
             twin = self.twin(member)
@@ -111,7 +101,7 @@ class Sweep:
             status: Status
             if result.has_failed:
                 status = "failed"
-            elif done == ends:
+            elif done == self.halving.rounds:
                 status = "done"
             elif done == wanted[twin.name]:
                 status = "pruned" if max(wanted.values()) > done else "waiting"
@@ -122,14 +112,14 @@ class Sweep:
         return found
 
     def due(self) -> list[tuple[Member, int]]:
-        """The members that have further to go, by this process or another, each with the number of its next rung."""
+        """The members that are to train further, by this process or another, each with the number of its next round."""
         results = self.results()
-        wanted = self._goals(results)
-        rungs = {member.name: len(results[member.name].errors) for member in self.trained}
+        wanted = self._wanted(results)
+        next_round = {name: len(result.errors) for name, result in results.items() if not result.has_failed}
         return [
-            (member, rungs[member.name])
+            (member, next_round[member.name])
             for member in self.trained
-            if rungs[member.name] < wanted[member.name] and not results[member.name].has_failed
+            if next_round.get(member.name, math.inf) < wanted[member.name]
         ]
 
     def results(self) -> dict[str, Result]:
@@ -148,7 +138,7 @@ class Sweep:
                 result = Result(tuple(content["errors"]), content["seconds"], content["reason"])
             except (KeyError, TypeError) as error:
                 raise UserError(f"{path}: not a result: {cure}") from error
-            if not result.has_failed and len(result.errors) <= len(self.halving.rungs):
+            if not result.has_failed and len(result.errors) < self.halving.rounds:
                 return result
             self._final[member.name] = result
         return self._final[member.name]
@@ -159,15 +149,15 @@ class Sweep:
     def claim_folder(self, member: Member) -> Path:
         return self.folder / "claims" / member.name
 
-    def claim(self, member: Member, rung: int) -> Claim | None:
-        """The right to train a member to a rung; None if another process does or has done that."""
-        if len(self.result(member).errors) > rung:
+    def claim(self, member: Member, number: int) -> Claim | None:
+        """The right to train a member in round `number`; None if another process does or has done that."""
+        if len(self.result(member).errors) > number:
             return None
         try:
             claim = Claim(self.claim_folder(member), 1, 0, 0)
         except UserError:  # its process is alive
             return None
-        if len(self.result(member).errors) > rung:  # meanwhile
+        if len(self.result(member).errors) > number:  # meanwhile
             claim.end("finished by another process", False)
             return None
         return claim
@@ -178,13 +168,12 @@ class Sweep:
         return attempt is not None and attempt.end is None
 
     def record(self, member: Member, error: float | None, seconds: float | None = None, reason: str = "") -> None:
-        """Record the error at a member's next rung, or None and the reason why it failed there."""
+        """Record the error at the end of a member's next round, or None and the reason why it failed in it."""
         result = {"errors": [*self.result(member).errors, error], "seconds": seconds, "reason": reason}
         write_json(self.claim_folder(member) / "result.json", result)
 
-    def _goals(self, results: Mapping[str, Result]) -> dict[str, int]:
-        reached = {name: result.errors for name, result in results.items()}
-        return goals(reached, len(self.halving.rungs) + 1, self.halving.fraction)
+    def _wanted(self, results: Mapping[str, Result]) -> dict[str, int]:
+        return wanted_rounds({name: result.errors for name, result in results.items()}, self.halving)
 
 
 def sample_members(samplers: Sequence[Sampler], seed: int, count: int) -> list[Member]:
@@ -192,30 +181,16 @@ def sample_members(samplers: Sequence[Sampler], seed: int, count: int) -> list[M
     names = [sampler.space.name for sampler in samplers]
     if len(set(names)) < len(names):
         raise UserError(f"two spaces are called {max(names, key=names.count)}: rename a file")
-    return [
-        Member(
-            space=sampler.space.name,
-            index=index,
-            network=sample.network,
-            options=sample.options,
-            parameters=sample.parameters,
-            flops=sample.cost.flops,
-            params=sample.cost.params,
-            activations=sample.cost.conv_activations,
-        )
-        for sampler in samplers
-        for index in range(count)
-        for sample in [sampler.sample(seed, index)]
-    ]
+    return [sampler.sample(seed, index) for sampler in samplers for index in range(count)]
 
 
 def _require_same(
     folder: Path, content: Mapping[str, Any], members: Sequence[Member], shared: Mapping[str, Any]
 ) -> None:
     before, now = (
-        {**one["settings"], "--rungs": one["rungs"], "--fraction": one["fraction"]} for one in (content, shared)
+        {**one["settings"], "--halve-at": one["halve_at"], "--fraction": one["fraction"]} for one in (content, shared)
     )
-    for name in ["--rungs", *sorted(before.keys() | now.keys())]:
+    for name in ["--halve-at", *sorted(before.keys() | now.keys())]:
         if before.get(name) != now.get(name):
             raise UserError(
                 f"{folder}: this sweep was begun with {name}={before.get(name)}, not {now.get(name)}: use that, or "

@@ -95,6 +95,11 @@ def _parse(line: bytes) -> Entry:
     return entry
 
 
+def read_entries(path: Path) -> list[Entry]:
+    """The complete entries of a run's metrics.jsonl. Raises OSError."""
+    return _read(path)[0]
+
+
 def _read(path: Path) -> tuple[list[Entry], int]:
     """The complete entries of a file, and their size in bytes."""
     entries: list[Entry] = []

@@ -178,8 +178,8 @@ def test_a_plot_has_integer_ticks():
     ("arguments", "message"),
     [
         (("show", "regnetz"), "model 'regnetz' is not known: did you mean regnet?"),
-        (("show", "regnety_400mf", "stem"), "'stem' is not an option: expected key=value"),
-        (("show", "regnety_400mf", "stem=[a"), "stem=[a: not a valid key=value option"),
+        (("show", "regnety_400mf", "stem"), "options: stem: expected key=value, such as stem=cifar"),
+        (("show", "regnety_400mf", "stem=[a"), "options: stem=[a: not valid YAML"),
         (("show", "regnety_400mf", "steam=cifar"), "did you mean stem?"),
         (("show", "densenet121", "--resolution", "8"), "image size 8 is too small"),
         (("show", "densenet121", "--resolution", "0"), "image size 0 is too small"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.processes import SMALL, environment, read_metrics, train
+from support.processes import README, SMALL, environment, read_metrics, train
 
 from distrain.sweep.runner import share_machine
 from distrain.sweep.sweep import Sweep
@@ -123,8 +124,8 @@ def test_status_counts(command):
         (("--n", "2"), "this sweep has large 2, which is not chosen now"),
         (("--member", "6"), "--member 6: the sweep has 6 members, from 0 on"),
         (("run.name=x",), "run.name=x: the sweep chooses it for each network"),
-        (("--rungs", "1"), "this sweep was begun with --rungs=[], not [1.0]"),
-        (("--rungs", "2,1"), "--rungs 2,1: they must increase, from above 0 to below train.epochs=2"),
+        (("--halve-at", "1"), "this sweep was begun with --halve-at=[], not [1.0]"),
+        (("--halve-at", "2,1"), "--halve-at 2,1: must increase, from above 0 to below train.epochs=2"),
         (("data.train=none.parquet",), "none.parquet: index not found"),
     ],
 )
@@ -136,7 +137,7 @@ def test_another_sweep_in_the_folder_is_refused(command, words, message):
 
 def test_the_winner_of_halving_is_the_run_that_it_is_alone(on_dataset, tmp_path):
     command = Command(tmp_path, on_dataset)
-    code, output = command.run("--rungs", "0.5,1", "--fraction", "0.5")
+    code, output = command.run("--halve-at", "0.5,1", "--fraction", "0.5")
     assert code == 0, output
     members = {member.name: member for member in Sweep.open(command.folder).current()}
     assert sorted(member.status for member in members.values()) == ["done"] + ["pruned"] * 5
@@ -159,6 +160,22 @@ def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_pa
     lines = tool("status", str(command.folder)).splitlines()
     assert lines[:2] == ["small: 1 failed", "large: 1 failed"]
     assert lines[2].startswith(f"small-000000: failed: loss.class_weights: {tmp_path}/none.json: cannot be read")
+
+
+def test_the_command_of_readme_trains_both_spaces(on_dataset, tmp_path):
+    text = README.read_text()
+    command = text[text.index("python -m distrain sweep run") : text.index("    python -m distrain sweep report")]
+    words = shlex.split(command.replace("\\\n", " "))
+    tiny = ("--n", "1", "--flops", "1e4..1e8", "--out", str(tmp_path / "small"), "batch.per_lane=8")
+    done = subprocess.run(
+        [sys.executable, *words[1:], *tiny, *SETTINGS, *on_dataset],
+        cwd=README.parent,
+        capture_output=True,
+        text=True,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert tool("status", str(tmp_path / "small")) == "anynetx_e: 1 done\nregnetx: 1 done\n"
 
 
 def test_the_cores_are_shared_evenly():
