@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -78,17 +79,21 @@ class Ranks:
 
     def kill(self) -> None:
         """Send SIGKILL to all ranks at once, as if the machine lost power."""
-        kill_at_once([psutil.Process(process.pid) for process in self._processes if process.exitcode is None])
+        alive = []
+        for process in self._processes:
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                alive += [psutil.Process(process.pid)] if process.exitcode is None else []
+        kill_at_once(alive)
         for process in self._processes:
             process.join()
 
 
 def kill_at_once(processes: list[psutil.Process]) -> None:
     """Send SIGKILL to processes none of which may notice that another one is gone."""
-    for process in processes:
-        process.suspend()
-    for process in processes:
-        process.kill()
+    for act in (psutil.Process.suspend, psutil.Process.kill):
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                act(process)
 
 
 def _run(
