@@ -1,5 +1,6 @@
 # Sourced by the scripts in slurm/ on the first node of a job, with CONFIG set: trains until the run is done, and
-# requeues the job when it is preempted or about to reach its time limit. README lists the variables.
+# requeues the job when it is preempted or about to reach its time limit. README lists the variables. Where `program` is
+# set, these arguments of distrain are run instead of a training of CONFIG.
 #
 # shellcheck shell=bash disable=SC2153,SC2154  # CONFIG, RUN and the others are set by the caller
 
@@ -12,7 +13,10 @@ esac
 nodes="$SLURM_JOB_NUM_NODES"
 hosts="$SLURM_JOB_NODELIST"
 
-arguments=("--config=$CONFIG" "run.dir='$(dirname "$RUN")'" "run.name=$(basename "$RUN")")
+arguments=("${program[@]}")
+if [ "${#program[@]}" -eq 0 ]; then
+    arguments=("--config=$CONFIG" "run.dir='$(dirname "$RUN")'" "run.name=$(basename "$RUN")")
+fi
 if [ -n "${DATA:-}" ]; then
     arguments+=("data.train=$DATA/train.parquet" "data.val=$DATA/val.parquet")
 fi

@@ -4,11 +4,13 @@ import argparse
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from distrain import config
 from distrain.arguments import AnyOrder, add_run_arguments, run_arguments
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.sweep import cli as sweep
 from launch import node, slurm
 from launch.job import Host, Job, read_hosts
 from launch.node_env import count_ranks
@@ -41,7 +43,7 @@ def main() -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the commands local, ssh, slurm, doctor and node."""
+    """Add the commands local, ssh, sweep, slurm, doctor and node."""
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=AnyOrder)
     local = commands.add_parser(
         "local",
@@ -73,6 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training(ssh)
     ssh.set_defaults(run=run_ssh)
 
+    networks = commands.add_parser(
+        "sweep",
+        help="train the networks of a sweep on several hosts",
+        description="Run `distrain sweep run` on several hosts that share the folder of the sweep: each claims "
+        "networks to train, and a host may be lost or come back. Without hosts, --nodes N simulates N nodes on this "
+        "machine.",
+        usage="%(prog)s [--hosts A,B,... | --hostfile FILE | --nodes N] -- SPACE... --out DIR [option ...]",
+        epilog=_EXIT_CODES,
+    )
+    _add_hosts(networks)
+    _add_nodes(networks)
+    networks.add_argument("arguments", nargs=argparse.REMAINDER, help="after --: the arguments of distrain sweep run")
+    networks.set_defaults(run=run_sweep)
+
     batch = commands.add_parser(
         "slurm",
         help="submit a job to a Slurm cluster",
@@ -91,9 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         epilog="exit codes: 0 all hosts are healthy; 78 at least one is not; else the check failed",
     )
     _add_hosts(doctor)
-    doctor.add_argument(
-        "--nodes", type=int, default=1, metavar="N", help="without hosts: nodes to simulate on this machine (default 1)"
-    )
+    _add_nodes(doctor)
     _add_training(doctor)
     doctor.set_defaults(run=run_doctor)
 
@@ -110,6 +124,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_hosts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hosts", metavar="A,B,...", help="host names; the ranks rendezvous on the first")
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="file with one host name per line")
+
+
+def _add_nodes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="without hosts: nodes to simulate on this machine (default 1)"
+    )
 
 
 def simulated_hosts(nodes: int, ranks: int | None) -> list[Host]:
@@ -132,7 +152,7 @@ def run_local(args: argparse.Namespace) -> int:
     hosts = simulated_hosts(args.nodes, args.ranks)
     settings = config.load(args.config, args.overrides)
     config.check_ranks(settings, args.nodes * (args.ranks or count_ranks()))
-    with Job(settings, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
+    with Job(settings.run.folder, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
         return job.run()
 
 
@@ -142,14 +162,33 @@ def run_ssh(args: argparse.Namespace) -> int:
     if not 1 <= min_hosts <= len(hosts):
         raise UserError(f"--min-nodes {min_hosts} must be between 1 and the number of hosts, {len(hosts)}")
     settings = config.load(args.config, args.overrides)
-    with Job(settings, hosts, args.ranks, run_arguments(args), min_hosts) as job:
+    with Job(settings.run.folder, hosts, args.ranks, run_arguments(args), min_hosts) as job:
         if not args.no_doctor and (code := job.check_hosts()) != EXIT_DONE:
             return code
         return job.run()
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    hosts = ssh_hosts(args) if args.hosts or args.hostfile else simulated_hosts(args.nodes, args.ranks)
     settings = config.load(args.config, args.overrides)
-    with Job(settings, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
+    hosts = _any_hosts(args, args.ranks)
+    with Job(settings.run.folder, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
         return job.check_hosts()
+
+
+def run_sweep(args: argparse.Namespace) -> int:
+    from distrain.sweep.runner import share_machine
+
+    words = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    parser = AnyOrder(prog="python -m launch sweep")
+    sweep.add_arguments(parser)
+    folder = parser.parse_args(["run", *words]).out
+    hosts = _any_hosts(args, 1)
+    if not hosts[0].command:  # simulated: each trains as many networks at a time as it has cores
+        slots = share_machine(len(hosts), 0)
+        hosts = [replace(host, cores=slot.cores) for host, slot in zip(hosts, slots, strict=True)]
+    with Job(folder, hosts, 1, ["sweep", "run", *words], 1, independent=True) as job:
+        return job.run()
+
+
+def _any_hosts(args: argparse.Namespace, ranks: int | None) -> list[Host]:
+    return ssh_hosts(args) if args.hosts or args.hostfile else simulated_hosts(args.nodes, ranks)

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from distrain.config import Config
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, UserError
 from distrain.files import resolve
 from distrain.output import keep_writing
@@ -54,11 +53,14 @@ class Host:
     """Environment variables of its processes."""
     secrets: dict[str, str] = field(default_factory=dict)
     """The same, sent over the connection because a command line can be seen by all users of the host."""
+    cores: tuple[int, ...] = ()
+    """CPU cores of its processes; empty: all."""
 
     def start(self, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
         """Start `launch node` there, in the working directory. It stops at a line on its standard input or its end."""
         settings = [f"{name}={value}" for name, value in self.variables.items()]
-        words = ["env", *settings, sys.executable, "-m", "launch", "node", "--watch-stdin", *arguments]
+        pin = ["taskset", "--cpu-list", ",".join(map(str, self.cores))] if self.cores else []
+        words = [*pin, "env", *settings, sys.executable, "-m", "launch", "node", "--watch-stdin", *arguments]
         if self.command:
             words = ["sh", "-c", _READ_VARIABLES, "sh", *words]
             words = [*self.command, f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(words)}"]
@@ -81,20 +83,28 @@ class Host:
 
 
 class Job:
-    """One run on some hosts until it is done. A context manager that leaves no process running on them."""
+    """One run, or one sweep, on some hosts until it is done. A context manager that leaves no process running there."""
 
     def __init__(
-        self, settings: Config, hosts: Sequence[Host], ranks: int | None, arguments: Sequence[str], min_hosts: int
+        self,
+        folder: Path,
+        hosts: Sequence[Host],
+        ranks: int | None,
+        arguments: Sequence[str],
+        min_hosts: int,
+        independent: bool = False,
     ) -> None:
         """`ranks` per host (None: one per GPU, or 1); at least `min_hosts` are needed after losing hosts.
 
-        `arguments` are those of `python -m distrain`.
+        `arguments` are those of `python -m distrain`, which works in `folder`. Hosts that are `independent` form no
+        process group: each is a node 0 of its own, the job continues while others fail, and is done once one is done.
         """
-        self._folder = settings.run.folder
+        self._folder = folder
         self._hosts = list(hosts)
         self._ranks = ranks
         self._arguments = list(arguments)
         self._min_hosts = min_hosts
+        self._independent = independent
         self._id = f"{int(time.time())}_{secrets.token_hex(4)}"  # no other launch has it, and theirs sort by time
         self._stop_signals = 0
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
@@ -126,7 +136,8 @@ class Job:
         """
         number, hosts, history = 0, self._hosts, begin_history(self._folder)
         while True:
-            code = combine_exit_codes(self._start(hosts, f"{self._id}-{number}").values())
+            codes = self._start(hosts, f"{self._id}-{number}").values()
+            code = EXIT_DONE if self._independent and EXIT_DONE in codes else combine_exit_codes(codes)
             decision, history = decide(code, self._stop_signals > 0, history, read_attempt(self._folder))
             if decision == Decision.REQUEUE and code != EXIT_STOPPED and self._stop_signals > 1:
                 return _EXIT_KILLED
@@ -143,14 +154,13 @@ class Job:
     def _start(self, hosts: Sequence[Host], job: str, *options: str) -> dict[str, int]:
         """Start all nodes and wait until they exit. Returns each host's exit code."""
         logs = self._folder / "logs"
+        ranks = ["--ranks", str(self._ranks)] if self._ranks else []
         for rank, host in enumerate(hosts):
-            ranks = ["--ranks", str(self._ranks)] if self._ranks else []
-            self._nodes[host.name] = host.start(
-                [
-                    "--nodes", str(len(hosts)), "--node-rank", str(rank), "--head", hosts[0].address, "--job", job,
-                    "--name", host.name, "--logs", str(resolve(logs)), *ranks, *options, "--", *self._arguments,
-                ]
-            )  # fmt: skip
+            group = ["--nodes", str(len(hosts)), "--node-rank", str(rank), "--head", hosts[0].address, "--job", job]
+            if self._independent:  # ids differ, as simulated nodes on one machine each listen on a port
+                group = ["--job", job.replace("-", f".{rank}-")]
+            own = ["--name", host.name, "--logs", str(resolve(logs)), *ranks, *options]
+            self._nodes[host.name] = host.start([*group, *own, "--", *self._arguments])
         if self._stop_signals:  # it came while they were being started
             self._request_stop()
         readers = [threading.Thread(target=copy_output, args=(process,)) for process in self._nodes.values()]
@@ -174,7 +184,7 @@ class Job:
                     codes[name] = code
                     if code == _EXIT_SSH:
                         info(f"lost {name}")
-                    if code != 0:
+                    if code != 0 and not self._independent:
                         grace = _GRACE_USER_S if code == EXIT_USER else _GRACE_S
                         deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() > deadline:

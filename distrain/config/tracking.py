@@ -1,6 +1,7 @@
 """The schema of reports: section `track`."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from distrain.config.options import Section, option
 from distrain.errors import UserError
@@ -25,6 +26,10 @@ class TrackConfig(Section):
         "name in MLflow's model registry for the best model of a finished run; empty: not registered",
         on_resume="free",
     )
+    parent: str = option(
+        "", "name of the sweep that the run belongs to, whose MLflow run is its parent; empty: none", on_resume="free"
+    )
+    params: dict[str, Any] = option({}, "more parameters of the MLflow run, by name", on_resume="free")
     every_steps: int = option(
         10, "steps between reports of loss, accuracy, learning rate and throughput", min=1, on_resume="free"
     )

@@ -13,6 +13,8 @@ from distrain.lifetime import has_agent
 log = logging.getLogger(__name__)
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+RANK_VARIABLES = (*_NUMBERS, "MASTER_ADDR")
+"""Variables that make a process one rank of several."""
 _REPORT_WAITING_S = 3.0
 _CURE = "unset it, or start the ranks with torchrun or `python -m launch`"
 

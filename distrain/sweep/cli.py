@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrain.arguments import AnyOrder, fraction, natural, positive, run_arguments
 from distrain.config.values import read_options
-from distrain.errors import UserError
+from distrain.errors import EXIT_STOPPED, UserError
 from distrain.files import translated_errors
 from distrain.sweep.table import align
 
@@ -33,7 +33,7 @@ examples:
 """
 _SIZE_DRAWS = 2000
 _DRAWN = ("index", "network", "options", "parameters", "flops", "params", "activations")
-_OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_epoch")
+_OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_epoch", "track.parent", "track.params")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +112,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from distrain import config
     from distrain.data.loading.setup import load_indexes
+    from distrain.sweep.publish import publish
     from distrain.sweep.runner import Runner, share_machine
     from distrain.sweep.sampling import Sampler
     from distrain.sweep.sweep import Sweep, sample_members
@@ -121,7 +122,8 @@ def _run(args: argparse.Namespace) -> int:
         if override.partition("=")[0].strip().startswith(_OWN_KEYS):
             raise UserError(f"{override}: the sweep chooses it for each network: leave it out")
     paths = [Path(word) for word in args.words if "=" not in word]
-    shared = config.load(args.config, [*args.overrides, "run.name=member", "model.name=regnet"])
+    own = [f"run.dir={args.out / 'runs'}", "run.name=member", "model.name=regnet"]
+    shared = config.load(args.config, [*args.overrides, *own])
     samplers = [Sampler(_load(path, args), shared.model.num_classes, shared.data.image_size) for path in paths]
     settings = {key: value for key, value in config.fixed_settings(shared).items() if key not in _OWN_KEYS}
     load_indexes(shared)  # a mistake in it would fail every member
@@ -137,7 +139,11 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{args.out}: {len(sweep.members)} networks, {len(chosen)} to train here, {len(slots)} at a time")
         arguments = [*run_arguments(args), "track.models=false"]
         batch = shared.batch.lanes * shared.batch.per_lane
-        return Runner(sweep, chosen, arguments, batch, slots, partial(print, flush=True)).run()
+        info = partial(print, flush=True)
+        code = Runner(sweep, chosen, arguments, batch, slots, info).run()
+        if code != EXIT_STOPPED and not sweep.due():
+            publish(sweep, shared, info)
+        return code
 
 
 def _read_halving(args: argparse.Namespace, epochs: float) -> "Halving":

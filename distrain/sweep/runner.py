@@ -17,6 +17,7 @@ from types import FrameType
 
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER
 from distrain.files import read_regular
+from distrain.parallel.environment import RANK_VARIABLES
 from distrain.resilience.claim import LAUNCH_VARIABLE, Claim, newest_attempt
 from distrain.sweep import member_process
 from distrain.sweep.population import Member
@@ -70,10 +71,11 @@ class Runner:
         self._stop = False
         self._began = time.monotonic()
         self._recorded = 0
-        os.environ.pop(LAUNCH_VARIABLE, None)  # a launcher's nodes work on different members: none replaces another
+        for name in (LAUNCH_VARIABLE, *RANK_VARIABLES):  # a launcher's nodes work on different members
+            os.environ.pop(name, None)
 
     def run(self) -> int:
-        """Returns 0 once all are finished and none failed, 1 if some failed, 75 after SIGTERM or SIGINT."""
+        """Returns 0 once all are finished and none failed, 78 if some failed, 75 after SIGTERM or SIGINT."""
         with self._signals():
             while True:
                 is_waiting = not self._stop and self._start()
@@ -85,7 +87,10 @@ class Runner:
                     self._end(training)
         if self._stop:
             return EXIT_STOPPED
-        return int(any(result.has_failed for name, result in self._sweep.results().items() if name in self._names))
+        results = self._sweep.results()
+        if failed := sum(results[name].has_failed for name in self._names):
+            self._report(f"{failed} failed: see python -m distrain sweep status {self._sweep.folder}")
+        return EXIT_USER if failed else EXIT_DONE
 
     def _start(self) -> bool:
         """Start members in the free slots. Returns whether any is to train further, here or elsewhere."""
@@ -111,7 +116,9 @@ class Runner:
             variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
         stop = self._sweep.halving.stop_epoch(number)
         own = [f"run.name={member.name}", f"model.name={member.network}", f"model.options={json.dumps(member.options)}"]
-        arguments = [*self._arguments, f"run.dir={self._sweep.folder / 'runs'}", *own, f"train.stop_epoch={stop:g}"]
+        track = [f"track.parent={self._sweep.name}", f"track.params={json.dumps(member.parameters)}"]
+        folder = f"run.dir={self._sweep.folder / 'runs'}"
+        arguments = [*self._arguments, folder, *own, *track, f"train.stop_epoch={stop:g}"]
         log = self._sweep.claim_folder(member) / "log.txt"
         process = member_process.start(arguments, log, slot.cores, variables)
         self._running.append(_Training(member, slot, claim, process))

@@ -11,6 +11,7 @@ its checkpoint.
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,6 +80,12 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / _FILE, {**shared, "members": [asdict(member) for member in members]})
         return cls.open(folder)
+
+    @property
+    def name(self) -> str:
+        """Of its MLflow run: that of the folder, and a hash that tells it from other folders of that name."""
+        place = f"{self.folder.resolve()} {self.members[0].name} {self.members[0].options}"
+        return f"{self.folder.resolve().name}-{zlib.crc32(place.encode()):08x}"
 
     @property
     def trained(self) -> list[Member]:

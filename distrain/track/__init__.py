@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from distrain.config import NO_MLFLOW, Config, flatten, map_text, to_dict, to_yaml
 from distrain.errors import StaleAttemptError, Stopped
@@ -118,8 +118,9 @@ class MainTracker:
                 experiment=self._config.track.experiment,
                 name=self._config.run.name,
                 folder=self._folder,
-                params=flatten(map_text(mask_secrets, to_dict(self._config))),
+                params=self._params(),
                 tags=tags,
+                parent=self._config.track.parent,
                 models=self._config.track.models,
                 register=self._config.track.register,
             )
@@ -159,6 +160,11 @@ class MainTracker:
 
     def advance(self, step: int) -> None:
         self._console.advance(step)
+
+    def _params(self) -> dict[str, Any]:
+        settings = to_dict(self._config)
+        more = settings["track"].pop("params")
+        return map_text(mask_secrets, {**flatten(settings), **more})
 
     @property
     def view_hint(self) -> str:

@@ -10,19 +10,16 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from distrain.errors import UserError
-from distrain.export.mlflow_model import prepare_mlflow
 from distrain.files import read_json, write_json
+from distrain.track.mlflow_runs import RUN_TAG, SWEEP_TAG, connect, find_or_create_experiment, find_or_create_run
 from distrain.track.models import in_one_line, log_models
 from distrain.track.spool import Spool
-from distrain.track.uri import SQLITE
 
 _RETRY_S = 10.0
 _METRICS_PER_CALL = 1000  # limit of the REST API
-_RUN_TAG = "distrain.run"
 FINISHED = "FINISHED"
 """The status of a run that is done, after which its models are logged."""
 
@@ -38,6 +35,8 @@ class Reported:
     """Of the run, with its checkpoints."""
     params: Mapping[str, Any]
     tags: Mapping[str, str]
+    parent: str = ""
+    """Name of the sweep that it belongs to, whose run is the parent; empty: none."""
     models: bool = True
     """Whether a finished run's models are logged."""
     register: str = ""
@@ -126,13 +125,7 @@ class _Connection:
     """The MLflow run, found or created, and what it has received so far."""
 
     def __init__(self, reported: Reported) -> None:
-        prepare_mlflow()
-        from mlflow import MlflowClient
-
-        uri = reported.uri
-        if uri.startswith(SQLITE):
-            _create_database(Path(uri.removeprefix(SQLITE).partition("?")[0]))
-        self._client = MlflowClient(uri)
+        self._client = connect(reported.uri)
         self._run_id = self._find_or_create(reported)
         self._received = self._fetch_received()
         self._next = 0  # number of the first spool entry that is not sent
@@ -154,22 +147,12 @@ class _Connection:
                 return
 
     def _find_or_create(self, reported: Reported) -> str:
-        """The MLflow run with this run's tag. The tag exists before the run does, so that a kill in between cannot
-        lead to a second run."""
-        tag = _identity(reported.folder)
-        found = self._client.get_experiment_by_name(reported.experiment)
-        if found is None:
-            is_local = reported.uri.startswith(SQLITE)
-            beside = (reported.folder.resolve().parent / "mlartifacts").as_uri() if is_local else None
-            experiment_id = self._client.create_experiment(reported.experiment, artifact_location=beside)
-        else:
-            experiment_id = found.experiment_id
-        runs = self._client.search_runs([experiment_id], f"tags.`{_RUN_TAG}` = '{tag}'")
-        if runs:
-            run_id = str(runs[0].info.run_id)
-            self._client.update_run(run_id, status="RUNNING")
-            return run_id
-        return str(self._client.create_run(experiment_id, tags={_RUN_TAG: tag}, run_name=reported.name).info.run_id)
+        experiment = find_or_create_experiment(self._client, reported.uri, reported.experiment, reported.folder.parent)
+        run_id = find_or_create_run(self._client, experiment, RUN_TAG, _identity(reported.folder), reported.name)
+        if reported.parent:
+            parent = find_or_create_run(self._client, experiment, SWEEP_TAG, reported.parent, reported.parent)
+            self._client.set_tag(run_id, "mlflow.parentRunId", parent)
+        return run_id
 
     def _fetch_received(self) -> set[tuple[int, str, str]]:
         names = self._client.get_run(self._run_id).data.metrics
@@ -201,26 +184,6 @@ class _Connection:
         for start in range(0, len(missing), _METRICS_PER_CALL):
             self._client.log_batch(self._run_id, metrics=missing[start : start + _METRICS_PER_CALL])
         self._next += len(entries)
-
-
-def _create_database(path: Path) -> None:
-    """Create MLflow's tables in a temporary file and link it to `path`: MLflow creates them one by one, and a database
-    of which some are missing stays unusable."""
-    from mlflow import MlflowClient
-
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        tmp = Path(folder) / path.name
-        MlflowClient(f"{SQLITE}{tmp}").search_experiments()
-        try:
-            path.hardlink_to(tmp)
-        except FileExistsError:  # another run created it first
-            return
-        except OSError:  # a file system without hard links
-            if not path.exists():
-                tmp.rename(path)
 
 
 def _value_key(value: float) -> str:

@@ -1,7 +1,5 @@
 import pytest
-from support.processes import SMALL
 
-from distrain import config
 from launch import job
 from launch.job import Host, Job
 from launch.restart import Attempt
@@ -10,9 +8,10 @@ from launch.restart import Attempt
 class SimulatedStarts(Job):
     """A job on this machine whose starts run nothing: each ends with a code, and may have begun an attempt before."""
 
-    def __init__(self, monkeypatch, folder, starts: list[tuple[int, bool]], hosts="a", min_hosts=1) -> None:
-        overrides = [*SMALL, f"run.dir={folder}", "run.name=run", "data.train=a.parquet", "data.val=a.parquet"]
-        super().__init__(config.load(None, overrides), [Host(name, name) for name in hosts], 1, [], min_hosts)
+    def __init__(
+        self, monkeypatch, folder, starts: list[tuple[int, bool]], hosts="a", min_hosts=1, independent=False
+    ) -> None:
+        super().__init__(folder / "run", [Host(name, name) for name in hosts], 1, [], min_hosts, independent)
         self._starts = iter(starts)
         self.jobs: list[str] = []
         self.hosts: list[str] = []
@@ -75,3 +74,13 @@ def test_a_launcher_ends_as_its_last_start(monkeypatch, tmp_path, start, stop_si
     launch = SimulatedStarts(monkeypatch, tmp_path, [(start, True)])
     launch.end, launch._stop_signals = end, stop_signals
     assert launch.run() == code
+
+
+@pytest.mark.parametrize(("independent", "code"), [(True, 0), (False, 1)])
+def test_a_sweep_is_done_once_one_of_its_hosts_is(monkeypatch, tmp_path, independent, code):
+    class OneLost(SimulatedStarts):
+        def _start(self, hosts, job, *options) -> dict[str, int]:
+            return {**super()._start(hosts, job, *options), "a": 255}
+
+    starts = [(0, False)] * 3
+    assert OneLost(monkeypatch, tmp_path, starts, hosts="ab", independent=independent).run() == code

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from support.processes import README, SMALL, environment, read_metrics, train
 
 from distrain.sweep.runner import share_machine
@@ -44,13 +45,14 @@ class Command:
         spaces = str(folder / "small.yaml"), str(folder / "large.yaml")
         self._words = [*spaces, "--out", str(self.folder), *SETTINGS, *on_dataset, *self.sizes]
 
-    def start(self, *words: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "distrain", "sweep", "run", *self._words, "--n", "3", "--workers", "2", *words]
+    def start(self, *words: str, launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+        program = ["launch", "sweep", *launcher, "--"] if launcher else ["distrain", "sweep", "run", "--workers", "2"]
+        command = [sys.executable, "-m", *program, *self._words, "--n", "3", *words]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment())
 
-    def run(self, *words: str) -> tuple[int, str]:
-        process = self.start(*words)
+    def run(self, *words: str, launcher: tuple[str, ...] = ()) -> tuple[int, str]:
+        process = self.start(*words, launcher=launcher)
         output = process.communicate(timeout=200)[0]
         return process.returncode, output
 
@@ -62,7 +64,7 @@ def tool(*words: str) -> str:
 
 @pytest.fixture(scope="module")
 def command(on_dataset, tmp_path_factory) -> Command:
-    """A sweep during which every process but the last is killed, once in the middle of a member."""
+    """A sweep during which every process but the last two nodes of a launcher is killed in the middle of a member."""
     command = Command(tmp_path_factory.mktemp("sweep"), on_dataset)
     for wanted in (1, 3):
         process = command.start()
@@ -73,10 +75,8 @@ def command(on_dataset, tmp_path_factory) -> Command:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    others = command.start()
-    code, command.output = command.run()
+    code, command.output = command.run(launcher=("--nodes", "2"))
     assert code == 0, command.output
-    assert others.wait(100) == 0
     return command
 
 
@@ -156,19 +156,19 @@ def test_the_winner_of_halving_is_the_run_that_it_is_alone(on_dataset, tmp_path)
 def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_path):
     command = Command(tmp_path, on_dataset)
     code, output = command.run("--n", "1", f"loss.class_weights={tmp_path}/none.json")
-    assert code == 1, output
+    assert code == 78, output
     lines = tool("status", str(command.folder)).splitlines()
     assert lines[:2] == ["small: 1 failed", "large: 1 failed"]
     assert lines[2].startswith(f"small-000000: failed: loss.class_weights: {tmp_path}/none.json: cannot be read")
 
 
-def test_the_command_of_readme_trains_both_spaces(on_dataset, tmp_path):
+def test_the_command_of_readme_trains_both_spaces_and_reports_to_mlflow(on_dataset, tmp_path):
     text = README.read_text()
     command = text[text.index("python -m distrain sweep run") : text.index("    python -m distrain sweep report")]
     words = shlex.split(command.replace("\\\n", " "))
     tiny = ("--n", "1", "--flops", "1e4..1e8", "--out", str(tmp_path / "small"), "batch.per_lane=8")
     done = subprocess.run(
-        [sys.executable, *words[1:], *tiny, *SETTINGS, *on_dataset],
+        [sys.executable, *words[1:], *tiny, *SETTINGS, *on_dataset, "track.uri="],
         cwd=README.parent,
         capture_output=True,
         text=True,
@@ -176,6 +176,19 @@ def test_the_command_of_readme_trains_both_spaces(on_dataset, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert tool("status", str(tmp_path / "small")) == "anynetx_e: 1 done\nregnetx: 1 done\n"
+    client = MlflowClient(f"sqlite:///{tmp_path}/small/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("distrain").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    (parent,) = (run for name, run in runs.items() if name.startswith("small-"))
+    children = [runs["anynetx_e-000000"], runs["regnetx-000000"]]
+    assert len(runs) == 3
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    members = Sweep.open(tmp_path / "small").members
+    for run, member in zip(children, members, strict=True):
+        assert {name: str(value) for name, value in member.parameters.items()}.items() <= run.data.params.items()
+    assert "report/index.html" in [artifact.path for artifact in client.list_artifacts(parent.info.run_id, "report")]
+    assert (tmp_path / "small" / "report" / "index.html").exists()
 
 
 def test_the_cores_are_shared_evenly():
