@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from distrain.arguments import AnyOrder, fraction, natural, positive, run_arguments
 from distrain.config.values import read_options
@@ -163,13 +163,23 @@ def _read_halving(args: argparse.Namespace, epochs: float) -> "Halving":
 
 
 def _status(args: argparse.Namespace) -> int:
+    from distrain.sweep.population import Status
+    from distrain.sweep.statistics import errors_of
     from distrain.sweep.sweep import Sweep
 
     with translated_errors(args.folder):
-        members = Sweep.open(args.folder).current()
+        sweep = Sweep.open(args.folder)
+        members, left, pace = sweep.current(), len(sweep.due()), sweep.pace()
+    rows = [["space", *get_args(Status), "lowest error"]]
     for space in dict.fromkeys(member.space for member in members):
         counts = Counter(member.status for member in members if member.space == space)
-        print(f"{space}: " + ", ".join(f"{number} {status}" for status, number in counts.items()))
+        errors = errors_of([member for member in members if member.space == space])
+        lowest = f"{errors[0]:.2%}" if len(errors) else "-"
+        rows.append([space, *(str(counts[status]) for status in get_args(Status)), lowest])
+    for line in align(rows):
+        print(line)
+    if left:
+        print(f"{left} left" + (f", about {left * pace / 60:.0f} min at the latest pace" if pace else ""))
     for member in members:
         if member.status == "failed":
             print(f"{member.name}: failed: {member.reason}")

@@ -25,6 +25,8 @@ from distrain.sweep.population import Member, Status
 from distrain.sweep.sampling import Sampler
 
 _FILE = "sweep.json"
+_RESULT = "result.json"
+_LATEST = 20  # results from which the pace is known
 _CURE = "restore it from a copy, or begin another sweep with another --out"
 
 
@@ -136,7 +138,7 @@ class Sweep:
     def result(self, member: Member) -> Result:
         """What a trained member has reached. Raises UserError if the file is damaged."""
         if member.name not in self._final:
-            path = self.claim_folder(member) / "result.json"
+            path = self.claim_folder(member) / _RESULT
             cure = "delete it; the member's run is then looked at again"
             content = read_json(path, cure)
             if not content:
@@ -149,6 +151,12 @@ class Sweep:
                 return result
             self._final[member.name] = result
         return self._final[member.name]
+
+    def pace(self) -> float | None:
+        """Seconds between the latest results of all processes; None before there are two."""
+        paths = (self.claim_folder(member) / _RESULT for member in self.trained)
+        times = sorted(path.stat().st_mtime for path in paths if path.exists())[-_LATEST:]
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
     def run_folder(self, member: Member) -> Path:
         return self.folder / "runs" / member.name
@@ -177,7 +185,7 @@ class Sweep:
     def record(self, member: Member, error: float | None, seconds: float | None = None, reason: str = "") -> None:
         """Record the error at the end of a member's next round, or None and the reason why it failed in it."""
         result = {"errors": [*self.result(member).errors, error], "seconds": seconds, "reason": reason}
-        write_json(self.claim_folder(member) / "result.json", result)
+        write_json(self.claim_folder(member) / _RESULT, result)
 
     def _wanted(self, results: Mapping[str, Result]) -> dict[str, int]:
         return wanted_rounds({name: result.errors for name, result in results.items()}, self.halving)

@@ -8,6 +8,8 @@ import pytest
 from support.processes import SMALL, digest_on_one_node, read_metrics
 from support.simulated_hosts import Cluster
 
+from distrain.sweep.sweep import Sweep
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPT = "regnety_16gf.sh"
@@ -232,6 +234,35 @@ def test_a_sweep_is_a_job_array_with_one_run_per_learning_rate(tmp_path, extra, 
             cluster.wait_for(f"{job}_{task}", "COMPLETED")
     for task, rate in enumerate((0.4, 0.8, 1.2)):
         assert f"lr: {rate}" in (tmp_path / f"run-{task}" / "config.yaml").read_text()
+
+
+def test_a_task_of_a_design_space_sweep_continues_on_another_node_after_its_own_died(tmp_path, extra, dataset):
+    out = tmp_path / "sweep"
+    (tmp_path / "small.yaml").write_text(
+        "network: regnet\nsample:\n  depth: {uniform: [2, 4]}\n  w0: {choice: [8, 16]}\n  wa: {uniform: [4, 12]}\n"
+        "fixed: {stem: cifar, wm: 2.0, group_width: 4}\nkeep: [stages <= 3]\n"
+    )
+    extra = extra.replace("model.name=densenet_bc_10_4", "") + " train.epochs=8"
+    with Cluster(2) as cluster:
+        job = cluster.submit(
+            "sweep.sh", tmp_path / "%a.log", "--gpus-per-node=1", "--cpus-per-task=1", "--array=0-2%2",
+            SPACES=str(tmp_path / "small.yaml"), OUT=str(out), N="3", EXTRA=extra, DATA=str(dataset),
+        )  # fmt: skip
+        deadline = time.monotonic() + 100
+        while not list(out.glob("runs/*/checkpoints/step-*")):
+            assert time.monotonic() < deadline, (tmp_path / "0.log").read_text()
+            time.sleep(0.02)
+        cluster.kill(cluster.hosts(f"{job}_0")[0])
+        for task in range(3):
+            cluster.wait_for(f"{job}_{task}", "COMPLETED", timeout=240)
+    members = Sweep.open(out).current()
+    assert [member.status for member in members] == ["done"] * 3
+    for member in members:
+        steps = [
+            entry["step"] for entry in read_metrics(out / "runs" / member.name) if "train/loss" in entry["metrics"]
+        ]
+        assert (steps, steps[-1]) == (sorted(set(steps)), 102)
+    assert (out / "report" / "index.html").exists()
 
 
 def test_a_user_error_ends_the_job_without_a_restart(run, extra, dataset):

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,7 +114,23 @@ def test_the_report_compares_the_spaces(command, tmp_path):
 
 
 def test_status_counts(command):
-    assert tool("status", str(command.folder)) == "small: 3 done\nlarge: 3 done\n"
+    best = {
+        space: min(member.error for member in Sweep.open(command.folder).current() if member.space == space)
+        for space in ("small", "large")
+    }
+    header, *rows = (line.split() for line in tool("status", str(command.folder)).splitlines())
+    assert header[:6] == ["space", "waiting", "running", "done", "failed", "pruned"]
+    assert rows == [[space, "0", "0", "3", "0", "0", f"{best[space]:.2%}"] for space in ("small", "large")]
+
+
+def test_status_says_how_much_is_left(command, tmp_path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(command.folder, folder)
+    for name in ("small-000001", "large-000000"):
+        (folder / "claims" / name / "result.json").unlink()
+    for number, path in enumerate(sorted(folder.glob("claims/*/result.json"))):
+        os.utime(path, (1e9 + 120 * number,) * 2)
+    assert tool("status", str(folder)).splitlines()[-1] == "2 left, about 4 min at the latest pace"
 
 
 @pytest.mark.parametrize(
@@ -158,8 +175,10 @@ def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_pa
     code, output = command.run("--n", "1", f"loss.class_weights={tmp_path}/none.json")
     assert code == 78, output
     lines = tool("status", str(command.folder)).splitlines()
-    assert lines[:2] == ["small: 1 failed", "large: 1 failed"]
-    assert lines[2].startswith(f"small-000000: failed: loss.class_weights: {tmp_path}/none.json: cannot be read")
+    assert [line.split() for line in lines[1:3]] == [
+        [space, "0", "0", "0", "1", "0", "-"] for space in ("small", "large")
+    ]
+    assert lines[3].startswith(f"small-000000: failed: loss.class_weights: {tmp_path}/none.json: cannot be read")
 
 
 def test_the_command_of_readme_trains_both_spaces_and_reports_to_mlflow(on_dataset, tmp_path):
@@ -175,7 +194,6 @@ def test_the_command_of_readme_trains_both_spaces_and_reports_to_mlflow(on_datas
         env=environment(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert tool("status", str(tmp_path / "small")) == "anynetx_e: 1 done\nregnetx: 1 done\n"
     client = MlflowClient(f"sqlite:///{tmp_path}/small/runs/mlflow.db")
     experiment = client.get_experiment_by_name("distrain").experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
