@@ -6,7 +6,7 @@ It equals the sum over `complexity.count_complexity`, which tests assert.
 from distrain.errors import UserError
 from distrain.models.complexity import Cost
 from distrain.models.densenet import DenseNetConfig
-from distrain.models.regnet import AnyNetConfig, RegNetConfig, StageConfig
+from distrain.models.regnet import AnyNetConfig, FrameConfig, RegNetConfig, StageConfig
 
 
 class ImageTooSmallError(UserError):
@@ -19,7 +19,7 @@ def network_cost(config: DenseNetConfig | RegNetConfig | AnyNetConfig, num_class
     if isinstance(config, DenseNetConfig):
         width = _densenet(tally, config)
     else:
-        width = _anynet(tally, config.anynet() if isinstance(config, RegNetConfig) else config)
+        width = _anynet(tally, config, config.stages() if isinstance(config, RegNetConfig) else config.stages)
     tally.linear(width, num_classes)
     return Cost(*tally.counts)
 
@@ -83,13 +83,13 @@ class _Tally:
         return size
 
 
-def _anynet(tally: _Tally, config: AnyNetConfig) -> int:
+def _anynet(tally: _Tally, config: FrameConfig, stages: tuple[StageConfig, ...]) -> int:
     """Count all but the classifier and return its input width."""
     tally.conv_norm(3, config.stem_width, 7 if config.stem == "resnet" else 3, 1 if config.stem == "cifar" else 2)
     if config.stem == "resnet":
         tally.max_pool(config.stem_width)
     width = config.stem_width
-    for stage in config.stages:
+    for stage in stages:
         _bottleneck(tally, width, stage, stage.stride)
         width = stage.width
         if stage.depth > 1:

@@ -4,7 +4,7 @@ Rounding is half to even throughout.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,15 @@ def quantize_widths(depth: int, w0: int, wa: float, wm: float) -> NDArray[np.int
     """Return w_j = w0 wm^s_j, s_j = round(log_wm(u_j / w0)), in multiples of 8 (equations 3 and 4): [depth]."""
     powers = np.rint(np.log(line_widths(depth, w0, wa) / w0) / np.log(wm))
     return (np.rint(w0 * np.power(wm, powers) / QUANTUM) * QUANTUM).astype(np.int64)
+
+
+def count_stages(depth: NDArray[Any], w0: NDArray[Any], wa: NDArray[Any], wm: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the number of runs of equal quantized widths in each of n RegNets, whose parameters are [n]: [n]."""
+    longest = int(depth.max())
+    columns: Any = (w0[:, None], wa[:, None], wm[:, None])
+    widths = quantize_widths(longest, *columns)
+    changes = (widths[:, 1:] != widths[:, :-1]) & (np.arange(1, longest) < depth[:, None])
+    return np.asarray(1 + np.count_nonzero(changes, axis=1), np.int64)
 
 
 def adjust_width(width: int, ratio: float, group: int, rule: WidthRule) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Arithmetic and comparisons that a file may hold, such as `params <= 3e6 + 5.5e-3 * flops`.
 
-Nothing in a file is executed: an expression is parsed by Python and evaluated here, operation by operation.
+Nothing in a file is executed: an expression is parsed by Python and compiled here, operation by operation.
 """
 
 import ast
@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from distrain.errors import UserError, nearest
+
+Compiled = Callable[[Mapping[str, Any]], Any]
 
 _OPERATIONS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -54,11 +56,12 @@ class Expression:
             raise UserError(f"{where}: {text!r} is not an expression, such as flops <= 400e6") from error
         self.names = self._check(known)
         """The names it uses."""
+        self._compute = _compile(self._tree)
 
     def evaluate(self, values: Mapping[str, Any]) -> Any:
         """The value. Raises UserError if it has none, as after a division by zero."""
         try:
-            return _evaluate(self._tree, values)
+            return self._compute(values)
         except (ArithmeticError, IndexError, TypeError, ValueError) as error:
             raise UserError(f"{self._where}: {self.text!r} has no value: {error}") from error
 
@@ -89,26 +92,39 @@ def _is_allowed(node: ast.AST) -> bool:
     return isinstance(node, kinds) or type(node) in _OPERATIONS
 
 
-def _evaluate(node: ast.AST, values: Mapping[str, Any]) -> Any:
-    def of(part: ast.AST) -> Any:
-        return _evaluate(part, values)
-
+def _compile(node: ast.AST) -> Compiled:
+    """A function of the values by name; an expression is evaluated for every network that is drawn."""
     if isinstance(node, ast.Constant):
-        return node.value
+        constant = node.value
+        return lambda values: constant
     if isinstance(node, ast.Name):
-        return values[node.id]
+        return operator.itemgetter(node.id)
     if isinstance(node, ast.BinOp):
-        return _OPERATIONS[type(node.op)](of(node.left), of(node.right))
+        operation, left, right = _OPERATIONS[type(node.op)], _compile(node.left), _compile(node.right)
+        return lambda values: operation(left(values), right(values))
     if isinstance(node, ast.UnaryOp):
-        return _OPERATIONS[type(node.op)](of(node.operand))
+        change, operand = _OPERATIONS[type(node.op)], _compile(node.operand)
+        return lambda values: change(operand(values))
     if isinstance(node, ast.BoolOp):
-        return (all if isinstance(node.op, ast.And) else any)(of(part) for part in node.values)
+        join, parts = (all if isinstance(node.op, ast.And) else any), [_compile(part) for part in node.values]
+        return lambda values: join(part(values) for part in parts)
     if isinstance(node, ast.Compare):
-        terms = [of(part) for part in (node.left, *node.comparators)]
-        pairs = zip(node.ops, terms, terms[1:], strict=False)
-        return all(_OPERATIONS[type(sign)](left, right) for sign, left, right in pairs)
+        return _compile_comparison(node)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        return _FUNCTIONS[node.func.id](*map(of, node.args))
+        function, arguments = _FUNCTIONS[node.func.id], [_compile(part) for part in node.args]
+        return lambda values: function(*[argument(values) for argument in arguments])
     if isinstance(node, ast.Subscript):
-        return of(node.value)[of(node.slice)]
+        items, index = _compile(node.value), _compile(node.slice)
+        return lambda values: items(values)[index(values)]
     raise TypeError(type(node).__name__)
+
+
+def _compile_comparison(node: ast.Compare) -> Compiled:
+    terms = [_compile(part) for part in (node.left, *node.comparators)]
+    signs = [_OPERATIONS[type(sign)] for sign in node.ops]
+
+    def compare(values: Mapping[str, Any]) -> bool:
+        found = [term(values) for term in terms]
+        return all(sign(left, right) for sign, left, right in zip(signs, found, found[1:], strict=False))
+
+    return compare

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from distrain.errors import UserError
@@ -57,14 +58,14 @@ class Range:
         if self.kind == "choice":
             return self.choices[int(uniform * len(self.choices))]
         if self.kind == "uniform" and self.step:  # every multiple equally likely
-            first, last = self._multiples()
+            first, last = self._multiples
             return self._multiple(first + int(uniform * (last - first + 1)))
         if self.kind == "uniform":
             return self.low + uniform * (self.high - self.low)
         value = self.low * (self.high / self.low) ** uniform
         if not self.step:
             return value
-        first, last = self._multiples()
+        first, last = self._multiples
         return self._multiple(min(max(round(value / self.step), first), last))
 
     @property
@@ -74,9 +75,10 @@ class Range:
             return len(set(self.choices))
         if not self.step:
             return math.inf
-        first, last = self._multiples()
+        first, last = self._multiples
         return last - first + 1
 
+    @cached_property
     def _multiples(self) -> tuple[int, int]:
         """The first and the last multiple of `step`."""
         tolerance = 1e-9
@@ -85,8 +87,12 @@ class Range:
     def _multiple(self, number: int) -> int | float:
         if isinstance(self.step, int):
             return number * self.step
-        digits = max(0, 1 - math.floor(math.log10(self.step)))
-        return round(number * self.step, digits)
+        return round(number * self.step, self._digits)
+
+    @cached_property
+    def _digits(self) -> int:
+        """Decimal places of a multiple, one more than `step` begins with."""
+        return max(0, 1 - math.floor(math.log10(self.step)))
 
 
 def _is_number(value: Any) -> bool:

@@ -1,16 +1,18 @@
 """Networks of a design space: the i-th is a pure function of (space, seed, i)."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from distrain.errors import UserError
 from distrain.models import network_config
 from distrain.models.analytic import network_cost
 from distrain.models.densenet import DenseNetConfig
 from distrain.models.regnet import AnyNetConfig, RegNetConfig
-from distrain.models.regnet_widths import adjust_width
+from distrain.models.regnet_widths import adjust_width, count_stages
 from distrain.rng import Stream, uniform
 from distrain.sweep.population import Member
 from distrain.sweep.ranges import Value
@@ -19,6 +21,8 @@ from distrain.sweep.space import COSTS, Space, stage_options
 _BATCH = 64
 _MAX_DRAWS = 200_000
 _UNFIT = "the network cannot be built"
+_LINE = ("depth", "w0", "wa", "wm")
+_DEEPEST = 1000  # blocks; the stages of deeper networks are not counted in advance, which would take too much memory
 
 
 class Sampler:
@@ -32,12 +36,12 @@ class Sampler:
         self._uniforms = sum(space.stages if parameter.per_stage else 1 for parameter in space.parameters)
         self._cheap = [one for one in space.conditions if not one.names & set(COSTS)]
         self._costly = [one for one in space.conditions if one.names & set(COSTS)]
+        self._of_stages = [one for one in space.conditions if one.names == {"stages"}]
 
     def sample(self, seed: int, index: int) -> Member:
         """The network `index`. Raises UserError if hardly any fulfills the conditions, naming the one that rejects."""
         rejected: Counter[str] = Counter()
-        for values in self._draws(seed, index):
-            outcome = self._try(index, values)
+        for outcome in self._outcomes(seed, index):
             if isinstance(outcome, Member):
                 return outcome
             rejected[outcome] += 1
@@ -49,14 +53,40 @@ class Sampler:
 
     def accepted(self, seed: int, draws: int) -> int:
         """How many of the first `draws` fulfill the conditions."""
-        return sum(isinstance(self._try(0, values), Member) for values in islice(self._draws(seed, 0), draws))
+        return sum(isinstance(outcome, Member) for outcome in islice(self._outcomes(seed, 0), draws))
 
-    def _draws(self, seed: int, index: int) -> Iterator[dict[str, Any]]:
+    def _outcomes(self, seed: int, index: int) -> Iterator[Member | str]:
+        """Draw again and again: each time the network, or why it is none."""
         keys = seed, Stream.SPACE, self._digest, index
         for start in range(0, _MAX_DRAWS, _BATCH):
             attempts = [[number] for number in range(start, start + _BATCH)]
-            for row in uniform(*keys, attempts, range(self._uniforms)).tolist():
-                yield self._values(iter(row))
+            rows = uniform(*keys, attempts, range(self._uniforms)).tolist()
+            batch = [self._values(iter(row)) for row in rows]
+            for drawn, reason in zip(batch, self._wrong_stages(batch), strict=True):
+                yield reason or self._try(index, drawn)
+
+    def _wrong_stages(self, batch: Sequence[Mapping[str, Any]]) -> list[str]:
+        """For each draw of RegNets the condition on `stages` that it fails, "" for none.
+
+        `_try` would find the same: most draws end here, a batch at a time, before anything is built.
+        """
+        none = [""] * len(batch)
+        if self.space.network != "regnet" or not self._of_stages:
+            return none
+        try:
+            options = [{**self.space.fixed, **self._with_derived(drawn)} for drawn in batch]
+            depth, *others = np.array([[one[name] for name in _LINE] for one in options], np.float64).T
+            if depth.max() > _DEEPEST:
+                return none
+            with np.errstate(all="ignore"):  # as of w0=0, which `_try` refuses
+                counts = count_stages(depth, *others).tolist()
+            wrong = {count: self._first_wrong({"stages": count}) for count in set(counts)}
+        except (UserError, KeyError, TypeError, ValueError):
+            return none  # there is no such network or condition: `_try` says why, if it gets there
+        return [wrong[count] for count in counts]
+
+    def _first_wrong(self, known: Mapping[str, int]) -> str:
+        return next((one.text for one in self._of_stages if not one.evaluate(known)), "")
 
     def _values(self, uniforms: Iterator[float]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -70,9 +100,12 @@ class Sampler:
                 values[parameter.name] = parameter.range.draw(next(uniforms))
         return values
 
-    def _try(self, index: int, drawn: dict[str, Any]) -> Member | str:
+    def _with_derived(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        return {**drawn, **{name: one.evaluate(drawn) for name, one in self.space.derived.items()}}
+
+    def _try(self, index: int, drawn: Mapping[str, Any]) -> Member | str:
         """The network, or why it is none."""
-        values = {**drawn, **{name: one.evaluate(drawn) for name, one in self.space.derived.items()}}
+        values = self._with_derived(drawn)
         options = self._options(values)
         try:
             config = network_config(self.space.network, **options)

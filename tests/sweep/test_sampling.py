@@ -4,14 +4,17 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distrain.__main__ import main
 from distrain.errors import UserError
 from distrain.models import build, network_config
 from distrain.models.analytic import network_cost
+from distrain.models.regnet import RegNetConfig
+from distrain.models.regnet_widths import count_stages
 from distrain.sweep.expressions import Expression
 from distrain.sweep.ranges import Range
 from distrain.sweep.sampling import Sampler
@@ -88,6 +91,40 @@ def test_samples_of_one_space_seed_and_index_never_change():
     sample = Sampler(SPACES["regnetx_refined"]).sample(1, 7)
     assert dict(sample.parameters) == {"depth": 28, "w0": 24, "wa": 11.3, "wm": 2.388, "group_width": 16}
     assert sample.flops == 380604904
+
+
+LINES = st.tuples(
+    st.integers(1, 63), st.integers(1, 32).map(lambda n: 8 * n), st.integers(0, 2560), st.integers(1001, 4000)
+)
+
+
+@example([(12, 24, 120, 2250), (9, 16, 160, 4000), (1, 8, 80, 1500)])  # logarithms that end in one half
+@given(st.lists(LINES, min_size=1, max_size=70))
+@settings(deadline=None)
+def test_stages_counted_in_a_batch_are_those_of_each_network(rows):
+    lines = [(depth, w0, tenths / 10, thousandths / 1000) for depth, w0, tenths, thousandths in rows]
+    counted = count_stages(*(np.array(column) for column in zip(*lines, strict=True)))
+    networks = [RegNetConfig(depth=depth, w0=w0, wa=wa, wm=wm, group_width=1) for depth, w0, wa, wm in lines]
+    assert counted.tolist() == [len(network.stages()) for network in networks]
+
+
+@pytest.mark.parametrize("name", [name for name in SPACES if name.startswith("regnet")])
+def test_draws_that_are_rejected_by_their_stages_would_be_rejected_anyway(name, monkeypatch):
+    space = load_space(FOLDER / f"{name}.yaml", flops=(0, 1e12))
+    fast = [Sampler(space).accepted(seed, 400) for seed in range(4)]
+    assert sum(fast) > 20
+    monkeypatch.setattr(Sampler, "_wrong_stages", lambda _, batch: [""] * len(batch))
+    assert [Sampler(space).accepted(seed, 400) for seed in range(4)] == fast
+
+
+def test_a_draw_after_the_accepted_one_is_not_looked_at(tmp_path):
+    """Draws are made in batches: a derived option without a value matters only where a network has it."""
+    (tmp_path / "space.yaml").write_text(
+        "network: regnet\nsample: {depth: {uniform: [1, 64]}}\nderive: {wa: 8 + 0 / (depth - 9)}\n"
+        "fixed: {w0: 16, wm: 2.0, group_width: 8}\nkeep: [stages >= 1]\n"
+    )
+    sampler = Sampler(load_space(tmp_path / "space.yaml"))
+    assert sampler.sample(0, 0).parameters["wa"] == 8
 
 
 def test_sampled_networks_can_be_built():
