@@ -26,18 +26,21 @@ examples:
   python -m distrain sweep status runs/small
   python -m distrain sweep report runs/small --out report/index.html
   python -m distrain sweep best runs/small
+  python -m distrain sweep fit --flops 400MF
+  python -m distrain sweep fit --flops 1.6GF --like runs/small
   python -m distrain sweep size configs/sweep/anynetx_a.yaml configs/sweep/regnetx.yaml
   python -m distrain sweep sample configs/sweep/regnetx_refined.yaml --n 20
   python -m distrain sweep sample configs/sweep/anynetx_e.yaml --image-size 32 --classes 10 \\
       --set stem=cifar --flops 4e6..6e6 --json
 """
 _SIZE_DRAWS = 2000
+_FIT_SPACE = Path("configs/sweep/regnetx_refined.yaml")
 _DRAWN = ("index", "network", "options", "parameters", "flops", "params", "activations")
 _OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_epoch", "track.parent", "track.params")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands run, status, report, best, sample and size."""
+    """Add the subcommands run, status, report, best, fit, sample and size."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=AnyOrder, required=True)
@@ -73,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     best.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     best.add_argument("--n", type=positive, default=5, metavar="N", help="how many (default: 5)")
     best.set_defaults(run=_best)
+    found = commands.add_parser("fit", help="find RegNets for a budget, shaped as the published ones or a sweep's best")
+    _add_fit(found)
     sample = commands.add_parser("sample", help="print networks of a design space")
     sample.add_argument("space", type=Path, metavar="SPACE", help="file of a design space")
     _add_cost(sample)
@@ -86,12 +91,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.set_defaults(run=_size)
 
 
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "space", type=Path, nargs="?", default=_FIT_SPACE, metavar="SPACE", help=f"of RegNets (default: {_FIT_SPACE})"
+    )
+    parser.add_argument(
+        "--flops", required=True, metavar="BUDGET", help="multiply-adds for one image, such as 400MF, 1.6GF or 4e8"
+    )
+    parser.add_argument(
+        "--tolerance", type=fraction, default=0.025, metavar="F", help="of the budget, as a fraction (default: 0.025)"
+    )
+    parser.add_argument(
+        "--like", type=Path, metavar="DIR", help="sweep whose best quarter is the model (default: published RegNetX)"
+    )
+    parser.add_argument("--n", type=positive, default=5, metavar="N", help="how many at most (default: 5)")
+    _add_image(parser)
+    _add_options(parser)
+    parser.set_defaults(run=_fit)
+
+
 def _add_cost(parser: argparse.ArgumentParser) -> None:
+    _add_image(parser)
+    _add_conditions(parser)
+
+
+def _add_image(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size", type=positive, default=224, metavar="PIXELS", help="for the cost (default: 224)"
     )
     parser.add_argument("--classes", type=positive, default=1000, metavar="N", help="for the cost (default: 1000)")
-    _add_conditions(parser)
 
 
 def _add_conditions(parser: argparse.ArgumentParser) -> None:
@@ -99,9 +127,15 @@ def _add_conditions(parser: argparse.ArgumentParser) -> None:
         "--seed", type=natural, default=0, metavar="N", help="another seed, other networks (default: 0)"
     )
     parser.add_argument(
+        "--flops", metavar="LOW..HIGH", help="multiply-adds for one image, such as 360MF..400MF, instead of the file's"
+    )
+    _add_options(parser)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", help="an option that all networks share"
     )
-    parser.add_argument("--flops", metavar="LOW..HIGH", help="multiply-adds for one image, instead of the file's")
     parser.add_argument(
         "--keep", action="append", default=[], metavar="CONDITION", help="another condition, such as 'params < 5e6'"
     )
@@ -217,7 +251,36 @@ def _best(args: argparse.Namespace) -> int:
         raise UserError(f"{args.folder}: no member is done yet: see python -m distrain sweep status {args.folder}")
     for member in sorted(done, key=lambda member: member.error or 0.0)[: args.n]:
         print(f"# {member.name}: error {member.error:.2%}, {member.flops / 1e6:.4g} M multiply-adds")
-        print(f"model.name={member.network} 'model.options={json.dumps(member.options)}'")
+        print(_settings(member))
+    return 0
+
+
+def _settings(member: "Member") -> str:
+    return f"model.name={member.network} 'model.options={json.dumps(member.options)}'"
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from distrain.sweep.fit import best_shape, fit, published_shape, regnet_config
+    from distrain.sweep.space import load_space, read_flops
+    from distrain.sweep.sweep import Sweep
+
+    budget = read_flops(args.flops, f"--flops {args.flops}")
+    if not 0 < budget < math.inf:
+        raise UserError(f"--flops {args.flops}: must be above 0 and finite")
+    window = [(1 - args.tolerance) * budget, (1 + args.tolerance) * budget]
+    space = load_space(args.space, read_options(args.set, "--set"), args.keep, window)
+    shape = published_shape(budget)
+    if args.like:
+        with translated_errors(args.like):
+            shape = best_shape(Sweep.open(args.like).current())
+    members = fit(space, shape, budget, args.n, args.classes, args.image_size)
+    rows = [["i", *members[0].parameters, "flops", "params", "acts", "widths", "depths"]]
+    for member in members:
+        stages = regnet_config(member).stages()
+        shown = (",".join(str(getattr(stage, name)) for stage in stages) for name in ("width", "depth"))
+        rows.append([*_row(member), *shown])
+    for line in [*align(rows), *map(_settings, members)]:
+        print(line)
     return 0
 
 
@@ -233,8 +296,7 @@ def _sample(args: argparse.Namespace) -> int:
         return 0
     rows = [["i", *samples[0].parameters, "flops", "params", "acts"]]
     for sample in samples:
-        costs = (f"{count / 1e6:.4g}M" for count in (sample.flops, sample.params, sample.activations))
-        rows.append([str(sample.index), *map(_show, sample.parameters.values()), *costs])
+        rows.append(_row(sample))
     for line in align(rows):
         print(line)
     return 0
@@ -262,13 +324,15 @@ def _size(args: argparse.Namespace) -> int:
 
 
 def _load(path: Path, args: argparse.Namespace) -> "Space":
-    from distrain.sweep.space import load_space
+    from distrain.sweep.space import load_space, read_flops
 
-    try:
-        window = [float(text) for text in args.flops.split("..")] if args.flops else []
-    except ValueError as error:
-        raise UserError(f"--flops {args.flops}: write LOW..HIGH, such as 360e6..400e6") from error
+    window = [read_flops(text, f"--flops {args.flops}") for text in args.flops.split("..")] if args.flops else []
     return load_space(path, read_options(args.set, "--set"), args.keep, window)
+
+
+def _row(member: "Member") -> list[str]:
+    costs = (f"{count / 1e6:.4g}M" for count in (member.flops, member.params, member.activations))
+    return [str(member.index), *map(_show, member.parameters.values()), *costs]
 
 
 def _show(value: Any) -> str:

@@ -63,8 +63,15 @@ class Range:
         if self.kind == "uniform":
             return self.low + uniform * (self.high - self.low)
         value = self.low * (self.high / self.low) ** uniform
+        return self.nearest(value) if self.step else value
+
+    def nearest(self, value: float) -> Value:
+        """The value of the range nearest to a number; of numbers as choices, by their ratio."""
+        if self.kind == "choice":
+            numbers = [one for one in self.choices if isinstance(one, (int, float)) and one > 0]
+            return min(numbers, key=lambda one: abs(math.log(one / value)), default=self.choices[0])
         if not self.step:
-            return value
+            return min(max(value, self.low), self.high)
         first, last = self._multiples
         return self._multiple(min(max(round(value / self.step), first), last))
 

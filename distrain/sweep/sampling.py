@@ -34,6 +34,8 @@ class Sampler:
         self._resolution = resolution
         self._digest = space.digest
         self._uniforms = sum(space.stages if parameter.per_stage else 1 for parameter in space.parameters)
+        self.conditions = sorted(space.conditions, key=lambda one: bool(one.names & set(COSTS)))
+        """As they are evaluated: those on costs last."""
         self._cheap = [one for one in space.conditions if not one.names & set(COSTS)]
         self._costly = [one for one in space.conditions if one.names & set(COSTS)]
         self._of_stages = [one for one in space.conditions if one.names == {"stages"}]
@@ -63,12 +65,12 @@ class Sampler:
             rows = uniform(*keys, attempts, range(self._uniforms)).tolist()
             batch = [self._values(iter(row)) for row in rows]
             for drawn, reason in zip(batch, self._wrong_stages(batch), strict=True):
-                yield reason or self._try(index, drawn)
+                yield reason or self.build(index, drawn)
 
     def _wrong_stages(self, batch: Sequence[Mapping[str, Any]]) -> list[str]:
         """For each draw of RegNets the condition on `stages` that it fails, "" for none.
 
-        `_try` would find the same: most draws end here, a batch at a time, before anything is built.
+        `build` would find the same: most draws end here, a batch at a time, before anything is built.
         """
         none = [""] * len(batch)
         if self.space.network != "regnet" or not self._of_stages:
@@ -78,11 +80,11 @@ class Sampler:
             depth, *others = np.array([[one[name] for name in _LINE] for one in options], np.float64).T
             if depth.max() > _DEEPEST:
                 return none
-            with np.errstate(all="ignore"):  # as of w0=0, which `_try` refuses
+            with np.errstate(all="ignore"):  # as of w0=0, which `build` refuses
                 counts = count_stages(depth, *others).tolist()
             wrong = {count: self._first_wrong({"stages": count}) for count in set(counts)}
         except (UserError, KeyError, TypeError, ValueError):
-            return none  # there is no such network or condition: `_try` says why, if it gets there
+            return none  # there is no such network or condition: `build` says why, if it gets there
         return [wrong[count] for count in counts]
 
     def _first_wrong(self, known: Mapping[str, int]) -> str:
@@ -103,8 +105,8 @@ class Sampler:
     def _with_derived(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         return {**drawn, **{name: one.evaluate(drawn) for name, one in self.space.derived.items()}}
 
-    def _try(self, index: int, drawn: Mapping[str, Any]) -> Member | str:
-        """The network, or why it is none."""
+    def build(self, index: int, drawn: Mapping[str, Any]) -> Member | str:
+        """The network of what is `drawn`, values by the names of the space's parameters; or why it is none."""
         values = self._with_derived(drawn)
         options = self._options(values)
         try:

@@ -36,8 +36,8 @@ class SpaceFile:
     """Options that follow from what is drawn, as expressions."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Options that all networks share."""
-    flops: list[float] = field(default_factory=list)
-    """The fewest and the most multiply-adds for one image; any number if it is empty."""
+    flops: list[Any] = field(default_factory=list)
+    """The fewest and the most multiply-adds for one image, such as [360MF, 0.4GF]; any number if it is empty."""
     keep: list[str] = field(default_factory=list)
     """Conditions that every network fulfills: others are drawn again."""
 
@@ -120,6 +120,15 @@ def load_space(
     return _check(path, SpaceFile(**found))
 
 
+def read_flops(text: str, where: str) -> float:
+    """Read multiply-adds: 400MF, 1.6GF or a plain number. Raises UserError, which begins with `where`."""
+    unit = {"MF": 1e6, "GF": 1e9}.get(text.strip()[-2:].upper())
+    try:
+        return float(text.strip()[:-2]) * unit if unit else float(text)
+    except ValueError as error:
+        raise UserError(f"{where}: write multiply-adds as 400MF, 1.6GF or 4e8") from error
+
+
 def _check(path: Path, file: SpaceFile) -> Space:
     options = _known_options(file.network)
     if file.network == "regnet" and file.stages:
@@ -138,9 +147,10 @@ def _check(path: Path, file: SpaceFile) -> Space:
     drawn = [parameter.name for parameter in parameters]
     derived = {name: Expression(str(text), drawn, f"{path}: derive: {name}") for name, text in file.derive.items()}
     known = {*drawn, *derived, *COSTS, *_COUNTS}
-    if file.flops and (len(file.flops) != 2 or not 0 <= file.flops[0] < file.flops[1]):
+    limits = [read_flops(str(number), f"{path}: flops: {number}") for number in file.flops]
+    if limits and (len(limits) != 2 or not 0 <= limits[0] < limits[1]):
         raise UserError(f"{path}: flops needs two numbers, [FEWEST, MOST], not {file.flops}")
-    window = ["{:g} <= flops <= {:g}".format(*file.flops)] if file.flops else []
+    window = ["{:g} <= flops <= {:g}".format(*limits)] if limits else []
     conditions = tuple(Expression(text, known, f"{path}: keep") for text in [*file.keep, *window])
     return Space(path.stem, file.network, file.stages, parameters, derived, file.fixed, conditions)
 

@@ -176,6 +176,8 @@ WORDS = (
         (WORDS + "keep: [width > 1]\n", "'width > 1' has no value: '>' not supported"),
         (WORDS + "keep: [flops < 10]\n", "100.0% of them fail at: flops < 10; widen"),
         ("extends: nothing.yaml\n", "extends nothing.yaml, which is not there"),
+        (WORDS + "flops: [300, 400XF]\n", "flops: 400XF: write multiply-adds as 400MF, 1.6GF or 4e8"),
+        (WORDS + "flops: [400MF, 0.3GF]\n", "flops needs two numbers, [FEWEST, MOST], not ['400MF', '0.3GF']"),
         ("network: anynet\nnetwork: regnet\n", "line 2"),
     ],
 )
@@ -202,6 +204,12 @@ def test_a_file_replaces_what_it_extends_and_adds_conditions(tmp_path):
     assert space.fixed == {"stem": "cifar", "head_width": 64}
 
 
+def test_multiply_adds_may_have_a_unit(tmp_path):
+    for window in ("[360MF, 0.4GF]", "[360e6, 400000000]", "[360 mf, 4e8]"):
+        (tmp_path / "space.yaml").write_text(WORDS + f"flops: {window}\n")
+        assert load_space(tmp_path / "space.yaml").conditions[0].text == "3.6e+08 <= flops <= 4e+08"
+
+
 def test_expressions_compute():
     values = {"width": [8, 16, 40], "depth": 3}
     for text, value in {
@@ -217,10 +225,9 @@ def test_expressions_compute():
 
 def test_the_tools_of_readme_print_networks_and_sizes(capsys, monkeypatch):
     lines = [line.strip() for line in (FOLDER.parents[1] / "README.md").read_text().splitlines()]
-    commands = [
-        line for line in lines if line.startswith(("python -m distrain sweep sample", "python -m distrain sweep size"))
-    ]
-    assert len(commands) == 2
+    tools = tuple(f"python -m distrain sweep {name}" for name in ("sample", "size", "fit"))
+    commands = [line for line in lines if line.startswith(tools)]
+    assert len(commands) == 3
     monkeypatch.chdir(FOLDER.parents[1])
     for command in commands:
         monkeypatch.setattr("sys.argv", ["distrain", *command.split()[3:]])
@@ -230,3 +237,6 @@ def test_the_tools_of_readme_print_networks_and_sizes(capsys, monkeypatch):
     assert [line.split()[0] for line in printed[1:21]] == [str(number) for number in range(20)]
     assert printed[21].startswith("anynetx_a: 10^18.3 ways to draw, of which ")
     assert printed[22].startswith("regnetx: 10^11.1 ways to draw, of which ")
+    assert printed[23].split()[-5:] == ["flops", "params", "acts", "widths", "depths"]
+    assert all(line.startswith("model.name=regnet 'model.options={") for line in printed[29:])
+    assert len(printed) == 34
