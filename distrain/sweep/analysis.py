@@ -8,6 +8,7 @@ import numpy as np
 
 from distrain.sweep.population import Member
 from distrain.sweep.statistics import (
+    BestRange,
     Correlation,
     Distribution,
     Floats,
@@ -22,6 +23,7 @@ from distrain.sweep.statistics import (
     summarize,
 )
 from distrain.sweep.structure import COSTS, property_columns
+from distrain.sweep.table import show_number
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Analysis:
     """Properties of the finished ones by name, each [n]."""
     summary: Summary
     distribution: Distribution
-    ranges: dict[str, Interval]
+    ranges: dict[str, BestRange]
     """Properties of the best networks."""
     correlations: dict[str, Correlation]
     """Of the time per step with each cost, over all members whose time was measured."""
@@ -54,10 +56,11 @@ class Analysis:
 
     @property
     def typical(self) -> dict[str, Member]:
-        """The best network and the one of median error, none if no network is finished."""
+        """The best network and, unless it is the same, the one of median error; none if no network is finished."""
         if not self.finished:
             return {}
-        return {"best": self.finished[0], "median": self.finished[(len(self.finished) - 1) // 2]}
+        best, median = self.finished[0], self.finished[(len(self.finished) - 1) // 2]
+        return {"best": best} if median is best else {"best": best, "median": median}
 
 
 def analyze(members: Sequence[Member], seed: int = 0) -> Analysis:
@@ -88,6 +91,16 @@ def show_error(found: Interval) -> str:
 
 def show_value(name: str, value: float) -> str:
     """The value of a property with its unit."""
-    if name in COSTS:
-        return f"{value / 1e6:,.2f} M"
-    return f"{1000 * value:.4g} ms" if name == "seconds" else f"{value:.4g}"
+    if name == "seconds":
+        return f"{show_number(1000 * value)} ms"
+    if name not in COSTS or value < 1000:
+        return show_number(value)
+    prefix, factor = next(
+        (prefix, factor) for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if value >= factor
+    )
+    return f"{show_number(value / factor)} {prefix}"
+
+
+def show_range(name: str, found: Interval) -> str:
+    """Such as "8 to 21"."""
+    return f"{show_value(name, found.low)} to {show_value(name, found.high)}"

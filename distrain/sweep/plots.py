@@ -14,8 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from distrain.models.regnet_widths import line_widths, quantize_widths
-from distrain.sweep.statistics import Distribution, Floats, Interval, pareto_front
+from distrain.sweep.statistics import BestRange, Distribution, Floats, pareto_front
 from distrain.sweep.structure import LinearFit
+from distrain.sweep.table import show_number
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito, for all eyes
 _DASHES = ("-", "--", "-.", ":")
@@ -28,7 +29,7 @@ _LABELS = {
     "params": "parameters",
     "activations": "activations per image",
     "seconds": "time per step",
-    "blocks": "depth (blocks)",
+    "blocks": "total depth (blocks)",
     "depth": "depth (blocks)",
     "width": "width (channels)",
     "w0": "initial width $w_0$ (channels)",
@@ -44,19 +45,20 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as files."""
+    """A figure as files, and in words for those who do not see it."""
 
     png: bytes
     svg: bytes
+    text: str
 
 
-def render(figure: Figure) -> Picture:
-    """Encode a figure; equal figures give equal bytes."""
+def render(figure: Figure, text: str) -> Picture:
+    """Encode a figure that `text` describes; equal figures give equal bytes."""
     png, svg = BytesIO(), BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "distrain"}):
         figure.savefig(png, format="png", dpi=160)
         figure.savefig(svg, format="svg", metadata={"Date": None})
-    return Picture(png.getvalue(), svg.getvalue())
+    return Picture(png.getvalue(), svg.getvalue(), text)
 
 
 def draw_distributions(spaces: Mapping[str, Distribution]) -> Figure:
@@ -81,16 +83,19 @@ def draw_distributions(spaces: Mapping[str, Distribution]) -> Figure:
     return figure
 
 
-def draw_property(name: str, values: Floats, errors: Floats, best: Interval | None) -> Figure:
-    """Error [n] against a property [n], with the median and 95% range of its values in the best networks."""
+def draw_property(name: str, values: Floats, errors: Floats, found: BestRange) -> Figure:
+    """Error [n] against a property [n], with the median and 95% range of its values in the best networks.
+
+    The range is gray if it cannot be distinguished from that of all networks.
+    """
     figure, axes = _new()
     known = np.isfinite(values)
     scale, label = scale_and_label(name, values[known])
     axes.plot(scale * values[known], 100 * errors[known], "o", color=COLORS[0], alpha=0.6, markersize=4, mew=0)
     axes.lines[0].set_label(f"networks (n={np.count_nonzero(known)})")
-    if best is not None:
-        axes.axvspan(scale * best.low, scale * best.high, color=COLORS[5], alpha=0.25, lw=0, label="best: 95% range")
-        axes.axvline(scale * best.value, color=COLORS[1], linestyle="--", label=f"median {scale * best.value:.3g}")
+    best, (band, line) = found.best, (COLORS[5], COLORS[1]) if found.differs else ("silver", "dimgray")
+    axes.axvspan(scale * best.low, scale * best.high, color=band, alpha=0.3, lw=2, label="best: 95% range")
+    axes.axvline(scale * best.value, color=line, linestyle="--", label=f"median {show_number(scale * best.value)}")
     _set_x(axes, scale * values[known], label)
     axes.set_ylabel("top-1 error (%)")
     _legend(figure, columns=3)
@@ -147,7 +152,7 @@ def scale_and_label(name: str, values: Floats) -> tuple[float, str]:
         return (1000.0, f"{label} (ms)") if largest < 1 else (1.0, f"{label} (s)")
     if name in ("flops", "params", "activations"):
         power = min(3, max(0, math.floor(math.log10(max(1.0, largest)) / 3)))
-        unit = ("", " ($10^3$)", " (millions)", " (billions)")[power]
+        unit = ("", " (thousands)", " (millions)", " (billions)")[power]
         return 1000.0**-power, label + unit
     return 1.0, f"{label}, stage {plain(stage)}" if stage else label
 
@@ -187,5 +192,5 @@ def _set_x(axes: Axes, values: Floats, label: str) -> None:
     elif np.all(distinct == np.rint(distinct)):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(distinct) <= _FEW_VALUES and (distinct[1:] - distinct[:-1] > 0.08 * distinct[1:]).all():
-        axes.set_xticks(distinct, [f"{value:.3g}" for value in distinct])
+        axes.set_xticks(distinct, [show_number(value) for value in distinct])
         axes.set_xticks([], minor=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distrain.files import write_atomically
-from distrain.sweep.analysis import Analysis, analyze, show_error
+from distrain.sweep.analysis import Analysis, analyze, show_error, show_range, show_value
 from distrain.sweep.page import compose, slug
 from distrain.sweep.plots import (
     draw_block_widths,
@@ -38,7 +38,7 @@ def write_report(populations: Mapping[str, Sequence[Member]], path: Path, about:
     """
     spaces = {name: analyze(members) for name, members in populations.items()}
     sentences = compare_all({name: found.errors for name, found in spaces.items()})
-    pictures = {name: render(figure) for name, figure in _draw(spaces)}
+    pictures = {name: render(figure, text) for name, figure, text in _draw(spaces)}
     folder = path.parent / FIGURES
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -46,8 +46,7 @@ def write_report(populations: Mapping[str, Sequence[Member]], path: Path, about:
         write_atomically(folder / f"{name}.svg", picture.svg, durable=False)
     write_atomically(path.with_name("members.csv"), _to_csv(_member_rows(populations)), durable=False)
     write_atomically(path.with_name("summary.csv"), _to_csv(_summary_rows(spaces)), durable=False)
-    svgs = {name: picture.svg for name, picture in pictures.items()}
-    write_atomically(path, compose(spaces, sentences, svgs, about), durable=False)
+    write_atomically(path, compose(spaces, sentences, pictures, about), durable=False)
 
 
 def describe(populations: Mapping[str, Sequence[Member]]) -> Iterator[str]:
@@ -71,23 +70,35 @@ def compare_all(errors: Mapping[str, Floats]) -> list[str]:
     return [compare(errors[first], errors[second]).sentence(first, second) for first, second in combinations(errors, 2)]
 
 
-def _draw(spaces: Mapping[str, Analysis]) -> Iterator[tuple[str, Any]]:
-    """Figures by name; those of a space begin with its slug."""
+def _draw(spaces: Mapping[str, Analysis]) -> Iterator[tuple[str, Any, str]]:
+    """Name, figure and description; the names of those of a space begin with its slug."""
     if any(found.finished for found in spaces.values()):
-        yield "distributions", draw_distributions({name: found.distribution for name, found in spaces.items()})
+        medians = "; ".join(f"{name}: {show_error(found.summary.median)}" for name, found in spaces.items())
+        text = f"Distribution functions of the top-1 errors. Medians: {medians}."
+        yield "distributions", draw_distributions({name: found.distribution for name, found in spaces.items()}), text
     for cost in _FRONTS:
         points = {name: (found.columns[cost], found.errors) for name, found in spaces.items() if cost in found.columns}
         if points:
-            yield f"front-{cost}", draw_front(cost, points)
+            text = f"Top-1 error against {cost} of the networks of {', '.join(points)}, with the Pareto front of each."
+            yield f"front-{cost}", draw_front(cost, points), text
     for number, (space, found) in enumerate(spaces.items(), 1):
-        for name, values in found.columns.items():
-            if len(np.unique(values[np.isfinite(values)])) > 1:
-                figure = draw_property(name, values, found.errors, found.ranges.get(name))
-                yield f"{slug(number, space)}-error-{slug('', name)}", figure
-        for role, member in found.typical.items():
-            if (widths := block_widths(member)) is not None:
-                title = f"{role}: network {member.index}, error {member.error:.1%}"
-                yield f"{slug(number, space)}-widths-{role}", draw_block_widths(title, widths, fit_linear_rule(widths))
+        yield from _draw_space(space, slug(number, space), found)
+
+
+def _draw_space(space: str, prefix: str, found: Analysis) -> Iterator[tuple[str, Any, str]]:
+    for name, values in found.columns.items():
+        if len(np.unique(values[np.isfinite(values)])) > 1:
+            one = found.ranges[name]
+            best = f"median {show_value(name, one.best.value)}, 95% range {show_range(name, one.best)}"
+            text = f"Top-1 error against {name} of {one.count} networks of {space}. Best: {best}, {one.verdict}."
+            figure = draw_property(name, values, found.errors, one)
+            yield f"{prefix}-error-{slug('', name)}", figure, text
+    for role, member in found.typical.items():
+        if (widths := block_widths(member)) is not None:
+            title = f"{role}: network {member.index}, error {member.error:.1%}"
+            channels = ", ".join(map(str, widths))
+            text = f"Widths of the blocks of {space}, {title}: {channels} channels; and the nearest linear rule."
+            yield f"{prefix}-widths-{role}", draw_block_widths(title, widths, fit_linear_rule(widths)), text
 
 
 def _member_rows(populations: Mapping[str, Sequence[Member]]) -> Iterator[list[Any]]:
@@ -107,7 +118,9 @@ def _summary_rows(spaces: Mapping[str, Analysis]) -> Iterator[list[Any]]:
             one = getattr(found.summary, name)
             yield [space, f"error {name}", found.summary.count, one.value, one.low, one.high]
         for name, one in found.ranges.items():
-            yield [space, f"best {name}", int(np.isfinite(found.columns[name]).sum()), one.value, one.low, one.high]
+            yield [space, f"best {name}", one.count, one.best.value, one.best.low, one.best.high]
+            yield [space, f"sampled {name}", one.count, one.sampled.value, one.sampled.low, one.sampled.high]
+            yield [space, f"p of best {name}", one.count, one.p, "", ""]
         for name, correlation in found.correlations.items():
             for kind in ("pearson", "spearman"):
                 one = getattr(correlation, kind)

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 2000
 _LEVEL = 0.05
-_FEWEST = 5  # networks of each space that a comparison needs: the bootstrap of fewer is far too narrow
+_FEWEST = 5  # networks of a space that an interval or a comparison needs: the bootstrap of fewer is far too narrow
 _PERCENTILES = (2.5, 97.5)
 
 
@@ -101,15 +101,33 @@ class Correlation:
     """Of the logarithms."""
     spearman: Interval
 
-    def sentence(self, cost: str) -> str:
+
+@dataclass(frozen=True)
+class BestRange:
+    """A property of the best networks, beside that of all networks they were drawn from."""
+
+    count: int
+    """Networks whose value is known."""
+    best: Interval
+    """Median and 95% range in the best networks."""
+    sampled: Interval
+    """Median and 95% range in all networks."""
+    covered: int
+    """Networks with a value within the 95% range of the best."""
+    p: float
+    """How often the range of the best covers as few networks if errors do not depend on the property."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether the best networks differ from the others: false for 95% of the properties that do not matter."""
+        return self.p < _LEVEL
+
+    @property
+    def verdict(self) -> str:
         """The result in words."""
-        if math.isnan(self.spearman.value):
-            reason = "is not known" if self.count < 3 else "is not defined, for one of them is constant"
-            return f"time per step and {cost}: the correlation {reason} at n={self.count}"
-        pearson, spearman = (
-            f"{found.value:.2f} (95% {found.low:.2f} to {found.high:.2f})" for found in (self.pearson, self.spearman)
-        )
-        return f"time per step and {cost}: r={pearson} of the logarithms, Spearman {spearman}, n={self.count}"
+        if self.best.low == self.best.high and self.covered == self.count:
+            return "the same in all networks"
+        return "narrower than the sampled range" if self.differs else "not distinguishable from the sampled range"
 
 
 def show_p(p: float) -> str:
@@ -151,8 +169,8 @@ def distribution(errors: Floats, seed: int = 0) -> Distribution:
         return Distribution(ordered, ordered, ordered, ordered, 0)
     resampled = np.random.default_rng(seed).multinomial(count, repeats / count, RESAMPLES)
     low, high = np.percentile(np.cumsum(resampled, axis=1) / count, _PERCENTILES, axis=0)
-    if count < 2:
-        low, high = np.full((2, 1), math.nan)
+    if count < _FEWEST:
+        low, high = np.full((2, len(ordered)), math.nan)
     return Distribution(ordered, np.cumsum(repeats) / count, low, high, count)
 
 
@@ -162,7 +180,7 @@ def summarize(errors: Floats, seed: int = 0) -> Summary:
         return Summary(0, *(Interval(math.nan) for _ in range(3)))
     resampled = _resample(errors, np.random.default_rng(seed))
     found = [_interval(float(of(errors)), of(resampled, axis=1)) for of in (np.mean, np.min, np.median)]
-    return Summary(len(errors), *(found if len(errors) > 1 else (Interval(one.value) for one in found)))
+    return Summary(len(errors), *(found if len(errors) >= _FEWEST else (Interval(one.value) for one in found)))
 
 
 def compare(first: Floats, second: Floats, seed: int = 0) -> Comparison:
@@ -181,33 +199,64 @@ def compare(first: Floats, second: Floats, seed: int = 0) -> Comparison:
 
 
 def best_ranges(
-    errors: Floats, columns: Mapping[str, Floats], seed: int = 0, repeats: int = 10_000, share: float = 0.25
-) -> dict[str, Interval]:
+    errors: Floats, columns: Mapping[str, Floats], seed: int = 0, share: float = 0.25
+) -> dict[str, BestRange]:
     """The empirical bootstrap: for each property, the median and the 95% range of its values in the best networks.
 
-    Draws `share` of the networks with replacement, but at least two, and keeps the value of the best one, `repeats`
-    times. Columns are [n] as errors are, NaN in networks without that property; properties of fewer than two networks
-    are left out.
+    The best one of `share` of the networks, but at least two, that are drawn with replacement: its distribution is
+    computed rather than simulated. Columns are [n] as errors are, NaN in networks without that property; properties
+    of fewer than two networks are left out.
+
+    Even if a property does not matter, this range is narrower than that of all networks, as few of them are the best.
+    So the test asks how many networks lie in it, and how many do when errors are permuted among the networks.
     """
-    ranges = {}
-    for name, column in columns.items():
-        known = np.isfinite(column)
-        values, order = column[known], np.argsort(errors[known], kind="stable")
-        if len(values) < 2:
-            continue
-        drawn = np.random.default_rng(seed).integers(len(values), size=(repeats, max(2, round(share * len(values)))))
-        best = values[order][drawn.min(axis=1)]  # ranks are drawn: the smallest is the best network
-        low, middle, high = np.percentile(best, (2.5, 50, 97.5), method="inverted_cdf")  # values that networks have
-        ranges[name] = Interval(float(middle), float(low), float(high))
-    return ranges
+    known = {name: np.isfinite(column) for name, column in columns.items()}
+    return {
+        name: _best_range(columns[name][chosen], errors[chosen], np.random.default_rng(seed), share)
+        for name, chosen in known.items()
+        if np.count_nonzero(chosen) > 1
+    }
+
+
+def _best_range(values: Floats, errors: Floats, rng: np.random.Generator, share: float) -> BestRange:
+    count = len(values)
+    # P(the best of the drawn networks has at least this rank) = P(each of them has).
+    at_least = (np.arange(count, -1, -1) / count) ** max(2, round(share * count))
+    weights = np.empty(count)
+    weights[np.argsort(errors, kind="stable")] = at_least[:-1] - at_least[1:]
+    order = np.argsort(values, kind="stable")
+    ordered, weights = values[order], weights[order]
+    best = _weighted_range(ordered, weights)
+    permuted = _weighted_range(ordered, rng.permuted(np.tile(weights, (RESAMPLES, 1)), axis=1))
+    covered, of_chance = _count_between(ordered, best), _count_between(ordered, permuted)
+    p = (1 + np.count_nonzero(of_chance <= covered)) / (1 + RESAMPLES)
+    low, middle, high = best.tolist()
+    all_low, all_middle, all_high = _weighted_range(ordered, np.full(count, 1 / count)).tolist()
+    sampled = Interval(all_middle, all_low, all_high)
+    return BestRange(count, Interval(middle, low, high), sampled, int(covered), p)
+
+
+def _weighted_range(ordered: Floats, weights: Floats) -> Floats:
+    """The 2.5, 50 and 97.5 percentiles [3, ...] of rising values [n] with weights [..., n]: some of these values."""
+    cumulative = np.cumsum(weights, axis=-1)
+    quantiles = (_PERCENTILES[0], 50, _PERCENTILES[1])
+    return ordered[np.stack([np.argmax(cumulative >= q / 100 - 1e-12, axis=-1) for q in quantiles])]
+
+
+def _count_between(ordered: Floats, ends: Floats) -> NDArray[np.int64]:
+    """How many of the rising values [n] lie between the outer two of `ends` [3, ...], both included."""
+    return np.searchsorted(ordered, ends[2], "right") - np.searchsorted(ordered, ends[0], "left")
 
 
 def correlate(cost: Floats, seconds: Floats, seed: int = 0) -> Correlation:
-    """Correlation of seconds [n] with a cost [n], both positive; NaN where a value is not known."""
+    """Correlation of seconds [n] with a cost [n], both positive; NaN where a value is not known.
+
+    It is NaN for fewer than 5 networks and if one of the two is constant.
+    """
     known = (cost > 0) & (seconds > 0)
     x, y = np.log(cost[known]), np.log(seconds[known])
     count = len(x)
-    if count < 3 or not np.ptp(x) or not np.ptp(y):
+    if count < _FEWEST or not np.ptp(x) or not np.ptp(y):
         return Correlation(count, Interval(math.nan), Interval(math.nan))
     drawn = np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
     pearson = _interval(float(_pearson(x, y)), _pearson(x[drawn], y[drawn]))

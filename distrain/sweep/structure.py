@@ -42,7 +42,7 @@ def block_widths(member: Member) -> NDArray[np.int64] | None:
 def property_columns(members: Sequence[Member]) -> dict[str, NDArray[np.float64]]:
     """By name, a value for each member [n], NaN where it has none or it is not known.
 
-    These are what was drawn, unless it is text, then the number of `blocks` (`depth` of a RegNet), for AnyNets the
+    These are what was drawn, unless it is a choice, then the number of `blocks` (`depth` of a RegNet), for AnyNets the
     `fit_error` of the linear rule, costs and `seconds`.
     """
     rows = [_properties(member) for member in members]
@@ -52,8 +52,13 @@ def property_columns(members: Sequence[Member]) -> dict[str, NDArray[np.float64]
     return {name: np.array([row.get(name, math.nan) for row in rows], np.float64) for name in ordered}
 
 
+def is_choice(value: Any) -> bool:
+    """Whether what was drawn is text, true or false: no number that could be compared."""
+    return isinstance(value, bool) or not isinstance(value, (int, float))
+
+
 def _properties(member: Member) -> dict[str, float]:
-    found = {name: float(value) for name, value in member.parameters.items() if isinstance(value, (int, float))}
+    found = {name: float(value) for name, value in member.parameters.items() if not is_choice(value)}
     config = _config(member)
     if isinstance(config, RegNetConfig):
         found.setdefault("depth", config.depth)

@@ -50,10 +50,12 @@ def test_intervals_of_the_mean_agree_with_theory_and_depend_on_the_seed_only():
     assert found == summarize(errors, seed=3) != summarize(errors, seed=4)
 
 
-def test_a_single_network_has_no_interval():
-    found = summarize(np.array([0.25]))
-    assert found.mean.value == 0.25
+def test_fewer_than_five_networks_have_no_interval():
+    found = summarize(np.array([0.25, 0.35, 0.36, 0.36]))
+    assert found.mean.value == pytest.approx(0.33)
     assert math.isnan(found.mean.low)
+    assert np.isnan(distribution(np.array([0.25, 0.35, 0.36, 0.36])).low).all()
+    assert summarize(np.array([0.25, 0.35, 0.36, 0.36, 0.37])).mean.low < 0.33
 
 
 def test_a_known_shift_between_spaces_is_found():
@@ -85,21 +87,53 @@ def test_the_empirical_bootstrap_finds_a_planted_parameter():
     rng = np.random.default_rng(7)
     depth, noise = rng.integers(8, 33, 200).astype(float), rng.uniform(8, 32, 200)
     ranges = best_ranges(0.3 + 0.01 * np.abs(depth - 20), {"depth": depth, "noise": noise})
-    assert ranges["depth"].value == 20
-    assert 18 <= ranges["depth"].low <= ranges["depth"].high <= 22
-    assert ranges["noise"].high - ranges["noise"].low > 8
+    depth, noise = ranges["depth"], ranges["noise"]
+    assert depth.best.value == 20
+    assert 18 <= depth.best.low <= depth.best.high <= 22
+    assert (depth.sampled.low, depth.sampled.high) == pytest.approx((8, 32), abs=1)
+    assert depth.verdict == "narrower than the sampled range"
+    assert noise.best.high - noise.best.low > 8
+    assert noise.verdict == "not distinguishable from the sampled range"
+
+
+def test_a_property_that_does_not_matter_differs_at_the_nominal_rate():
+    rng = np.random.default_rng(9)
+    columns = {str(i): rng.uniform(8, 32, 40) for i in range(100)} | {
+        f"c{i}": rng.choice([1.0, 2, 4], 40) for i in range(9)
+    }
+    found = best_ranges(rng.normal(0.4, 0.02, 40), columns)
+    assert sum(found[str(i)].differs for i in range(100)) <= 11  # 5 are expected, 11 is the 99.5th percentile
+    assert not all(one.differs for name, one in found.items() if name.startswith("c"))
+
+
+def test_a_planted_choice_is_found_and_a_constant_is_none():
+    rng = np.random.default_rng(10)
+    ratio = rng.choice([1.0, 2, 4], 60)
+    found = best_ranges(0.3 + 0.05 * np.log2(ratio) + rng.normal(0, 0.01, 60), {"ratio": ratio, "same": np.ones(60)})
+    assert (found["ratio"].best.low, found["ratio"].best.high) == (1, 1)
+    assert found["ratio"].covered == np.count_nonzero(ratio == 1)
+    assert found["ratio"].p < 0.01
+    assert found["same"].verdict == "the same in all networks"
+    assert not found["same"].differs
+
+
+def test_the_range_of_three_networks_is_never_a_finding():
+    found = best_ranges(np.array([0.1, 0.2, 0.3]), {"depth": np.array([20.0, 40.0, 60.0])})["depth"]
+    assert found.count == 3
+    assert not found.differs
 
 
 def test_the_empirical_bootstrap_keeps_the_best_of_a_quarter():
     errors = np.linspace(0.1, 0.9, 8)
-    best = best_ranges(errors, {"rank": np.arange(8.0)})["rank"]
+    best = best_ranges(errors, {"rank": np.arange(8.0)})["rank"].best
     # The better of 2 out of 8 with replacement: P(rank >= k) = ((8 - k) / 8)^2.
     assert (best.low, best.value, best.high) == (0, 2, 6)
 
 
 def test_properties_that_a_network_lacks_do_not_count():
     columns = {"known": np.array([math.nan, 5.0, 6.0]), "once": np.array([1.0, math.nan, math.nan])}
-    assert {name: one.value for name, one in best_ranges(np.array([0.1, 0.2, 0.3]), columns).items()} == {"known": 5}
+    found = best_ranges(np.array([0.1, 0.2, 0.3]), columns)
+    assert {name: (one.best.value, one.count) for name, one in found.items()} == {"known": (5, 2)}
 
 
 @pytest.mark.parametrize("name", ["regnetx_200mf", "regnetx_8gf", "regnety_12gf", "regnety_128gf"])
@@ -119,7 +153,9 @@ def test_the_linear_rule_does_not_fit_falling_widths():
 
 def test_properties_hold_costs_depth_and_fit_of_any_network():
     stages = [{"depth": 2, "width": 64}, {"depth": 3, "width": 128}]
-    anynet = member(0, 0.3, network="anynet", options={"stages": stages}, parameters={"width.1": 64, "kind": "x"})
+    anynet = member(
+        0, 0.3, network="anynet", options={"stages": stages}, parameters={"width.1": 64, "kind": "x", "preact": True}
+    )
     dense = member(
         1, 0.3, network="densenet", options={"depths": [6, 12], "growth_rate": 12, "stem_width": 16}, parameters={}
     )
@@ -133,13 +169,14 @@ def test_properties_hold_costs_depth_and_fit_of_any_network():
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_correlation_of_time_and_cost_needs_three_times():
+def test_the_correlation_of_time_and_cost_needs_five_times():
     cost = np.array([1e6, 2e6, 4e6, 8e6, 16e6])
     found = correlate(cost, 3e-8 * cost**0.9)
     assert (found.pearson.value, found.spearman.value) == pytest.approx((1, 1))
-    some = np.array([0.1, math.nan, math.nan, math.nan, 0.2])
-    assert correlate(cost, some).sentence("flops") == "time per step and flops: the correlation is not known at n=2"
-    assert "constant" in correlate(np.full(5, 2.0), cost).sentence("flops")
+    some = correlate(cost, np.array([0.1, math.nan, 0.4, 0.3, 0.2]))
+    assert some.count == 4
+    assert math.isnan(some.pearson.value)
+    assert math.isnan(correlate(np.full(5, 2.0), cost).spearman.value)
 
 
 def test_the_interval_of_a_correlation_holds_that_of_the_population():
