@@ -3,19 +3,18 @@
 import argparse
 import json
 import math
+import shlex
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from distrain.arguments import AnyOrder, fraction, natural, positive, run_arguments
+from distrain.arguments import AnyOrder, fraction, natural, positive
 from distrain.config.values import read_options
-from distrain.errors import EXIT_STOPPED, UserError
+from distrain.errors import UserError
 from distrain.files import translated_errors
 from distrain.sweep.table import align
 
 if TYPE_CHECKING:
-    from distrain.sweep.halving import Halving
     from distrain.sweep.population import Member
     from distrain.sweep.space import Space
 
@@ -23,6 +22,8 @@ _EXAMPLES = """\
 examples:
   python -m distrain sweep run configs/sweep/anynetx_e.yaml configs/sweep/regnetx.yaml --n 25 --out runs/small \\
       --config configs/quickstart.yaml --set stem=cifar --flops 4e6..6e6 train.epochs=1
+  python -m distrain sweep tune --config configs/quickstart.yaml --n 12 --out runs/tuned \\
+      --vary optimizer.lr=log:0.01..1 --vary schedule.warmup_epochs=0..0.8
   python -m distrain sweep status runs/small
   python -m distrain sweep report runs/small --out report/index.html
   python -m distrain sweep best runs/small
@@ -36,11 +37,10 @@ examples:
 _SIZE_DRAWS = 2000
 _FIT_SPACE = Path("configs/sweep/regnetx_refined.yaml")
 _DRAWN = ("index", "network", "options", "parameters", "flops", "params", "activations")
-_OWN_KEYS = ("run.name", "run.dir", "model.name", "model.options", "train.stop_epoch", "track.parent", "track.params")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the subcommands run, status, report, best, fit, sample and size."""
+    """Add the subcommands run, tune, status, report, best, fit, sample and size."""
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=AnyOrder, required=True)
@@ -50,17 +50,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "words", nargs="+", metavar="SPACE... [key=value ...]", help="files of design spaces; settings of all runs"
     )
-    train.add_argument("--config", metavar="FILE", help="YAML file of all runs, such as configs/quickstart.yaml")
-    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
-    train.add_argument("--n", type=positive, default=10, metavar="N", help="networks of each space (default: 10)")
-    train.add_argument("--workers", type=positive, metavar="N", help="at a time (default: one for each GPU, or core)")
-    train.add_argument(
-        "--halve-at", default="", metavar="E,E...", help="successive halving: epochs after which only the best continue"
-    )
-    train.add_argument("--fraction", type=fraction, default=1 / 3, metavar="F", help="that continue (default: 1/3)")
+    _add_training(train, "networks of each space")
     train.add_argument("--member", type=natural, metavar="I", help="train only this one, counted over all spaces")
     _add_conditions(train)
     train.set_defaults(run=_run)
+    tune = commands.add_parser("tune", help="search settings by the errors so far (optuna's TPE), or by --halve-at")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="settings of all runs, such as train.epochs=5")
+    tune.add_argument(
+        "--vary", action="append", required=True, metavar="KEY=RANGE",
+        help="a setting and LOW..HIGH or log:LOW..HIGH, with :STEP for multiples of it, or choice:A,B,...",
+    )  # fmt: skip
+    _add_training(tune, "members in all")
+    _add_seed(tune)
+    tune.set_defaults(run=_tune, member=None)
     status = commands.add_parser("status", help="count the members that are done, and list those that failed")
     status.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status.set_defaults(run=_status)
@@ -110,6 +112,21 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_fit)
 
 
+def _add_training(parser: argparse.ArgumentParser, counted: str) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file of all runs, such as configs/quickstart.yaml")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
+    parser.add_argument("--n", type=positive, default=10, metavar="N", help=f"{counted} (default: 10)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="at a time (default: one for each GPU, or core)")
+    parser.add_argument(
+        "--halve-at", default="", metavar="E,E...", help="successive halving: epochs after which only the best continue"
+    )
+    parser.add_argument("--fraction", type=fraction, default=1 / 3, metavar="F", help="that continue (default: 1/3)")
+
+
+def _add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="another seed, other members (default: 0)")
+
+
 def _add_cost(parser: argparse.ArgumentParser) -> None:
     _add_image(parser)
     _add_conditions(parser)
@@ -123,9 +140,7 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_conditions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seed", type=natural, default=0, metavar="N", help="another seed, other networks (default: 0)"
-    )
+    _add_seed(parser)
     parser.add_argument(
         "--flops", metavar="LOW..HIGH", help="multiply-adds for one image, such as 360MF..400MF, instead of the file's"
     )
@@ -142,58 +157,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    import torch
+    from distrain.sweep.commands import run
 
-    from distrain import config
-    from distrain.data.loading.setup import load_indexes
-    from distrain.sweep.publish import publish
-    from distrain.sweep.runner import Runner, share_machine
-    from distrain.sweep.sampling import Sampler
-    from distrain.sweep.sweep import Sweep, sample_members
-
-    args.overrides = [word for word in args.words if "=" in word]
-    for override in args.overrides:
-        if override.partition("=")[0].strip().startswith(_OWN_KEYS):
-            raise UserError(f"{override}: the sweep chooses it for each network: leave it out")
     paths = [Path(word) for word in args.words if "=" not in word]
-    own = [f"run.dir={args.out / 'runs'}", "run.name=member", "model.name=regnet"]
-    shared = config.load(args.config, [*args.overrides, *own])
-    samplers = [Sampler(_load(path, args), shared.model.num_classes, shared.data.image_size) for path in paths]
-    settings = {key: value for key, value in config.fixed_settings(shared).items() if key not in _OWN_KEYS}
-    load_indexes(shared)  # a mistake in it would fail every member
-    halving = _read_halving(args, shared.train.epochs)
-    with translated_errors(args.out):
-        sweep = Sweep.create(args.out, sample_members(samplers, args.seed, args.n), settings, halving)
-        chosen = sweep.trained
-        if args.member is not None:
-            if args.member >= len(sweep.members):
-                raise UserError(f"--member {args.member}: the sweep has {len(sweep.members)} members, from 0 on")
-            chosen = [sweep.twin(sweep.members[args.member])]
-        slots = share_machine(args.workers, torch.cuda.device_count())
-        print(f"{args.out}: {len(sweep.members)} networks, {len(chosen)} to train here, {len(slots)} at a time")
-        arguments = [*run_arguments(args), "track.models=false"]
-        batch = shared.batch.lanes * shared.batch.per_lane
-        info = partial(print, flush=True)
-        code = Runner(sweep, chosen, arguments, batch, slots, info).run()
-        if code != EXIT_STOPPED and not sweep.due():
-            publish(sweep, shared, info)
-        return code
+    return run(args, [_load(path, args) for path in paths], [word for word in args.words if "=" in word])
 
 
-def _read_halving(args: argparse.Namespace, epochs: float) -> "Halving":
-    from distrain.sweep.halving import Halving
+def _tune(args: argparse.Namespace) -> int:
+    from distrain.sweep.commands import tune
 
-    if not args.halve_at:
-        return Halving()
-    try:
-        ends = tuple(float(text) for text in args.halve_at.split(","))
-    except ValueError as error:
-        raise UserError(f"--halve-at {args.halve_at}: write epochs, such as 1,3") from error
-    if list(ends) != sorted({*ends}) or not 0 < ends[0] <= ends[-1] < epochs:
-        raise UserError(f"--halve-at {args.halve_at}: must increase, from above 0 to below train.epochs={epochs:g}")
-    if args.member is not None:
-        raise UserError("--member trains one network, and --halve-at waits for all of them: leave one out")
-    return Halving(ends, args.fraction)
+    return tune(args)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -281,6 +254,7 @@ def _fit(args: argparse.Namespace) -> int:
         rows.append([*_row(member), *shown])
     for line in [*align(rows), *map(_settings, members)]:
         print(line)
+        print(" ".join(map(shlex.quote, member.arguments)))
     return 0
 
 

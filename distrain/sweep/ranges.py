@@ -1,7 +1,7 @@
 """The values that a parameter may have, and how likely they are."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from distrain.errors import UserError
 
 Value = int | float | str | bool
 FORMS = "{uniform: [LOW, HIGH]}, {log: [LOW, HIGH]} or {choice: [A, B, ...]}"
+TEXT_FORMS = "LOW..HIGH or log:LOW..HIGH, with :STEP at the end for multiples of it, or choice:A,B,..."
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,22 @@ class Range:
             raise UserError(f"{where}: no multiple of {step:g} lies between {low:g} and {high:g}")
         return found
 
+    @classmethod
+    def from_text(cls, text: str, where: str, read: Callable[[str], Value]) -> "Range":
+        """Read 1..16, log:8..256:8 or choice:1,2,4 as `parse` does, each value by `read`.
+
+        Raises UserError, which begins with `where`, and what `read` raises.
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "choice":
+            return cls.parse({"choice": [read(word) for word in rest.split(",")]}, where)
+        bounds, colon, step = (rest if kind == "log" else text).partition(":")
+        low, dots, high = bounds.partition("..")
+        if not dots:
+            raise UserError(f"{where}: write {TEXT_FORMS}")
+        entry: dict[str, Any] = {"log" if kind == "log" else "uniform": [read(low), read(high)]}
+        return cls.parse({**entry, "step": read(step)} if colon else entry, where)
+
     def draw(self, uniform: float) -> Value:
         """The value at `uniform`, a number in [0, 1)."""
         if self.kind == "choice":
@@ -62,18 +79,38 @@ class Range:
             return self._multiple(first + int(uniform * (last - first + 1)))
         if self.kind == "uniform":
             return self.low + uniform * (self.high - self.low)
-        value = self.low * (self.high / self.low) ** uniform
-        return self.nearest(value) if self.step else value
+        return self.round(self.low * (self.high / self.low) ** uniform)
 
     def nearest(self, value: float) -> Value:
         """The value of the range nearest to a number; of numbers as choices, by their ratio."""
         if self.kind == "choice":
             numbers = [one for one in self.choices if isinstance(one, (int, float)) and one > 0]
             return min(numbers, key=lambda one: abs(math.log(one / value)), default=self.choices[0])
+        return self.round(value)
+
+    def round(self, value: float) -> int | float:
+        """The multiple of `step` that is nearest to a number, or the number; within the range."""
         if not self.step:
             return min(max(value, self.low), self.high)
         first, last = self._multiples
         return self._multiple(min(max(round(value / self.step), first), last))
+
+    def __contains__(self, value: object) -> bool:
+        if self.kind == "choice":
+            return value in self.choices
+        if not isinstance(value, (int, float)) or not self.low <= value <= self.high:
+            return False
+        return math.isclose(self.round(value), value)
+
+    @property
+    def ends(self) -> tuple[Value, ...]:
+        """The smallest and the largest value; of choices all."""
+        if self.kind == "choice":
+            return self.choices
+        if not self.step:
+            return self.low, self.high
+        first, last = self._multiples
+        return self._multiple(first), self._multiple(last)
 
     @property
     def count(self) -> float:

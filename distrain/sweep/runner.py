@@ -7,7 +7,7 @@ import signal
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -53,17 +53,23 @@ class Runner:
     def __init__(
         self,
         sweep: Sweep,
-        members: Sequence[Member],
+        members: Sequence[Member] | None,
         arguments: Sequence[str],
-        batch: int,
+        batch: Mapping[str, int],
         slots: Sequence[Slot],
         report: Callable[[str], None],
+        propose: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`arguments` are those of a run that all share, and `batch` its images per step."""
+        """`members` are trained; None: all, also those that the sweep is extended by. `arguments` are those of a run
+        that all share, and `batch` its batch.lanes and batch.per_lane. `propose`, called before members are claimed,
+        may extend the sweep, and returns how many members it will still be extended by.
+        """
         self._sweep = sweep
-        self._names = {member.name for member in members}
+        self._names = None if members is None else {member.name for member in members}
         self._arguments = list(arguments)
-        self._batch = batch
+        self._batch = dict(batch)
+        self._propose = propose
+        self._coming = 0
         self._free = list(slots)
         self._report = report
         self._running: list[_Training] = []
@@ -87,14 +93,21 @@ class Runner:
                     self._end(training)
         if self._stop:
             return EXIT_STOPPED
-        results = self._sweep.results()
-        if failed := sum(results[name].has_failed for name in self._names):
+        failed = sum(result.has_failed for name, result in self._sweep.results().items() if self._is_chosen(name))
+        if failed:
             self._report(f"{failed} failed: see python -m distrain sweep status {self._sweep.folder}")
         return EXIT_USER if failed else EXIT_DONE
 
+    def _is_chosen(self, name: str) -> bool:
+        return self._names is None or name in self._names
+
+    def _due(self) -> list[tuple[Member, int]]:
+        return [(member, number) for member, number in self._sweep.due() if self._is_chosen(member.name)]
+
     def _start(self) -> bool:
         """Start members in the free slots. Returns whether any is to train further, here or elsewhere."""
-        left = [(member, number) for member, number in self._sweep.due() if member.name in self._names]
+        self._coming = self._propose()
+        left = self._due()
         if not self._free:
             return True
         own = {training.member.name for training in self._running}
@@ -115,10 +128,9 @@ class Runner:
         if slot.gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = slot.gpu
         stop = self._sweep.halving.stop_epoch(number)
-        own = [f"run.name={member.name}", f"model.name={member.network}", f"model.options={json.dumps(member.options)}"]
+        own = [f"run.name={member.name}", f"run.dir={self._sweep.folder / 'runs'}", f"train.stop_epoch={stop:g}"]
         track = [f"track.parent={self._sweep.name}", f"track.params={json.dumps(member.parameters)}"]
-        folder = f"run.dir={self._sweep.folder / 'runs'}"
-        arguments = [*self._arguments, folder, *own, *track, f"train.stop_epoch={stop:g}"]
+        arguments = [*self._arguments, *member.arguments, *own, *track]
         log = self._sweep.claim_folder(member) / "log.txt"
         process = member_process.start(arguments, log, slot.cores, variables)
         self._running.append(_Training(member, slot, claim, process))
@@ -131,7 +143,8 @@ class Runner:
         reason = last_line(self._sweep.claim_folder(member) / "log.txt")
         self._crashes[member.name] += code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USER)
         if code == EXIT_DONE or (code == EXIT_STOPPED and has_ended_round(run)):
-            self._record(member, *read_outcome(run, self._batch))
+            sizes = {**self._batch, **member.settings}
+            self._record(member, *read_outcome(run, sizes["batch.lanes"] * sizes["batch.per_lane"]))
         elif code == EXIT_USER:
             self._record(member, None, reason=reason)
         elif self._crashes[member.name] >= _MAX_CRASHES:
@@ -144,7 +157,7 @@ class Runner:
             reason = "the run has no accuracy in its metrics"
         self._sweep.record(member, error, seconds, reason)
         self._recorded += 1
-        left = len([one for one, _ in self._sweep.due() if one.name in self._names])
+        left = len(self._due()) + self._coming
         minutes = (time.monotonic() - self._began) / self._recorded * left / 60
         outcome = f"failed: {reason}" if error is None else f"error {error:.2%}"
         self._report(f"{member.name}: {outcome}  {left} left, about {minutes:.0f} min")

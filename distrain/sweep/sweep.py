@@ -3,6 +3,7 @@
     sweep.json            the members, and the settings that they share
     runs/NAME/            the run of a member, an ordinary one
     claims/NAME/          attempts/ and beat: who trains it; log.txt: what the run printed; result.json: its errors
+    tuner/, optuna.db     of `sweep tune` only: who chooses members; the study, see tuner.py
 
 Any number of processes, on any number of hosts, work on one folder. Each claims a member before it trains it, as a run
 is claimed: a claim holds while its process lives. A member whose process is lost is claimed again, and continues from
@@ -49,12 +50,15 @@ class Sweep:
 
     def __init__(self, folder: Path, members: Sequence[Member], halving: Halving) -> None:
         self.folder = folder
-        self.members = tuple(members)
         self.halving = halving
-        first: dict[str, Member] = {}
-        keys = {member.name: json.dumps([member.network, member.options], sort_keys=True) for member in self.members}
-        self._twins = {member.name: first.setdefault(keys[member.name], member) for member in self.members}
         self._final: dict[str, Result] = {}
+        self._set_members(members)
+
+    def _set_members(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        first: dict[str, Member] = {}
+        keys = [json.dumps([one.network, one.options, one.settings], sort_keys=True) for one in self.members]
+        self._twins = {one.name: first.setdefault(key, one) for one, key in zip(self.members, keys, strict=True)}
 
     @classmethod
     def open(cls, folder: Path) -> "Sweep":
@@ -69,19 +73,30 @@ class Sweep:
             raise UserError(f"{folder / _FILE}: written by another release: {_CURE}") from error
 
     @classmethod
-    def create(cls, folder: Path, members: Sequence[Member], settings: Mapping[str, Any], halving: Halving) -> "Sweep":
-        """Begin a sweep, continue the same one, or extend it by more `members`.
+    def create(
+        cls, folder: Path, members: Sequence[Member] | None, settings: Mapping[str, Any], halving: Halving
+    ) -> "Sweep":
+        """Begin a sweep, continue the same one, or extend it by more `members`; None: it has those that it has.
 
         Raises UserError if the folder's sweep has other settings or other members.
         """
         shared = {"settings": dict(settings), "halve_at": list(halving.epochs), "fraction": halving.fraction}
         content = read_json(folder / _FILE, _CURE)
         if content:
-            _require_same(folder, content, members, shared)
-        if len(members) > len(content.get("members", ())):
+            _require_same_settings(folder, content, shared)
+            if members is not None:
+                _require_same_members(folder, content, members)
+        if not content or len(members or ()) > len(content.get("members", ())):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / _FILE, {**shared, "members": [asdict(member) for member in members]})
+            write_json(folder / _FILE, {**shared, "members": [asdict(member) for member in members or ()]})
         return cls.open(folder)
+
+    def append(self, member: Member) -> None:
+        """Extend the sweep by one member. Only for the one process that does so; others see it when they open it."""
+        members = [*self.members, member]
+        content = read_json(self.folder / _FILE, _CURE)
+        write_json(self.folder / _FILE, {**content, "members": [asdict(one) for one in members]})
+        self._set_members(members)
 
     @property
     def name(self) -> str:
@@ -199,18 +214,20 @@ def sample_members(samplers: Sequence[Sampler], seed: int, count: int) -> list[M
     return [sampler.sample(seed, index) for sampler in samplers for index in range(count)]
 
 
-def _require_same(
-    folder: Path, content: Mapping[str, Any], members: Sequence[Member], shared: Mapping[str, Any]
-) -> None:
+def _require_same_settings(folder: Path, content: Mapping[str, Any], shared: Mapping[str, Any]) -> None:
     before, now = (
         {**one["settings"], "--halve-at": one["halve_at"], "--fraction": one["fraction"]} for one in (content, shared)
     )
     for name in ["--halve-at", *sorted(before.keys() | now.keys())]:
         if before.get(name) != now.get(name):
+            begun = f"with {name}={before[name]}" if name in before else f"without {name}"
+            chosen = f", not {now[name]}" if name in before.keys() & now.keys() else ""
             raise UserError(
-                f"{folder}: this sweep was begun with {name}={before.get(name)}, not {now.get(name)}: use that, or "
-                "begin another with another --out"
+                f"{folder}: this sweep was begun {begun}{chosen}: use that, or begin another with another --out"
             )
+
+
+def _require_same_members(folder: Path, content: Mapping[str, Any], members: Sequence[Member]) -> None:
     known = {(entry["space"], entry["index"]): entry for entry in content.get("members", ())}
     chosen = {(member.space, member.index): member for member in members}
     if missing := known.keys() - chosen.keys():
