@@ -26,7 +26,7 @@ class Page(HTMLParser):
         self.tags.add(tag)
         self.links += [value for name, value in attrs if name in ("src", "href")]
         self.alts += [value for name, value in attrs if name == "alt"]
-        self.headings += [int(tag[1])] if tag in ("h1", "h2", "h3") else []
+        self.headings += [int(tag[1])] if re.fullmatch("h[1-6]", tag) else []
 
     def handle_endtag(self, tag):
         self.text += "\n" if tag in ("td", "th") else ""
