@@ -14,7 +14,7 @@ from distrain.data.loading.setup import load_indexes
 from distrain.errors import EXIT_STOPPED, UserError
 from distrain.files import translated_errors
 from distrain.sweep.halving import Halving
-from distrain.sweep.population import Member, override
+from distrain.sweep.population import RUN_KEYS, Member, override
 from distrain.sweep.publish import publish
 from distrain.sweep.runner import Runner, Slot, share_machine
 from distrain.sweep.sampling import Sampler
@@ -23,8 +23,7 @@ from distrain.sweep.space import Space
 from distrain.sweep.sweep import Sweep, sample_members
 from distrain.sweep.tuner import Tuner, load_optuna, only_tuner
 
-_RUN_KEYS = ("run.name", "run.dir", "train.stop_epoch", "track.parent", "track.params")
-_OWN_KEYS = (*_RUN_KEYS, "model.name", "model.options")
+_NETWORK_KEYS = (*RUN_KEYS, "model.name", "model.options")
 
 _info = partial(print, flush=True)
 
@@ -32,7 +31,7 @@ _info = partial(print, flush=True)
 def run(args: argparse.Namespace, spaces: Sequence[Space], overrides: Sequence[str]) -> int:
     """`sweep run`: train the first networks of design spaces. `overrides`: settings of all runs. Raises UserError."""
     args.overrides = list(overrides)
-    _refuse_keys(overrides, _OWN_KEYS, "chooses it for each network")
+    _refuse_keys(overrides, _NETWORK_KEYS, "chooses it for each network")
     shared = config.load(args.config, [*overrides, _run_dir(args), "run.name=member", "model.name=regnet"])
     samplers = [Sampler(space, shared.model.num_classes, shared.data.image_size) for space in spaces]
     halving = _read_halving(args, shared.train.epochs)
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace, spaces: Sequence[Space], overrides: Sequence[s
     load_indexes(shared)  # a mistake in it would fail every member
     with translated_errors(args.out):
         members = sample_members(samplers, args.seed, args.n)
-        sweep = Sweep.create(args.out, members, _identity(shared, _OWN_KEYS), halving)
+        sweep = Sweep.create(args.out, members, _identity(shared, _NETWORK_KEYS), halving)
         chosen = sweep.trained
         if args.member is not None:
             if args.member >= len(sweep.members):
@@ -54,10 +53,10 @@ def run(args: argparse.Namespace, spaces: Sequence[Space], overrides: Sequence[s
 
 def tune(args: argparse.Namespace) -> int:
     """`sweep tune`: search settings, by optuna or by successive halving. Raises UserError."""
-    _refuse_keys(args.overrides, _RUN_KEYS, "sets it")
+    _refuse_keys(args.overrides, RUN_KEYS, "sets it")
     space = SearchSpace(args.config, [*args.overrides, _run_dir(args)], args.vary)
     halving = _read_halving(args, space.config.train.epochs)
-    settings = _identity(space.config, _RUN_KEYS)
+    settings = _identity(space.config, RUN_KEYS)
     settings |= {"--seed": args.seed, **{f"--vary {key}": text for key, text in space.texts.items()}}
     load_indexes(space.config)  # a mistake in it would fail every member
     slots = share_machine(args.workers, torch.cuda.device_count())

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+RUN_KEYS = ("run.name", "run.dir", "train.stop_epoch", "track.parent", "track.params")
+"""Settings that a sweep chooses for each of its runs."""
 Status = Literal["waiting", "running", "done", "failed", "pruned"]
 
 

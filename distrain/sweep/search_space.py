@@ -12,13 +12,13 @@ from distrain.models import network_config
 from distrain.models.analytic import network_cost
 from distrain.models.complexity import Cost
 from distrain.rng import Stream, uniform
-from distrain.sweep.population import Member, override
+from distrain.sweep.population import RUN_KEYS, Member, override
 from distrain.sweep.ranges import TEXT_FORMS, Range, Value
 
 NAME = "tune"
 """Of the space of all members."""
 _OPTION = "model.options."
-_OWN_KEYS = ("run.name", "run.dir", "model.name", "train.stop_epoch")
+_FIXED = (*RUN_KEYS, "model.name")
 
 
 class SearchSpace:
@@ -79,7 +79,7 @@ class SearchSpace:
 
     def _read_range(self, key: str, text: str) -> Range:
         where = f"--vary {key}={text}"
-        if key in _OWN_KEYS:
+        if key in _FIXED:
             raise UserError(f"{where}: {key} cannot be varied: the sweep sets it")
         if key not in self._values:
             raise UserError(f"{where}: unknown key {key}: {nearest(key, self._values)}")
