@@ -12,7 +12,7 @@ from distrain.arguments import AnyOrder, add_run_arguments, run_arguments
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.sweep import cli as sweep
 from launch import node, slurm
-from launch.job import Host, Job, read_hosts
+from launch.job import Host, Job, read_hosts, run_together
 from launch.node_env import count_ranks
 
 _DESCRIPTION = "Start a run on one machine, many machines or a Slurm cluster."
@@ -75,19 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training(ssh)
     ssh.set_defaults(run=run_ssh)
 
-    networks = commands.add_parser(
-        "sweep",
-        help="train the networks of a sweep on several hosts",
-        description="Run `distrain sweep run` on several hosts that share the folder of the sweep: each claims "
-        "networks to train, and a host may be lost or come back. Without hosts, --nodes N simulates N nodes on this "
-        "machine.",
-        usage="%(prog)s [--hosts A,B,... | --hostfile FILE | --nodes N] -- SPACE... --out DIR [option ...]",
-        epilog=_EXIT_CODES,
-    )
-    _add_hosts(networks)
-    _add_nodes(networks)
-    networks.add_argument("arguments", nargs=argparse.REMAINDER, help="after --: the arguments of distrain sweep run")
-    networks.set_defaults(run=run_sweep)
+    _add_sweep(commands.add_parser("sweep", help="train the networks of a sweep on several hosts"))
 
     batch = commands.add_parser(
         "slurm",
@@ -114,6 +102,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     node.add_arguments(
         commands.add_parser("node", help="run the ranks of one node; the other commands start this on every node")
     )
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run `distrain sweep run` on several hosts that share the folder of the sweep: each claims networks to train, "
+        "and a host may be lost or come back. Without hosts, --nodes N simulates N nodes on this machine."
+    )
+    parser.usage = "%(prog)s [--hosts A,B,... | --hostfile FILE | --nodes N] -- SPACE... --out DIR [option ...]"
+    parser.epilog = _EXIT_CODES
+    _add_hosts(parser)
+    _add_nodes(parser)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="after --: the arguments of distrain sweep run")
+    parser.set_defaults(run=run_sweep)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -186,8 +187,7 @@ def run_sweep(args: argparse.Namespace) -> int:
     if not hosts[0].command:  # simulated: each trains as many networks at a time as it has cores
         slots = share_machine(len(hosts), 0)
         hosts = [replace(host, cores=slot.cores) for host, slot in zip(hosts, slots, strict=True)]
-    with Job(folder, hosts, 1, ["sweep", "run", *words], 1, independent=True) as job:
-        return job.run()
+    return run_together([Job(folder, [host], 1, ["sweep", "run", *words], 1) for host in hosts])
 
 
 def _any_hosts(args: argparse.Namespace, ranks: int | None) -> list[Host]:

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -83,38 +84,27 @@ class Host:
 
 
 class Job:
-    """One run, or one sweep, on some hosts until it is done. A context manager that leaves no process running there."""
+    """One run on some hosts until it is done. A context manager that leaves no process running on them."""
 
     def __init__(
-        self,
-        folder: Path,
-        hosts: Sequence[Host],
-        ranks: int | None,
-        arguments: Sequence[str],
-        min_hosts: int,
-        independent: bool = False,
+        self, folder: Path, hosts: Sequence[Host], ranks: int | None, arguments: Sequence[str], min_hosts: int
     ) -> None:
         """`ranks` per host (None: one per GPU, or 1); at least `min_hosts` are needed after losing hosts.
 
-        `arguments` are those of `python -m distrain`, which works in `folder`. Hosts that are `independent` form no
-        process group: each is a node 0 of its own, the job continues while others fail, and is done once one is done.
+        `arguments` are those of `python -m distrain`, and `folder` is that of its run.
         """
         self._folder = folder
         self._hosts = list(hosts)
         self._ranks = ranks
         self._arguments = list(arguments)
         self._min_hosts = min_hosts
-        self._independent = independent
         self._id = f"{int(time.time())}_{secrets.token_hex(4)}"  # no other launch has it, and theirs sort by time
         self._stop_signals = 0
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
         keep_writing()
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-            numbers.append(signal.SIGHUP)
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def __exit__(
@@ -136,8 +126,7 @@ class Job:
         """
         number, hosts, history = 0, self._hosts, begin_history(self._folder)
         while True:
-            codes = self._start(hosts, f"{self._id}-{number}").values()
-            code = EXIT_DONE if self._independent and EXIT_DONE in codes else combine_exit_codes(codes)
+            code = combine_exit_codes(self._start(hosts, f"{self._id}-{number}").values())
             decision, history = decide(code, self._stop_signals > 0, history, read_attempt(self._folder))
             if decision == Decision.REQUEUE and code != EXIT_STOPPED and self._stop_signals > 1:
                 return _EXIT_KILLED
@@ -156,13 +145,15 @@ class Job:
         logs = self._folder / "logs"
         ranks = ["--ranks", str(self._ranks)] if self._ranks else []
         for rank, host in enumerate(hosts):
-            group = ["--nodes", str(len(hosts)), "--node-rank", str(rank), "--head", hosts[0].address, "--job", job]
-            if self._independent:  # ids differ, as simulated nodes on one machine each listen on a port
-                group = ["--job", job.replace("-", f".{rank}-")]
-            own = ["--name", host.name, "--logs", str(resolve(logs)), *ranks, *options]
-            self._nodes[host.name] = host.start([*group, *own, "--", *self._arguments])
+            self._nodes[host.name] = host.start(
+                [
+                    "--nodes", str(len(hosts)), "--node-rank", str(rank), "--head", hosts[0].address, "--job", job,
+                    "--name", host.name, "--logs", str(resolve(logs)), *ranks, *options, "--", *self._arguments,
+                ]
+            )  # fmt: skip
         if self._stop_signals:  # it came while they were being started
-            self._request_stop()
+            for process in self._nodes.values():
+                write_stop_line(process)
         readers = [threading.Thread(target=copy_output, args=(process,)) for process in self._nodes.values()]
         for reader in readers:
             reader.start()
@@ -184,7 +175,7 @@ class Job:
                     codes[name] = code
                     if code == _EXIT_SSH:
                         info(f"lost {name}")
-                    if code != 0 and not self._independent:
+                    if code != 0:
                         grace = _GRACE_USER_S if code == EXIT_USER else _GRACE_S
                         deadline = min(deadline, time.monotonic() + grace)
             if time.monotonic() > deadline:
@@ -217,18 +208,50 @@ class Job:
         while time.monotonic() < until and not self._stop_signals:
             time.sleep(0.05)
 
-    def _request_stop(self) -> None:
+    def request_stop(self) -> None:
+        """Have the nodes save and exit; at the second request kill them."""
+        self._stop_signals += 1
         for process in self._nodes.values():
-            write_stop_line(process)
+            if self._stop_signals == 1:
+                write_stop_line(process)
+            else:
+                kill(process)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._stop_signals += 1
+        self.request_stop()
         if self._stop_signals == 1:
-            self._request_stop()
             info("stopping after saving; repeat the signal (Ctrl-C) to kill")
-        else:
-            for process in self._nodes.values():
-                kill(process)
+
+
+def run_together(jobs: Sequence[Job]) -> int:
+    """Run jobs with a common purpose, such as one on each host that trains members of a sweep: done once one is.
+
+    Returns an exit code as `Job.run` does.
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(len(jobs)) as pool:
+        for job in jobs:
+            stack.enter_context(job)
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            info("stopping after saving; repeat the signal (Ctrl-C) to kill")
+            for job in jobs:
+                job.request_stop()
+
+        for number in stop_signals():
+            signal.signal(number, handle)
+        codes = []
+        for future in as_completed([pool.submit(job.run) for job in jobs]):
+            codes.append(future.result())
+            if codes[-1] == EXIT_DONE:  # nothing is left for hosts that are waited for
+                for job in jobs:
+                    job.request_stop()
+    return EXIT_DONE if EXIT_DONE in codes else combine_exit_codes(codes)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop a job."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [*numbers, signal.SIGHUP]  # as under nohup
 
 
 def write_stop_line(process: "subprocess.Popen[bytes]") -> None:

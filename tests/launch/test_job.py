@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from launch import job
@@ -8,10 +10,8 @@ from launch.restart import Attempt
 class SimulatedStarts(Job):
     """A job on this machine whose starts run nothing: each ends with a code, and may have begun an attempt before."""
 
-    def __init__(
-        self, monkeypatch, folder, starts: list[tuple[int, bool]], hosts="a", min_hosts=1, independent=False
-    ) -> None:
-        super().__init__(folder / "run", [Host(name, name) for name in hosts], 1, [], min_hosts, independent)
+    def __init__(self, monkeypatch, folder, starts: list[tuple[int, bool]], hosts="a", min_hosts=1) -> None:
+        super().__init__(folder / "run", [Host(name, name) for name in hosts], 1, [], min_hosts)
         self._starts = iter(starts)
         self.jobs: list[str] = []
         self.hosts: list[str] = []
@@ -76,11 +76,21 @@ def test_a_launcher_ends_as_its_last_start(monkeypatch, tmp_path, start, stop_si
     assert launch.run() == code
 
 
-@pytest.mark.parametrize(("independent", "code"), [(True, 0), (False, 1)])
-def test_a_sweep_is_done_once_one_of_its_hosts_is(monkeypatch, tmp_path, independent, code):
-    class OneLost(SimulatedStarts):
-        def _start(self, hosts, job, *options) -> dict[str, int]:
-            return {**super()._start(hosts, job, *options), "a": 255}
+def test_jobs_together_are_done_once_one_is_and_stop_waiting_for_lost_hosts(monkeypatch, tmp_path):
+    lost = SimulatedStarts(monkeypatch, tmp_path, [(255, False)] * 3)
+    monkeypatch.setattr(lost, "_wait_for_hosts", lambda: [] if waits_for(lambda: lost._stop_signals) else ["a"])
+    assert job.run_together([lost, SimulatedStarts(monkeypatch, tmp_path, [(1, True), (0, True)])]) == 0
 
-    starts = [(0, False)] * 3
-    assert OneLost(monkeypatch, tmp_path, starts, hosts="ab", independent=independent).run() == code
+
+@pytest.mark.parametrize(("codes", "together"), [((75, 75), 75), ((78, 75), 78), ((75, 1), 75)])
+def test_jobs_together_end_with_the_code_that_says_how_to_continue(monkeypatch, tmp_path, codes, together):
+    jobs = [SimulatedStarts(monkeypatch, tmp_path, [(code, True), (75, True)]) for code in codes]
+    assert job.run_together(jobs) == together
+
+
+def waits_for(condition) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return True

@@ -64,6 +64,23 @@ def test_every_sample_is_a_network_that_fulfills_the_conditions(name, seed, inde
         assert all(stage.se_ratio == (0.25 if name.startswith("regnety") else 0) for stage in config.stages())
 
 
+STUDIES = {
+    "regnetx_inverted": lambda one: one.inner_width >= 2 * one.width and one.se_ratio == 0,
+    "regnetx_depthwise": lambda one: one.group_width == 1,
+    "regnetx_depth": lambda one: one.inner_width == one.width,
+    "regnety": lambda one: one.se_ratio in (0, 0.25) and one.inner_width == one.width,
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_stages_of_a_study_are_as_its_file_says(name):
+    samples = [Sampler(SPACES[name]).sample(0, index) for index in range(8)]
+    configs = [network_config(sample.network, **sample.options) for sample in samples]
+    assert all(STUDIES[name](stage) for config in configs for stage in config.stages())
+    varied = {"regnetx_depth": "depth", "regnety": "se_ratio"}.get(name, "w0")
+    assert len({getattr(config, varied) for config in configs}) > 1
+
+
 @pytest.mark.parametrize(
     ("name", "per_stage"),
     [
