@@ -45,7 +45,7 @@ parallel: strategy offload bucket_mb
 evaluate: every_epochs batch
 checkpoint: every_steps every_minutes keep keep_every_steps keep_best
 resilience: patience attempts faults
-track: uri experiment models register every_steps
+track: uri experiment models register parent params every_steps
 model: init
 loss: class_weights
 """
