@@ -68,8 +68,16 @@ def begin_history(folder: Path) -> History:
 
 
 def read_attempt(folder: Path) -> Attempt:
-    """The newest attempt at the run in `folder`; none if that cannot be read."""
+    """The newest attempt at the run in `folder`; none if that cannot be read.
+
+    Of a sweep: how many attempts there were at its members, and how many of these are over.
+    """
     with suppress(OSError):
+        if (members := folder / "claims").is_dir():
+            records = [record for path in members.iterdir() if (record := newest_attempt(path)) is not None]
+            return Attempt(
+                sum(record.number for record in records), "", sum(record.end is not None for record in records)
+            )
         if (record := newest_attempt(folder)) is not None:
             return Attempt(record.number, record.end or "", record.committed)
     return Attempt()

@@ -18,7 +18,7 @@
 
 CONFIG="${CONFIG:-configs/regnety_400mf.yaml}"
 OUT="${OUT:-runs/sweep}"
-RUN="$OUT/tasks/$SLURM_ARRAY_TASK_ID" # logs of the launcher
+RUN="$OUT"
 DOCTOR=0
 RANKS=1
 read -r -d '' -a spaces <<<"${SPACES:-configs/sweep/regnetx.yaml}"
