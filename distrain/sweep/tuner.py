@@ -2,7 +2,7 @@
 
 Only the process that tunes a folder writes the study, DIR/optuna.db; those that train members know nothing of it. A
 trial is in the study before its member is in sweep.json, and a member's result is recorded before the study is told:
-after a kill each missing step is repeated from the file before it.
+after a kill the next process does the step that is missing.
 """
 
 import os

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -99,6 +100,15 @@ def test_without_a_record_there_is_no_attempt(tmp_path):
 def test_an_empty_or_damaged_record_counts_as_an_attempt_that_was_killed(tmp_path, content):
     write_record(tmp_path, content)
     assert read_attempt(tmp_path) == Attempt(7, "")
+
+
+def test_the_attempts_at_a_sweep_are_those_at_its_members(tmp_path):
+    for name, number, end in (("a-000000", 3, "exit code 0"), ("a-000001", 1, None)):
+        folder = tmp_path / "claims" / name / "attempts"
+        folder.mkdir(parents=True)
+        content = {"number": number, "end": end, "committed": 0}
+        (folder / f"{number:08d}.json").write_text(json.dumps(content))
+    assert read_attempt(tmp_path) == Attempt(4, "", 1)
 
 
 def ask(*words: str) -> str:
