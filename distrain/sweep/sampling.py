@@ -21,6 +21,7 @@ from distrain.sweep.space import COSTS, Space, stage_options
 _BATCH = 64
 _MAX_DRAWS = 200_000
 _UNFIT = "the network cannot be built"
+_BECAUSE = ": "  # before the problem of one network
 _LINE = ("depth", "w0", "wa", "wm")
 _DEEPEST = 1000  # blocks; the stages of deeper networks are not counted in advance, which would take too much memory
 
@@ -43,14 +44,18 @@ class Sampler:
     def sample(self, seed: int, index: int) -> Member:
         """The network `index`. Raises UserError if hardly any fulfills the conditions, naming the one that rejects."""
         rejected: Counter[str] = Counter()
+        last_problem = ""
         for outcome in self._outcomes(seed, index):
             if isinstance(outcome, Member):
                 return outcome
-            rejected[outcome] += 1
+            reason, _, problem = outcome.partition(_BECAUSE)
+            last_problem = problem or last_problem
+            rejected[reason] += 1
         reason, times = rejected.most_common(1)[0]
+        example = f" ({last_problem})" if reason == _UNFIT else ""
         raise UserError(
             f"{self.space.name}: none of {_MAX_DRAWS:,} networks fulfills all conditions; {times / _MAX_DRAWS:.1%} of "
-            f"them fail at: {reason}; widen the conditions or the ranges"
+            f"them fail at: {reason}{example}; widen the conditions or the ranges"
         )
 
     def accepted(self, seed: int, draws: int) -> int:
@@ -111,16 +116,16 @@ class Sampler:
         options = self._options(values)
         try:
             config = network_config(self.space.network, **options)
-        except UserError:
-            return _UNFIT
+        except UserError as error:
+            return f"{_UNFIT}{_BECAUSE}{error}"
         known = {**values, **_shape(config)}
         for condition in self._cheap:
             if not condition.evaluate(known):
                 return condition.text
         try:
             cost = network_cost(config, self._num_classes, self._resolution)
-        except UserError:
-            return _UNFIT
+        except UserError as error:
+            return f"{_UNFIT}{_BECAUSE}{error}"
         known |= {"flops": cost.flops, "params": cost.params, "activations": cost.conv_activations}
         for condition in self._costly:
             if not condition.evaluate(known):

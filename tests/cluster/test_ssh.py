@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.processes import SMALL, digest_on_one_node
+from support.processes import SMALL, digest_on_one_node, read_metrics
 from support.simulated_hosts import REPOSITORY, SCRIPT, Cluster, environment
+
+from distrain.sweep.sweep import Sweep
 
 _SSHD = "/usr/sbin/sshd"
 
@@ -98,6 +101,34 @@ def test_with_min_nodes_the_run_continues_without_a_lost_host(cluster, settings,
     assert "launch: starting again on n1, n2\n" in output
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 2
+
+
+def test_a_sweep_is_finished_by_the_other_host_when_one_is_lost(cluster, settings, tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        "network: densenet\nstages: 3\nsample: {growth_rate: {uniform: [4, 12]}}\n"
+        "fixed: {stem: cifar, depth: 2, stem_width: 8}\n"
+    )
+    out = tmp_path / "sweep"
+    settings = [word for word in settings if not word.startswith("model.name")]
+    words = ("sweep", "--hosts", "n1,n2", "--", str(tmp_path / "small.yaml"), "--n", "4", "--workers", "1")
+    command = [SCRIPT, "exec", sys.executable, "-m", "launch", *words, "--out", str(out), *settings]
+    variables = {**environment(), "MC_DIR": str(cluster.folder)}
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+    ) as job:
+        deadline = time.monotonic() + 100
+        while not any(out.glob("runs/*/checkpoints/step-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        cluster.kill("n2")
+        assert job.stdout is not None
+        output = job.stdout.read()
+        assert job.wait(timeout=200) == 0, output
+    assert "n1:0 small-" in output
+    assert [member.status for member in Sweep.open(out).current()] == ["done"] * 4
+    for run in (out / "runs").glob("small-*"):
+        steps = [entry["step"] for entry in read_metrics(run) if "train/loss" in entry["metrics"]]
+        assert steps == sorted(set(steps))
 
 
 def test_the_doctor_names_every_unhealthy_host_with_a_mocked_clock(cluster, settings, tmp_path):

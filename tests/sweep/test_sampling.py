@@ -192,6 +192,10 @@ WORDS = (
         (WORDS + "keep: [depth.real > 1]\n", "only arithmetic, comparisons"),
         (WORDS + "keep: [width > 1]\n", "'width > 1' has no value: '>' not supported"),
         (WORDS + "keep: [flops < 10]\n", "100.0% of them fail at: flops < 10; widen"),
+        (
+            "network: densenet\nstages: 1\nsample: {depth: {uniform: [2, 4]}}\nfixed: {growth_rate: 4, stem: cifar}\n",
+            "fail at: the network cannot be built (model densenet: missing options: stem_width); widen",
+        ),
         ("extends: nothing.yaml\n", "extends nothing.yaml, which is not there"),
         (WORDS + "flops: [300, 400XF]\n", "flops: 400XF: write multiply-adds as 400MF, 1.6GF or 4e8"),
         (WORDS + "flops: [400MF, 0.3GF]\n", "flops needs two numbers, [FEWEST, MOST], not ['400MF', '0.3GF']"),

@@ -181,7 +181,7 @@ def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_pa
     assert lines[3].startswith(f"small-000000: failed: loss.class_weights: {tmp_path}/none.json: cannot be read")
 
 
-def test_the_command_of_readme_trains_both_spaces_and_reports_to_mlflow(on_dataset, tmp_path):
+def test_the_command_of_readme_trains_all_spaces_and_reports_to_mlflow(on_dataset, tmp_path):
     text = README.read_text()
     command = text[text.index("python -m distrain sweep run") : text.index("    python -m distrain sweep report")]
     words = shlex.split(command.replace("\\\n", " "))
@@ -198,8 +198,8 @@ def test_the_command_of_readme_trains_both_spaces_and_reports_to_mlflow(on_datas
     experiment = client.get_experiment_by_name("distrain").experiment_id
     runs = {run.info.run_name: run for run in client.search_runs([experiment])}
     (parent,) = (run for name, run in runs.items() if name.startswith("small-"))
-    children = [runs["anynetx_e-000000"], runs["regnetx-000000"]]
-    assert len(runs) == 3
+    children = [runs[f"{space}-000000"] for space in ("anynetx_a", "anynetx_c", "anynetx_e", "regnetx")]
+    assert len(runs) == 5
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     members = Sweep.open(tmp_path / "small").members
