@@ -5,6 +5,7 @@ import json
 import math
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -86,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--n", type=positive, default=10, metavar="N", help="how many (default: 10)")
     sample.add_argument("--start", type=natural, default=0, metavar="I", help="index of the first (default: 0)")
     sample.add_argument("--json", action="store_true", help="print a line of JSON for each, with its model.options")
+    sample.add_argument("--draw", type=Path, metavar="FILE", help="draw their widths to a PNG, SVG or PDF file")
     sample.set_defaults(run=_sample)
     size = commands.add_parser("size", help="count the networks of design spaces")
     size.add_argument("space", type=Path, nargs="+", metavar="SPACE", help="file of a design space")
@@ -268,12 +270,24 @@ def _sample(args: argparse.Namespace) -> int:
         for sample in samples:
             print(json.dumps({name: getattr(sample, name) for name in _DRAWN}))
         return 0
-    rows = [["i", *samples[0].parameters, "flops", "params", "acts"]]
-    for sample in samples:
-        rows.append(_row(sample))
-    for line in align(rows):
+    for line in align([["i", *samples[0].parameters, "flops", "params", "acts"], *map(_row, samples)]):
         print(line)
+    if args.draw is not None:
+        _draw(samples, args.draw)
     return 0
+
+
+def _draw(samples: "Sequence[Member]", path: Path) -> None:
+    from distrain.sweep.plots import draw_networks
+    from distrain.sweep.structure import channels
+
+    titles = (f"{sample.index}: {sample.flops / 1e6:.4g}M" for sample in samples)
+    figure = draw_networks(dict(zip(titles, map(channels, samples), strict=True)))
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # of an unknown suffix
+        raise UserError(f"--draw {path}: cannot be written: {error}") from error
+    print(f"wrote {path}")
 
 
 def _size(args: argparse.Namespace) -> int:

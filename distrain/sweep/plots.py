@@ -22,6 +22,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "os^Dv"
 _LONG_LABEL = 30  # characters, from which two labels are wider than a figure
+_PER_ROW = 5  # networks
 _FEW_VALUES = 8  # each has its tick
 _LOGARITHMIC = 8  # times the smallest value, from which the axis is logarithmic
 _LABELS = {
@@ -155,6 +156,24 @@ def scale_and_label(name: str, values: Floats) -> tuple[float, str]:
         unit = ("", " (thousands)", " (millions)", " (billions)")[power]
         return 1000.0**-power, label + unit
     return 1.0, f"{label}, stage {plain(stage)}" if stage else label
+
+
+def draw_networks(networks: Mapping[str, NDArray[np.int64]]) -> Figure:
+    """Networks side by side: by title, the channels after each block or dense layer [depth]."""
+    rows = math.ceil(len(networks) / _PER_ROW)
+    figure = Figure(figsize=(2 * _PER_ROW, 1.5 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, _PER_ROW, sharex=True, sharey=True, squeeze=False)
+    for axes, (title, widths) in zip(panels.flat, networks.items(), strict=False):
+        axes.bar(np.arange(len(widths)), widths, width=0.8, color=COLORS[0])
+        axes.set_title(plain(title), fontsize=8)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda width, _: f"{width:g}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels.flat[len(networks) :]:
+        axes.set_axis_off()
+    figure.supxlabel("block, or layer of a dense block", fontsize=9)
+    figure.supylabel("channels", fontsize=9)
+    return figure
 
 
 def plain(text: str) -> str:

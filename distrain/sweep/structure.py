@@ -39,6 +39,19 @@ def block_widths(member: Member) -> NDArray[np.int64] | None:
     return np.repeat([stage.width for stage in stages], [stage.depth for stage in stages])
 
 
+def channels(member: Member) -> NDArray[np.int64]:
+    """Channels after each block, or after each layer of a DenseNet's dense blocks: [depth]."""
+    if (widths := block_widths(member)) is not None:
+        return widths
+    config = _config(member)
+    found, width = [], config.stem_width
+    for number, depth in enumerate(config.depths):
+        width = max(1, int(config.compression * width)) if number else width
+        found += [width + config.growth_rate * (layer + 1) for layer in range(depth)]
+        width = found[-1]
+    return np.array(found)
+
+
 def property_columns(members: Sequence[Member]) -> dict[str, NDArray[np.float64]]:
     """By name, a value for each member [n], NaN where it has none or it is not known.
 

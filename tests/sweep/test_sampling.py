@@ -3,11 +3,13 @@
 import math
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.populations import member
 
 from distrain.__main__ import main
 from distrain.errors import UserError
@@ -19,6 +21,7 @@ from distrain.sweep.expressions import Expression
 from distrain.sweep.ranges import Range
 from distrain.sweep.sampling import Sampler
 from distrain.sweep.space import load_space
+from distrain.sweep.structure import channels
 
 FOLDER = Path(__file__).parents[2] / "configs/sweep"
 SPACES = {path.stem: load_space(path) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -261,3 +264,21 @@ def test_the_tools_of_readme_print_networks_and_sizes(capsys, monkeypatch):
     assert printed[23].split()[-5:] == ["flops", "params", "acts", "widths", "depths"]
     assert all(line.startswith("model.name=regnet 'model.options={") for line in printed[29:])
     assert len(printed) == 34
+
+
+@pytest.mark.parametrize("name", ["anynetx_e", "densenet"])
+def test_sampled_networks_are_drawn(monkeypatch, capsys, tmp_path, name):
+    words = ["sweep", "sample", str(FOLDER / f"{name}.yaml"), "--n", "6", "--draw", str(tmp_path / "drawn.svg")]
+    monkeypatch.setattr("sys.argv", ["distrain", *words])
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {tmp_path}/drawn.svg"
+    drawn = ElementTree.parse(tmp_path / "drawn.svg").iter()
+    assert sum(one.get("id", "").startswith("axes_") for one in drawn) >= 6
+    monkeypatch.setattr("sys.argv", ["distrain", *words[:-1], str(tmp_path / "drawn.doc")])
+    assert main() == 78
+    assert f"--draw {tmp_path}/drawn.doc: cannot be written: Format 'doc' is not supported" in capsys.readouterr().err
+
+
+def test_the_channels_of_a_densenet_grow_by_layers_and_shrink_between_blocks():
+    options = {"growth_rate": 4, "depths": [2, 3], "stem_width": 8, "stem": "cifar", "compression": 0.5}
+    assert channels(member(0, network="densenet", options=options)).tolist() == [12, 16, 12, 16, 20]
