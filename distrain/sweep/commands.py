@@ -102,14 +102,15 @@ def _identity(shared: Config, without: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _describe_best(members: Sequence[Member], default: Mapping[str, Any] | None) -> str:
-    """The best settings and their error, beside that of the `default` settings if they were trained."""
+    """The best settings and their error, beside that of the `default` settings, where they stopped if pruned."""
     done = [member for member in members if member.status == "done" and member.error is not None]
     if not done:
         return "no member is done yet"
     best = min(done, key=lambda member: member.error or 0.0)
     settings = " ".join(override(key, value) for key, value in best.parameters.items())
-    own = [f"{member.error:.2%}" for member in done if member.parameters == default]
-    return f"best: {settings}: error {best.error:.2%}; with the configuration's own: {own[0] if own else 'unknown'}"
+    known = [member for member in members if member.parameters == default and member.error is not None]
+    own = f"{known[0].error:.2%}{' when pruned' if known[0].status == 'pruned' else ''}" if known else "unknown"
+    return f"best: {settings}: error {best.error:.2%}; with the configuration's own: {own}"
 
 
 def _refuse_keys(overrides: Sequence[str], keys: tuple[str, ...], reason: str) -> None:

@@ -56,7 +56,10 @@ class SearchSpace:
         return own if all(own[key] in found for key, found in self.ranges.items()) else None
 
     def draw(self, seed: int, index: int) -> dict[str, Value]:
-        """Values of all settings, independent and as likely as the ranges say: a function of seed and index."""
+        """Values of all settings, a function of seed and index: the first are the configuration's own, if they lie in
+        the ranges, the others are independent and as likely as the ranges say."""
+        if index == 0 and self.default is not None:
+            return self.default
         digest = zlib.crc32(repr(sorted(self.texts.items())).encode())
         numbers = uniform(seed, Stream.SPACE, digest, index, range(len(self.ranges))).tolist()
         return {key: found.draw(number) for (key, found), number in zip(self.ranges.items(), numbers, strict=True)}

