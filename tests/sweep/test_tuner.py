@@ -121,6 +121,7 @@ def test_a_search_that_is_restarted_after_every_trial_proposes_the_same(search, 
         other.restart()
         other.step()
     assert other.proposed == search.proposed
+    assert len({values["optimizer.lr"] for values in search.proposed}) == 15
 
 
 def test_as_many_members_are_unfinished_as_train_at_a_time(tmp_path):
