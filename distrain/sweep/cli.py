@@ -231,7 +231,8 @@ def _best(args: argparse.Namespace) -> int:
 
 
 def _settings(member: "Member") -> str:
-    return f"model.name={member.network} 'model.options={json.dumps(member.options)}'"
+    """What distinguishes its run, for a shell."""
+    return " ".join(map(shlex.quote, member.arguments))
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -256,7 +257,6 @@ def _fit(args: argparse.Namespace) -> int:
         rows.append([*_row(member), *shown])
     for line in [*align(rows), *map(_settings, members)]:
         print(line)
-        print(" ".join(map(shlex.quote, member.arguments)))
     return 0
 
 
