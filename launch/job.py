@@ -27,6 +27,7 @@ _EXIT_KILLED = 128 + signal.SIGINT
 _EXIT_SSH = 255  # ssh lost the connection to the host or could not connect
 _GRACE_S = 20.0  # for the other nodes to exit after one has failed
 _GRACE_USER_S = 4.0  # the same after one has reported a mistake of the user, which the others need not repeat
+_STOPPING = "stopping after saving; repeat the signal (Ctrl-C) to kill"
 _POLL_S = 10.0  # between attempts to reach a lost host
 
 # A shell reads lines NAME=VALUE byte by byte, up to an empty one, and leaves the rest to the program.
@@ -208,6 +209,11 @@ class Job:
         while time.monotonic() < until and not self._stop_signals:
             time.sleep(0.05)
 
+    @property
+    def is_first_request(self) -> bool:
+        """Whether the nodes were asked to stop once, and are not killed yet."""
+        return self._stop_signals == 1
+
     def request_stop(self) -> None:
         """Have the nodes save and exit; at the second request kill them."""
         self._stop_signals += 1
@@ -219,8 +225,8 @@ class Job:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request_stop()
-        if self._stop_signals == 1:
-            info("stopping after saving; repeat the signal (Ctrl-C) to kill")
+        if self.is_first_request:
+            info(_STOPPING)
 
 
 def run_together(jobs: Sequence[Job]) -> int:
@@ -233,9 +239,10 @@ def run_together(jobs: Sequence[Job]) -> int:
             stack.enter_context(job)
 
         def handle(number: int, frame: FrameType | None) -> None:
-            info("stopping after saving; repeat the signal (Ctrl-C) to kill")
             for job in jobs:
                 job.request_stop()
+            if jobs[0].is_first_request:
+                info(_STOPPING)
 
         for number in stop_signals():
             signal.signal(number, handle)

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_training(tune, "members in all")
     _add_seed(tune)
-    tune.set_defaults(run=_tune, member=None)
+    tune.set_defaults(run=_tune)
     status = commands.add_parser("status", help="count the members that are done, and list those that failed")
     status.add_argument("folder", type=Path, metavar="DIR", help="folder of the sweep")
     status.set_defaults(run=_status)
@@ -172,7 +172,7 @@ def _tune(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from distrain.sweep.population import Status
+    from distrain.sweep.population import Status, by_space
     from distrain.sweep.statistics import errors_of
     from distrain.sweep.sweep import Sweep
 
@@ -180,9 +180,9 @@ def _status(args: argparse.Namespace) -> int:
         sweep = Sweep.open(args.folder)
         members, left, pace = sweep.current(), len(sweep.due()), sweep.pace()
     rows = [["space", *get_args(Status), "lowest error"]]
-    for space in dict.fromkeys(member.space for member in members):
-        counts = Counter(member.status for member in members if member.space == space)
-        errors = errors_of([member for member in members if member.space == space])
+    for space, those in by_space(members).items():
+        counts = Counter(member.status for member in those)
+        errors = errors_of(those)
         lowest = f"{errors[0]:.2%}" if len(errors) else "-"
         rows.append([space, *(str(counts[status]) for status in get_args(Status)), lowest])
     for line in align(rows):
@@ -196,14 +196,15 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
+    from distrain.sweep.population import by_space
     from distrain.sweep.report import describe, write_report
     from distrain.sweep.sweep import Sweep
 
-    spaces: dict[str, list[Member]] = {}
+    members: list[Member] = []
     for folder in args.folders:
         with translated_errors(folder):
-            for member in Sweep.open(folder).current():
-                spaces.setdefault(member.space, []).append(member)
+            members += Sweep.open(folder).current()
+    spaces = by_space(members)
     about = {"sweeps": ", ".join(map(str, args.folders))}
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What a sweep knows of its members."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,6 +49,14 @@ class Member:
         """What distinguishes its run, as key=value."""
         own = {"model.name": self.network, "model.options": self.options, **self.settings}
         return [override(key, value) for key, value in own.items()]
+
+
+def by_space(members: Iterable[Member]) -> dict[str, list[Member]]:
+    """Members by the name of their space, in their order."""
+    spaces: dict[str, list[Member]] = {}
+    for member in members:
+        spaces.setdefault(member.space, []).append(member)
+    return spaces
 
 
 def override(key: str, value: Any) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from distrain.config import Config
 from distrain.config.tracking import NO_MLFLOW
-from distrain.sweep.population import Member
+from distrain.sweep.population import Member, by_space
 from distrain.sweep.report import describe, write_report
 from distrain.sweep.sweep import Sweep
 from distrain.track.mlflow_runs import SWEEP_TAG, connect, find_or_create_experiment, find_or_create_run
@@ -20,9 +20,7 @@ def publish(sweep: Sweep, settings: Config, info: Callable[[str], None]) -> None
     """
     page = sweep.folder / "report" / "index.html"
     members = sweep.current()
-    spaces: dict[str, list[Member]] = {}
-    for member in members:
-        spaces.setdefault(member.space, []).append(member)
+    spaces = by_space(members)
     page.parent.mkdir(exist_ok=True)
     write_report(spaces, page, {"sweep": str(sweep.folder)})
     for line in describe(spaces):

@@ -101,8 +101,8 @@ class Sweep:
     @property
     def name(self) -> str:
         """Of its MLflow run: that of the folder, and a hash that tells it from other folders of that name."""
-        place = f"{self.folder.resolve()} {self.members[0].name} {self.members[0].options}"
-        return f"{self.folder.resolve().name}-{zlib.crc32(place.encode()):08x}"
+        identity = f"{self.folder.resolve()} {self.members[0].name} {self.members[0].options}"
+        return f"{self.folder.resolve().name}-{zlib.crc32(identity.encode()):08x}"
 
     @property
     def trained(self) -> list[Member]:

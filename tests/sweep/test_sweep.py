@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from support.processes import README, SMALL, environment, read_metrics, train
+from support.processes import README, SMALL, environment, read_metrics, readme_command, train
 
 from distrain.sweep.runner import share_machine
 from distrain.sweep.sweep import Sweep
@@ -182,9 +181,7 @@ def test_a_member_that_cannot_train_is_listed_with_its_reason(on_dataset, tmp_pa
 
 
 def test_the_command_of_readme_trains_all_spaces_and_reports_to_mlflow(on_dataset, tmp_path):
-    text = README.read_text()
-    command = text[text.index("python -m distrain sweep run") : text.index("    python -m distrain sweep report")]
-    words = shlex.split(command.replace("\\\n", " "))
+    words = readme_command("python -m distrain sweep run")
     tiny = ("--n", "1", "--flops", "1e4..1e8", "--out", str(tmp_path / "small"), "batch.per_lane=8")
     done = subprocess.run(
         [sys.executable, *words[1:], *tiny, *SETTINGS, *on_dataset, "track.uri="],

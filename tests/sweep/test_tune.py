@@ -1,6 +1,7 @@
 """`sweep tune`: what it prints and refuses, by simulated training; searches of real, tiny runs, killed and halved."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 
 import optuna
 import pytest
-from support.processes import SMALL, environment, read_metrics
+from support.processes import README, SMALL, environment, read_metrics, readme_command
 
 from distrain.__main__ import main
 from distrain.sweep.runner import Runner
@@ -53,6 +54,16 @@ def test_the_result_compares_the_best_settings_with_the_configuration_by_simulat
     assert lines[-1].startswith(f"best: optimizer.lr={best} optimizer.momentum=0.")
     assert lines[-1].endswith(f": error {float(best):.2%}; with the configuration's own: 5.00%")
     assert float(best) < 0.05
+
+
+def test_the_command_of_readme_searches_by_simulated_training(call, monkeypatch, tmp_path):
+    words = readme_command("python -m distrain sweep tune")
+    monkeypatch.chdir(README.parent)
+    ours = [str(tmp_path / "tuned") if word == "runs/tuned" else word for word in words[5:]]
+    code, lines = call("tune", *ours)
+    assert code == 0, lines
+    assert re.fullmatch(r"best: optimizer.lr=\S+ schedule.warmup_epochs=\S+: error \S+; with .* own: 5.00%", lines[-1])
+    assert call("status")[1][1].split()[:4] == ["tune", "0", "0", "12"]
 
 
 def test_the_best_settings_are_printed_as_those_of_a_run_by_simulated_training(call, tmp_path):
