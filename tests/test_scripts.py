@@ -49,7 +49,11 @@ def test_the_docker_context_is_exactly_what_the_dockerfile_copies():
 @pytest.mark.parametrize("script", [path for path in SCRIPTS if path.parts[0] == "slurm"], ids=str)
 def test_every_batch_script_trains_an_existing_configuration(script):
     (config,) = [line for line in (REPOSITORY / script).read_text().splitlines() if line.startswith("CONFIG=")]
-    assert (REPOSITORY / config.removeprefix("CONFIG=")).is_file()
+    value = subprocess.run(
+        ["bash", "-c", f'unset CONFIG; {config}; printf %s "$CONFIG"'], capture_output=True, text=True
+    )
+    assert (REPOSITORY / value.stdout).is_file()
+    assert value.stdout
 
 
 @pytest.mark.parametrize("config", sorted((REPOSITORY / "configs").glob("[!b]*.yaml")), ids=lambda path: path.name)
