@@ -20,17 +20,15 @@ def open_loader(
     batch: int,
     reader: SampleReader,
     device: torch.device,
-    deterministic: bool = False,
 ) -> Loader:
     """Open the loader `name` over a reader, for requests of at most `batch` samples.
 
-    All loaders give the same pixels, up to rounding, for the same crop boxes. `deterministic`: on a GPU, an image has
-    the same pixels in any batch.
+    All loaders give the same pixels, up to rounding, for the same crop boxes.
     """
     if name == "dali":
         from distrain.data.loading.dali import DaliLoader
 
-        return DaliLoader(data, augment, seed, batch, reader, device, deterministic)
+        return DaliLoader(data, augment, seed, batch, reader, device)
     from distrain.data.loading.torch import TorchLoader
 
     return TorchLoader(data, augment, seed, reader, device)
