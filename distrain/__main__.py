@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 from distrain import lifetime
-from distrain.errors import EXIT_USER, Interrupted, TemporaryError, UserError
+from distrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER, Interrupted, TemporaryError, UserError
 from distrain.masking import mask_reports
 from distrain.parallel.environment import rank_or_zero
 
@@ -43,10 +43,14 @@ def entry() -> None:
         code = main()
     except KeyboardInterrupt:  # another Ctrl-C while the first one was handled
         code = 128 + signal.SIGINT
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == EXIT_USER or code > 128 or is_tool():
-        os._exit(code)  # libraries torn down while working may abort with another exit code
+    if code not in (EXIT_DONE, EXIT_STOPPED) or is_tool():
+        # Libraries torn down while working may abort with another exit code, or wait for a rank that is gone.
+        os._exit(code)
     sys.exit(code)
 
 

@@ -38,12 +38,12 @@ def run_arguments(args: argparse.Namespace) -> list[str]:
     return [*([f"--config={args.config}"] if args.config else []), *args.overrides]
 
 
-def check_writable(path: Path) -> None:
-    """Raise UserError if the --json file cannot be written, before any results exist that could be lost."""
+def check_writable(path: Path, option: str = "--json") -> None:
+    """Raise UserError if the file of an option cannot be written, before any results exist that could be lost."""
     try:
         path.open("a").close()
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from error
+        raise UserError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
 def positive(text: str) -> int:

@@ -1,12 +1,16 @@
 """Everything that changes from step to step: the network under its strategy, its running statistics, its EMA."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from distrain import models
 from distrain.config import Config
+from distrain.data.loading.loader import Batch
+from distrain.execution.graphs import Graphed
+from distrain.execution.numerics import configure_numerics
 from distrain.execution.precision import Autocast
 from distrain.execution.prepare import prepare
 from distrain.execution.trial import example_images
@@ -38,7 +42,6 @@ class Learner:
         self.config = config
         models.freeze(network, config.train.freeze)
         execution = prepare(config, network, group, info)
-        self.memory_format = execution.memory_format
         self.splits = execution.splits
         lanes = group.lanes(config.batch.lanes)
         self.micro_batches = [(lane, split) for lane in lanes for split in range(self.splits)]
@@ -48,14 +51,25 @@ class Learner:
         total = config.batch.lanes * self.splits
         self.statistics = LaneStatistics(network, group, total, metrics=("loss", "top1"))
         self.criterion = loss or make_loss(config.loss, "cross_entropy", None)
-        example = example_images(config, group.device, self.memory_format)[:: self.splits]
-        self.strategy = open_strategy(config, network, group, total, example, saved)
+        example = example_images(config, group.device, execution.memory_format)[:: self.splits]
+        executed = Autocast(network, config.train.precision, execution.memory_format)
+        self.strategy = open_strategy(config, executed, group, total, example, saved, flat=execution.graphs)
+        self._graphed: Graphed | None = None
+        if execution.graphs and group.device.type == "cuda":
+            gradients = [one.grad for one in network.parameters() if one.grad is not None]
+            self._graphed = Graphed(len(example), [*gradients, *self.statistics.buffers])
         self.eval_model: nn.Module = self.strategy.network
         """The network to validate: the EMA if there is one. All ranks must call it equally often."""
         if self._ema is not None:
-            self.eval_model = Autocast(self._ema.network, config.train.precision)
+            self.eval_model = Autocast(self._ema.network, config.train.precision, execution.memory_format)
             if saved is not None:
                 self._ema.load(saved)
+
+    def execute(self, compute: "Compute", batch: Batch) -> tuple[torch.Tensor, ...]:
+        """Call `compute` with this learner and a micro-batch, or replay what it has done with an earlier one."""
+        if self._graphed is None:
+            return compute(self, batch)
+        return self._graphed(partial(compute, self), batch)
 
     def update_ema(self, step: int) -> None:
         """Update the EMA, if there is one and it is due, with the weights after `step` updates."""
@@ -67,8 +81,12 @@ class Learner:
         return self.strategy.state() | ({} if self._ema is None else self._ema.state())
 
 
+Compute = Callable[[Learner, Batch], tuple[torch.Tensor, ...]]
+"""Computes a micro-batch: forward pass, loss and backward pass."""
+
+
 def build_network(config: Config, device: torch.device) -> nn.Module:
     """Build the configured network with its initial weights, which are the same on every rank."""
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    configure_numerics(config.train)
     torch.manual_seed(torch_seed(config.run.seed, Stream.INIT))
     return models.build(config.model.name, config.model.num_classes, **config.model.options).to(device)

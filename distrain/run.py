@@ -32,12 +32,14 @@ from distrain.files import read_json, translated_errors, write_json
 from distrain.initial import InitialWeights, open_initial_weights
 from distrain.learner import Learner, build_network
 from distrain.masking import mask_secrets
+from distrain.outcomes import LateReader
 from distrain.parallel.consistency import require_same_start
 from distrain.parallel.group import AsyncFlags, Group
-from distrain.parallel.strategy import State
+from distrain.parallel.strategy import State, Update
 from distrain.recipe.losses import loss_name, loss_weights, make_loss
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.claim import newest_attempt
+from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.track import Tracker
@@ -82,6 +84,8 @@ class Run(Session):
     val_loader: Loader
     quarantines: tuple[Quarantine, Quarantine]
     flags: AsyncFlags
+    outcomes: LateReader
+    divergence: DivergenceDetector
     progress: "Progress"
 
     def steps(self) -> Iterator[int]:
@@ -108,6 +112,7 @@ class Run(Session):
 
         Raises Stopped, with everything saved, once any rank was asked to stop.
         """
+        self.settle()
         before_batch = partial(self._before_validation_batch, step)
         network = self.learner.eval_model
         quality = evaluate(network, self.val_index, self.val_loader, self.config, self.group, before_batch)
@@ -135,25 +140,46 @@ class Run(Session):
             self._save_and_stop(step, self.stop.reason)
 
     def _save_and_stop(self, step: int, reason: str) -> None:
+        self.settle()
         self.checkpoints.save(step, self.learner.state(), self.manifest)
         self.checkpoints.wait_or_raise()
         raise Stopped(reason)
 
-    def record_step(self, step: int, lr: float, metrics: Mapping[str, torch.Tensor], applied: torch.Tensor) -> None:
-        """Record that `step` updates are done, and report `metrics` if a report is due."""
-        self.progress.skipped_updates += ~applied
+    def record_step(self, step: int, lr: float, means: Mapping[str, torch.Tensor], update: Update) -> None:
+        """Record that `step` updates are done, and settle the step before.
+
+        Raises Diverged if training has diverged at the step before.
+        """
         self.attempt.record_step(step)
         self.tracker.advance(step)
-        is_due = step % self.config.track.every_steps == 0 or step == self.plan.steps
-        if not (is_due and self.group.is_main):  # no other rank looks at the list of bad samples for it
+        self.settle()
+        self.checkpoints.start_write()  # now that all that was reported before it can be flushed with it
+        metrics = {f"train/{name}": mean for name, mean in means.items()} | {"train/grad_norm": update.norm}
+        known = {"train/lr": lr}
+        if self._is_report_due(step):
+            known["train/images_per_second"] = self.progress.images_per_second(step, self.plan.batch)
+        self.outcomes.submit(step, metrics, update.applied, known)
+
+    def settle(self) -> None:
+        """Report the outcome of the last recorded step, if a report is due and it has not been settled yet.
+
+        Raises Diverged if training has diverged there.
+        """
+        outcome = self.outcomes.read()
+        if outcome is None:
             return
-        values = {name: float(value) for name, value in metrics.items()} | {"train/lr": lr}
-        values["train/images_per_second"] = self.progress.images_per_second(step, self.plan.batch)
-        if skipped := int(self.progress.skipped_updates):
-            values["train/skipped_updates"] = skipped
-        if bad := sum(quarantine.count() for quarantine in self.quarantines):
-            values["data/quarantined"] = bad
-        self.tracker.log(step, values)
+        self.progress.skipped_updates += not outcome.applied
+        if self._is_report_due(outcome.step) and self.group.is_main:  # no other rank looks at the list of bad samples
+            values = outcome.metrics
+            if self.progress.skipped_updates:
+                values["train/skipped_updates"] = self.progress.skipped_updates
+            if bad := sum(quarantine.count() for quarantine in self.quarantines):
+                values["data/quarantined"] = bad
+            self.tracker.log(outcome.step, values)
+        self.divergence.check(outcome)
+
+    def _is_report_due(self, step: int) -> bool:
+        return step % self.config.track.every_steps == 0 or step == self.plan.steps
 
     def _before_validation_batch(self, step: int) -> None:
         failpoint("evaluate.batch", step)
@@ -164,8 +190,7 @@ class Run(Session):
 class Progress:
     """What changes from step to step besides the learner."""
 
-    skipped_updates: torch.Tensor
-    """int64 [], on the device, so that counting does not wait for it."""
+    skipped_updates: int = 0
     overdue: bool = False
     """Whether checkpoint.every_minutes asks for a checkpoint; equal on all ranks."""
     _step: int = 0
@@ -227,7 +252,7 @@ def open_run(session: Session) -> Iterator[Run]:
         batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.splits)))
         flags = AsyncFlags(group)
         stack.callback(flags.wait)
-        progress = Progress(torch.zeros((), dtype=torch.int64, device=group.device))
+        progress = Progress()
         progress.restart_clock(start)
         yield Run(
             **vars(session),
@@ -241,6 +266,8 @@ def open_run(session: Session) -> Iterator[Run]:
             val_loader=val_loader,
             quarantines=(quarantines[0], quarantines[1]),
             flags=flags,
+            outcomes=LateReader(group.device),
+            divergence=DivergenceDetector(config.resilience),
             progress=progress,
         )
 

@@ -10,6 +10,7 @@ from distrain.data.loading.loader import Batch, normalize
 from distrain.data.loading.setup import load_indexes, make_plan
 from distrain.errors import EXIT_DONE, EXIT_STOPPED, Diverged, Stopped
 from distrain.evaluate import Quality, top1_hits
+from distrain.execution.numerics import configure_numerics
 from distrain.failpoints import failpoint
 from distrain.learner import Learner
 from distrain.lifetime import stop_agent
@@ -17,7 +18,6 @@ from distrain.parallel.group import Group
 from distrain.parallel.strategy import Update
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
-from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import record_rollback
 from distrain.resilience.watchdog import Watchdog
 from distrain.rng import Stream, torch_seed
@@ -30,6 +30,7 @@ def train(config: Config) -> int:
 
     Raises UserError before any work if configuration, data and checkpoint do not belong together.
     """
+    configure_numerics(config.train)
     train_index, val_index = load_indexes(config)
     plan = make_plan(config, train_index)
     patience = config.resilience.patience
@@ -81,7 +82,6 @@ def train_steps(run: Run) -> tuple[Quality, str]:
     Raises Stopped, with everything saved, once any rank was asked to stop; Diverged if training has to roll back.
     """
     config, plan, learner = run.config, run.plan, run.learner
-    divergence = DivergenceDetector(config.resilience)
     for step in run.steps():
         run.save_if_due(step)
         run.validate_if_due(step)
@@ -92,10 +92,8 @@ def train_steps(run: Run) -> tuple[Quality, str]:
         lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
         means, update = train_step(learner, step, run.batches, lr)
         learner.update_ema(step + 1)
-        divergence.observe(step, means["loss"], update.applied)
-
-        metrics = {f"train/{name}": mean for name, mean in means.items()} | {"train/grad_norm": update.norm}
-        run.record_step(step + 1, lr, metrics, update.applied)
+        run.record_step(step + 1, lr, means, update)
+    run.settle()
     run.save(plan.steps)
     quality = run.validate(plan.steps)
     run.checkpoints.wait_or_raise()
@@ -106,17 +104,24 @@ def train_step(
     learner: Learner, step: int, batches: Generator[Batch, None, None], lr: float
 ) -> tuple[dict[str, torch.Tensor], Update]:
     """One update from one batch of every lane. Returns the means of `loss` and `top1` over all lanes, each float [],
-    and the outcome of the update. Of multi-label data, a hit is an image whose likeliest class is one of its labels."""
-    config, strategy, statistics = learner.config, learner.strategy, learner.statistics
+    and the outcome of the update."""
+    strategy, statistics = learner.strategy, learner.statistics
     statistics.begin_step()
     for number, (lane, split) in enumerate(learner.micro_batches):
         batch = next(batches)
-        images = normalize(batch.images, config.data.mean, config.data.std)
-        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, split))
+        torch.manual_seed(torch_seed(learner.config.run.seed, Stream.FORWARD, step, lane, split))
         with strategy.micro_batch(number):
-            logits = strategy.forward(images.contiguous(memory_format=learner.memory_format))
-            loss = learner.criterion(logits, batch.labels)
-            strategy.backward(loss)
-        statistics.end_lane(loss=loss.detach(), top1=top1_hits(logits.detach(), batch.labels).float().mean())
+            loss, top1 = learner.execute(compute_micro_batch, batch)
+        statistics.end_lane(loss=loss, top1=top1)
     update = strategy.update(lr)
     return statistics.end_step(update.applied), update
+
+
+def compute_micro_batch(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accumulate the gradients of a micro-batch. Returns its mean loss and the fraction of top-1 hits, each float [].
+    Of multi-label data, a hit is an image whose likeliest class is one of its labels."""
+    images = normalize(batch.images, learner.config.data.mean, learner.config.data.std)
+    logits = learner.strategy.forward(images)
+    loss = learner.criterion(logits, batch.labels)
+    learner.strategy.backward(loss)
+    return loss.detach(), top1_hits(logits.detach(), batch.labels).float().mean()

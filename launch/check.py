@@ -1,5 +1,6 @@
 """Entry point of the ranks of the health check, apart from launch/doctor.py because that takes seconds to import."""
 
+import os
 import sys
 
 from distrain.lifetime import end_with_agent
@@ -11,4 +12,10 @@ if __name__ == "__main__":
 
     from launch.doctor import main
 
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for a host that does not answer
+    sys.exit(code)

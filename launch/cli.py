@@ -13,7 +13,7 @@ from distrain.errors import EXIT_DONE, EXIT_USER, UserError
 from distrain.sweep import cli as sweep
 from launch import node, slurm
 from launch.job import Host, Job, read_hosts, run_together
-from launch.node_env import count_ranks
+from launch.node_env import visible_gpus
 
 _DESCRIPTION = "Start a run on one machine, many machines or a Slurm cluster."
 
@@ -134,12 +134,25 @@ def _add_nodes(parser: argparse.ArgumentParser) -> None:
 
 
 def simulated_hosts(nodes: int, ranks: int | None) -> list[Host]:
-    """Hosts that are all this machine and share its cores. Raises UserError for numbers below 1."""
+    """Hosts that are all this machine and share its cores and GPUs. Raises UserError for numbers below 1, and for more
+    ranks than GPUs."""
     if nodes < 1 or (ranks is not None and ranks < 1):
         raise UserError("--nodes and --ranks must be at least 1")
-    threads = max(1, len(os.sched_getaffinity(0)) // (nodes * (ranks or count_ranks())))
-    variables = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(threads)}
-    return [Host(f"node{number}", "127.0.0.1", variables=variables) for number in range(nodes)]
+    gpus = visible_gpus()
+    share = ranks or max(1, len(gpus) // nodes)
+    if gpus and nodes * share > len(gpus):
+        raise UserError(
+            f"{nodes * share} ranks need as many GPUs, and this machine has {len(gpus)}: lower --nodes or --ranks, or "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    threads = max(1, len(os.sched_getaffinity(0)) // (nodes * share))
+    shared = {} if os.environ.get("OMP_NUM_THREADS") else {"OMP_NUM_THREADS": str(threads)}
+    hosts = []
+    for number in range(nodes):
+        own = gpus[number * share : (number + 1) * share]
+        variables = shared | ({"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {})
+        hosts.append(Host(f"node{number}", "127.0.0.1", variables=variables))
+    return hosts
 
 
 def ssh_hosts(args: argparse.Namespace) -> list[Host]:
@@ -152,7 +165,7 @@ def ssh_hosts(args: argparse.Namespace) -> list[Host]:
 def run_local(args: argparse.Namespace) -> int:
     hosts = simulated_hosts(args.nodes, args.ranks)
     settings = config.load(args.config, args.overrides)
-    config.check_ranks(settings, args.nodes * (args.ranks or count_ranks()))
+    config.check_ranks(settings, args.nodes * (args.ranks or max(1, len(visible_gpus()) // args.nodes)))
     with Job(settings.run.folder, hosts, args.ranks, run_arguments(args), len(hosts)) as job:
         return job.run()
 

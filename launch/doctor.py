@@ -42,6 +42,7 @@ _MIN_DISK_RATE = 10**7  # bytes/s
 _MIN_LINK_RATE = 5 * 10**7  # bytes/s, less than half of gigabit Ethernet
 _MAX_CLOCK_SKEW_S = 0.5
 _MAX_GPU_USED = 0.1  # fraction of a GPU's memory
+_PATIENCE_S = 60.0  # for a host to answer
 _MIN_SPEED = 0.5  # fraction of the median speed of all hosts' GPUs
 
 Facts = dict[str, Any]
@@ -292,7 +293,7 @@ def main() -> int:
     add_run_arguments(parser)
     args = parser.parse_args()
     settings = config.load(args.config, args.overrides)
-    with Group() as group:
+    with Group(patience=_PATIENCE_S) as group:
         hosts = collect_facts(settings, group)
         unhealthy = find_unhealthy(hosts)
         if group.is_main:

@@ -46,11 +46,17 @@ class Node:
 
 def count_ranks() -> int:
     """The default number of processes on this node: one per visible GPU, or 1."""
+    return max(1, len(visible_gpus()))
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this node that processes may use, as CUDA_VISIBLE_DEVICES names them."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return max(1, len([device for device in visible.split(",") if device.strip()]))
+        names = [device.strip() for device in visible.split(",")]
+        return [name for name in names[: names.index("-1") if "-1" in names else None] if name]  # CUDA stops there
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def rank_variables(node: Node, ranks: int) -> dict[str, str]:

@@ -30,9 +30,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+def pytest_configure(config):
+    """Hide the GPUs, of which a machine may have fewer than a test has ranks, from all tests but those of `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_runtest_setup(item):
-    if "gpu" in item.keywords and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU, and -m gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -5,17 +5,20 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from distrain import config
 from distrain.arguments import add_run_arguments, check_writable
+from distrain.bench.rounds import synchronize
 from distrain.bench.step import distrain_candidate
 from distrain.bench.step_cli import UNUSED_SETTINGS
 from distrain.checkpoint import Checkpointer
@@ -58,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     settings = config.load(args.config, [*UNUSED_SETTINGS, *args.overrides])
     console = Console()
     with console.status("measuring"), TemporaryDirectory(dir=args.folder) as folder, Group() as group:
-        size, seconds = measure(settings, Path(folder), args.rounds, group)
+        size, measured = measure(settings, Path(folder), args.rounds, group)
+    seconds = {name: values[1:] for name, values in measured.items()}
     console.print(tabulate(f"{settings.model.name}, {decimal(size)} of state", seconds))
     if args.json:
         args.json.write_text(json.dumps({"bytes": size, "seconds": seconds}, indent=1) + "\n")
@@ -66,29 +70,36 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(settings: Config, folder: Path, rounds: int, group: Group) -> tuple[int, dict[str, list[float]]]:
-    """Return the bytes of the state and, for each of ROWS, the seconds of every round after a warm-up round."""
+    """Return the bytes of the state and, for each of ROWS, the seconds of a warm-up round, whose stall includes the
+    allocation of host memory, and of `rounds` further ones."""
     learner = Learner(settings, group, build_network(settings, group.device), None, lambda line: None)
     step = distrain_candidate(learner, group.device)
     seconds: dict[str, list[float]] = {name: [] for name in ROWS}
+
+    def save(number: int) -> None:
+        checkpoints.save(number, learner.state(), {})
+
     with closing(Checkpointer(folder, group, settings.checkpoint)) as checkpoints:
         for number in range(rounds + 1):
             step()  # touches all weights, so that every round starts with the same cache
-            seconds["step"].append(timed(step))
+            seconds["step"].append(timed(step, group.device))
             start = time.perf_counter()
-            checkpoints.save(number + 1, learner.state(), {})
-            seconds["stall"].append(time.perf_counter() - start)
-            seconds["step_during_write"].append(timed(step))
+            seconds["stall"].append(timed(partial(save, number + 1), group.device))
+            checkpoints.start_write()
+            seconds["step_during_write"].append(timed(step, group.device))
             if not checkpoints.wait():
                 raise UserError(f"{folder}: saving a checkpoint failed")
             seconds["commit"].append(time.perf_counter() - start)
     size = sum(tensor.nbytes for tensor in learner.state().values())
-    return size, {name: values[1:] for name, values in seconds.items()}
+    return size, seconds
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that `work` takes."""
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that `work` takes, including what it leaves on the device."""
+    synchronize(device)
     start = time.perf_counter()
     work()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -22,9 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 from distrain import config
-from distrain.bench.rounds import measure_interleaved
+from distrain.bench.rounds import measure_interleaved, synchronize
 from distrain.config import Config
-from distrain.data.loading.loader import Batch, normalize
+from distrain.data.loading.loader import Batch
 from distrain.execution.trial import example_images
 from distrain.learner import Learner, build_network
 from distrain.lifetime import end_with_agent
@@ -63,8 +63,7 @@ def run_benchmark(benchmark: StepBenchmark, group: Group) -> dict[str, Any]:
         def work(run: Callable[[], int]) -> Callable[[], int]:
             def run_steps() -> int:
                 images = sum(run() for _ in range(benchmark.steps))
-                if group.device.type == "cuda":
-                    torch.cuda.synchronize()
+                synchronize(group.device)
                 group.barrier()
                 return images
 
@@ -100,22 +99,42 @@ def distrain_candidate(learner: Learner, device: torch.device) -> Callable[[], i
 
 
 def baseline_candidate(settings: Config, group: Group, name: str) -> Callable[[], int]:
-    """Return a function that trains one step in bare PyTorch (BARE: without reducing gradients) and returns the global
-    batch size."""
+    """Return a function that trains one step of our network in bare PyTorch (BARE: without reducing gradients) and
+    returns the global batch size."""
     formats = {"contiguous": torch.contiguous_format}
     memory_format = formats.get(settings.train.memory_format, torch.channels_last)
-    network: nn.Module = build_network(settings, group.device).to(memory_format=memory_format)
+    network = build_network(settings, group.device)
+    return bare_candidate(network, settings, group, memory_format, reduces_gradients=name == PLAIN_DDP)
+
+
+def bare_candidate(
+    network: nn.Module,
+    settings: Config,
+    group: Group,
+    memory_format: torch.memory_format = torch.channels_last,
+    reduces_gradients: bool = False,
+) -> Callable[[], int]:
+    """Return a function that trains one step of any network in bare PyTorch and returns the global batch size.
+
+    It shares no code with train_step, whose faults it would hide.
+    """
+    network = network.to(group.device, memory_format=memory_format)  # type: ignore[call-overload]
     if settings.optimizer.name == "sgd":
         optimizer: torch.optim.Optimizer = SGD(
             network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-5, fused=True
         )
     else:
         optimizer = AdamW(network.parameters(), lr=1e-3, fused=True)
-    if name == PLAIN_DDP:
+    if reduces_gradients:
         network = DistributedDataParallel(network, gradient_as_bucket_view=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.train.precision)
     lanes = len(group.lanes(settings.batch.lanes))
     batch = synthetic_batch(settings, group.device)
+    # Made once: copying them to the device in every step would wait for it.
+    mean, std = (
+        255 * torch.tensor(values, device=group.device).view(3, 1, 1)
+        for values in (settings.data.mean, settings.data.std)
+    )
 
     def gradient_sync(lane: int) -> AbstractContextManager[None]:
         if isinstance(network, DistributedDataParallel) and lane < lanes - 1:
@@ -124,7 +143,7 @@ def baseline_candidate(settings: Config, group: Group, name: str) -> Callable[[]
 
     def run() -> int:
         for lane in range(lanes):
-            images = normalize(batch.images, settings.data.mean, settings.data.std)
+            images = (batch.images.float() - mean) / std
             with gradient_sync(lane):
                 with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
                     logits = network(images.contiguous(memory_format=memory_format))

@@ -76,6 +76,8 @@ class Checkpointer:
         self._config = config
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staged: dict[str, torch.Tensor] = {}
+        self._copied: torch.cuda.Event | None = None  # recorded once the state is in host memory
+        self._waiting: Callable[[], None] | None = None  # the write of the state that was copied last
         self._writing: Future[None] | None = None
         self._is_committed = False  # whether the last save is committed
         self._last = 0  # step of the last save, or at which the run started
@@ -98,7 +100,8 @@ class Checkpointer:
     def save(
         self, step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any], best: float | None = None
     ) -> None:
-        """Copy the state to host memory and write it in the background. A step that is saved already is skipped.
+        """Copy the state to host memory, without waiting for the device; `start_write` or `wait` begins to write it.
+        A step that is saved already is skipped. What is submitted to the device later may change the state.
 
         `best`: validation accuracy or mAP in [0, 1] to record, once it is committed, as that of the best checkpoint.
         """
@@ -111,14 +114,24 @@ class Checkpointer:
         failpoint("checkpoint.stage", step)
         for name, tensor in tensors.items():
             if name not in self._staged:
-                self._staged[name] = torch.empty_like(tensor, device="cpu")
-            self._staged[name].copy_(tensor)
+                self._staged[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._staged[name].copy_(tensor, non_blocking=True)
+        if self._group.device.type == "cuda":
+            self._copied = torch.cuda.Event()
+            self._copied.record()
         self._is_committed, self._last, self._time = False, step, time.monotonic()
-        self._writing = self._thread.submit(self._write, Snapshot(step, dict(self._staged), extra), best)
+        self._waiting = partial(self._write, Snapshot(step, dict(self._staged), extra), best)
         self.stall = time.monotonic() - began
+
+    def start_write(self) -> None:
+        """Begin to write the last save in the background, if that has not begun. What is reported of the steps before
+        it must have been recorded."""
+        if self._waiting is not None:
+            self._writing, self._waiting = self._thread.submit(self._waiting), None
 
     def wait(self) -> bool:
         """Wait until the last save is committed or has failed; return whether it is, the same on every rank."""
+        self.start_write()
         if self._writing is not None:
             writing, self._writing = self._writing, None
             try:
@@ -197,6 +210,8 @@ class Checkpointer:
             )
 
     def _write(self, snapshot: Snapshot, best: float | None) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
         step = snapshot.step
         final = checkpoint_path(self._folder, step)
         tmp = tmp_checkpoint_path(final, self._token)

@@ -188,6 +188,9 @@ class TrainConfig(Section):
         [], "parts that are not trained, by name or glob, such as [stem, stages.0] or ['*', '!head']"
     )
     compile: bool = option(False, "compile the network's blocks with torch.compile", on_resume="free")
+    graphs: Literal["auto", "on", "off"] = option(
+        "auto", "capture micro-batches as CUDA graphs; auto: on GPUs of one node", on_resume="free"
+    )
     max_minutes: float = option(
         0.0, "save and stop after this many minutes of this start; 0 disables", min=0, on_resume="free"
     )

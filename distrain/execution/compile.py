@@ -1,5 +1,6 @@
 """Compilation by region: torch.compile on repeated blocks, so that identical ones are compiled once."""
 
+import torch
 from torch import nn
 
 from distrain.execution.recomputation import blocks_of
@@ -11,7 +12,13 @@ def regions(network: nn.Module) -> list[nn.Module]:
     return list(network.blocks) if isinstance(network, DenseNet) else list(blocks_of(network))
 
 
+_GRAPHS = 64
+
+
 def compile_regions(network: nn.Module) -> None:
     """Compile the regions of a network in place, each at its first forward pass."""
+    # Regions share one function, so that the graphs of all, in training, validation and for every image size, count
+    # against one limit. What exceeds it runs without being compiled, and torch only logs that.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
     for region in regions(network):
         region.compile()

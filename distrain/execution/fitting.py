@@ -1,6 +1,7 @@
 """Fitting a training step into the memory of the device."""
 
 import copy
+import gc
 from collections.abc import Callable
 
 import torch
@@ -8,10 +9,11 @@ from torch import nn
 
 from distrain.errors import UserError
 from distrain.execution.recomputation import blocks_of, recompute_level, set_level
+from distrain.execution.trial import is_out_of_memory
 from distrain.parallel.group import Group
 
 TrialStep = Callable[[nn.Module, torch.Tensor], None]
-"""Takes a training step on a network with images. Raises torch.OutOfMemoryError."""
+"""Takes a training step on a network with images. Raises what `is_out_of_memory` recognizes."""
 
 
 def fit_memory(
@@ -37,19 +39,27 @@ def fit_memory(
         splits *= 2
         if len(images) % splits or len(images) // splits < 2:
             raise UserError(
-                f"batch.per_lane={len(images)} does not fit the memory of the device and cannot be split further: "
-                "start a new run with a smaller batch.per_lane and more batch.lanes"
+                f"batch.per_lane={len(images)} does not fit the memory of the device, even with all blocks recomputed, "
+                "and cannot be split further: start a new run with a smaller batch.per_lane and more batch.lanes"
             )
         info(f"out of memory: splitting each lane's batch into {splits} micro-batches, which BatchNorm sees separately")
     return splits
 
 
 def _fits_all_ranks(network: nn.Module, images: torch.Tensor, group: Group, trial_step: TrialStep) -> bool:
+    _release_memory(group.device)  # after a rollback, reference cycles may still hold the network before
+    fits = True
     try:
         trial_step(copy.deepcopy(network), images)
-        fits = True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         fits = False
-    if images.device.type == "cuda":
-        torch.cuda.empty_cache()
+    _release_memory(group.device)
     return not group.any(not fits)
+
+
+def _release_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

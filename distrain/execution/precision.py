@@ -1,4 +1,4 @@
-"""Precision: autocast to bf16 or fp16, and the loss scale of fp16."""
+"""Precision: autocast to bf16 or fp16, in the memory format of the run, and the loss scale of fp16."""
 
 import torch
 from torch import nn
@@ -9,15 +9,18 @@ _GROWTH_INTERVAL = 2000  # consecutive steps without an overflow after which the
 
 
 class Autocast(nn.Module):
-    """A network that computes in `precision`: bf16, fp16 or fp32. Its parameters and the statistics of its
-    normalizations are fp32 in all of them."""
+    """A network that computes in `precision`, bf16, fp16 or fp32, on images in `memory_format`. Its parameters and the
+    statistics of its normalizations are fp32 in all of them."""
 
-    def __init__(self, network: nn.Module, precision: str) -> None:
+    def __init__(self, network: nn.Module, precision: str, memory_format: torch.memory_format) -> None:
         super().__init__()
         self.network = network
         self._dtype = _DTYPES.get(precision)
+        self._memory_format = memory_format
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits, float32 [n, num_classes], of images [n, 3, h, w] in any memory format."""
+        images = images.contiguous(memory_format=self._memory_format)
         # Inside the module, because DeepSpeed's engine disables any autocast around it.
         with torch.autocast(images.device.type, self._dtype, enabled=self._dtype is not None):
             logits: torch.Tensor = self.network(images)
@@ -37,10 +40,11 @@ class LossScale:
         """Adapt to whether the last step's gradient was finite, bool [], without waiting for the device."""
         if not self._is_dynamic:
             return
-        self._growth_tracker = torch.where(applied, self._growth_tracker + 1, 0.0)
-        grow = self._growth_tracker >= _GROWTH_INTERVAL
-        self.value = torch.where(applied, torch.where(grow, self.value * 2, self.value), self.value / 2)
-        self._growth_tracker = torch.where(grow, 0.0, self._growth_tracker)
+        tracker = torch.where(applied, self._growth_tracker + 1, 0.0)
+        grow = tracker >= _GROWTH_INTERVAL
+        # In place: a CUDA graph reads it where it was.
+        self.value.copy_(torch.where(applied, torch.where(grow, self.value * 2, self.value), self.value / 2))
+        self._growth_tracker.copy_(torch.where(grow, 0.0, tracker))
 
     def state(self) -> dict[str, torch.Tensor]:
         """The scale and its growth tracker, float32 []; empty if the scale is constant."""

@@ -16,11 +16,15 @@ from distrain.decisions import RunDecisions
 from distrain.errors import UserError
 from distrain.execution.compile import compile_regions
 from distrain.execution.fitting import fit_memory
-from distrain.execution.memory_format import MEMORY_FORMATS, find_faster_format
+from distrain.execution.graphs import uses_graphs
+from distrain.execution.memory_format import DEFAULT, MEMORY_FORMATS, find_faster_format
 from distrain.execution.recomputation import blocks_of, find_least_level, recompute_level, set_level
 from distrain.execution.trial import example_images, forward_backward
 from distrain.models.freezing import FrozenBatchNorm2d
 from distrain.parallel.group import Group
+from distrain.recipe.optimizers import build_optimizer, state_names
+
+_BUFFER_BYTES = 512 << 20  # of NCCL and nvJPEG
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Execution:
     """Of the images that the network receives."""
     splits: int
     """Micro-batches that the batch of a lane is split into; more than one if it does not fit the device's memory."""
+    graphs: bool
+    """Whether micro-batches are captured as CUDA graphs."""
 
 
 def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[str], None]) -> Execution:
@@ -43,13 +49,12 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
     def decide(name: str, measure: Callable[[], Any]) -> Any:
         return group.broadcast(decisions.get(name, measure) if group.is_main else None)
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.parallel.batch_norm == "sync":
         _convert_to_sync_batch_norm(network, group)
 
     name = config.train.memory_format
     if name == "auto":
-        name = decide("memory_format", partial(find_faster_format, config, network, group.device, info))
+        name = decide("memory_format", partial(_choose_format, config, network, group.device, info))
     memory_format = MEMORY_FORMATS[name]
     network.to(memory_format=memory_format)
 
@@ -64,13 +69,40 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
     # On a CPU, a process that allocates too much is killed without an exception to catch.
     if group.device.type == "cuda" and config.parallel.batch_norm == "lane":
         images = example_images(config, group.device, memory_format)
-        trial_step = partial(forward_backward, precision=config.train.precision)
+        reserved = reserved_bytes(config, network, group)
+
+        def trial_step(network: nn.Module, images: torch.Tensor) -> None:
+            state = torch.empty(reserved, dtype=torch.uint8, device=group.device)
+            forward_backward(network, images, config.train.precision, memory_format)
+            del state
+
         splits = fit_memory(network, images, splits, group, trial_step, info)
         if group.is_main:
             decisions.set("lane_splits", splits)
     if config.train.compile:
         compile_regions(network)
-    return Execution(memory_format, splits)
+    return Execution(memory_format, splits, uses_graphs(config, group, info))
+
+
+def _choose_format(config: Config, network: nn.Module, device: torch.device, info: Callable[[str], None]) -> str:
+    if config.train.deterministic:  # what is timed may differ between two runs
+        info(f"train.memory_format=auto: {DEFAULT}, not measured because of train.deterministic")
+        return DEFAULT
+    return find_faster_format(config, network, device, info)
+
+
+def reserved_bytes(config: Config, network: nn.Module, group: Group) -> int:
+    """What a rank holds in training beside weights, gradients and activations: optimizer state, EMA, and the buffers of
+    NCCL and of the decoder. Less one copy of the weights, as a trial is on a copy of the network."""
+    optimizer = build_optimizer(network, config.optimizer)
+    copies = float(len(state_names(optimizer)))
+    if config.parallel.offload:
+        copies = 0
+    elif config.parallel.strategy not in ("ddp", "zero0"):
+        copies /= group.world
+    copies += bool(config.ema.decay)
+    weights = sum(parameter.nbytes for parameter in network.parameters())
+    return max(0, int((copies - 1) * weights)) + _BUFFER_BYTES
 
 
 def _convert_to_sync_batch_norm(network: nn.Module, group: Group) -> None:

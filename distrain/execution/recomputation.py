@@ -45,7 +45,7 @@ def find_least_level(config: Config, network: nn.Module, device: torch.device, i
 
     Raises UserError if even the highest does not.
     """
-    trial = Autocast(copy.deepcopy(network), config.train.precision)
+    trial = Autocast(copy.deepcopy(network), config.train.precision, torch.contiguous_format)
     blocks = blocks_of(trial)
     images = example_images(config, device, torch.contiguous_format)[:_TRIAL_IMAGES]
 

@@ -39,11 +39,22 @@ class Block(nn.Module):
 
     recomputation: Recomputation = "none"
 
+    @property
+    def is_random(self) -> bool:
+        """Whether `compute` draws random numbers in training."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         if self.recomputation == "none" or not (self.training and torch.is_grad_enabled()):
             return self.compute(*inputs)
         if not torch.compiler.is_compiling():
-            return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=self._contexts)
+            return checkpoint(
+                self.compute,
+                *inputs,
+                use_reentrant=False,
+                context_fn=self._contexts,
+                preserve_rng_state=self.is_random,  # which takes the host time for every input
+            )
         # Compiled graphs write buffers back once, at their end, so running statistics need no protection.
         if self.recomputation == "full":
             return checkpoint(self.compute, *inputs, use_reentrant=False)

@@ -237,6 +237,10 @@ class Bottleneck(Block):
         self.shortcut = ConvNorm(width_in, stage.width, 1, stride) if changes_shape else None
         self.drop_rate = drop_rate
 
+    @property
+    def is_random(self) -> bool:
+        return self.drop_rate > 0
+
     def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
         (x,) = inputs
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)

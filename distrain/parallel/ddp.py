@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distrain.config import Config
 from distrain.execution.precision import Autocast, LossScale
+from distrain.parallel.flat_gradients import FlatGradients
 from distrain.parallel.group import Group
 from distrain.parallel.strategy import State, Update, model_state, optimizer_state
 from distrain.recipe.optimizers import build_optimizer, init_state, update_clipped
@@ -23,28 +24,35 @@ _BUFFERS_OPTION = (
 
 
 class DDP:
-    """Strategy that runs micro-batches under DistributedDataParallel; ranks may have different numbers of lanes."""
+    """Strategy that runs micro-batches under DistributedDataParallel; ranks may have different numbers of lanes.
+
+    With `flat`, gradients are one tensor instead, exchanged after the last micro-batch, as CUDA graphs need it.
+    """
 
     def __init__(
         self,
         config: Config,
-        network: nn.Module,
+        network: Autocast,
         group: Group,
         micro_batches: int,
         example: torch.Tensor,
+        flat: bool,
         saved: State | None,
     ) -> None:
-        self._module = network
-        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.network: nn.Module = network
+        self._module = network.network
+        self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         self._micro_batches = len(group.lanes(micro_batches))
+        self._group = group
         # DDP averages over ranks, a step averages over lanes; the ratio also holds if ranks differ in lanes.
-        self._loss_weight = group.world / micro_batches
+        self._loss_weight = (1 if flat else group.world) / micro_batches
         self._clip_norm = config.optimizer.clip_norm
-        self._optimizer = build_optimizer(network, config.optimizer)
+        self._optimizer = build_optimizer(self._module, config.optimizer)
         self._scale = LossScale(config.train.precision, group.device)
-        self.network: nn.Module = Autocast(network, config.train.precision)
+        self.gradients = FlatGradients(list(self._parameters.values())) if flat else None
+        """All gradients, if `flat`."""
         self._ddp: DistributedDataParallel | None = None
-        if group.world > 1:  # with a single rank it would only copy every gradient
+        if group.world > 1 and not flat:  # with a single rank it would only copy every gradient
             # LaneStatistics averages running statistics; DDP's broadcast of buffers would overwrite them.
             keep_buffers: dict[str, Any] = {_BUFFERS_OPTION: False}
             self._ddp = DistributedDataParallel(
@@ -82,8 +90,13 @@ class DDP:
 
     def update(self, lr: float) -> Update:
         parameters = list(self._parameters.values())
+        if self.gradients is not None:
+            self.gradients.sum(self._group)
         update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
-        self._optimizer.zero_grad()
+        if self.gradients is None:
+            self._optimizer.zero_grad()
+        else:
+            self.gradients.zero()
         self._scale.update(update.applied)
         return update
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from distrain.errors import TemporaryError, UserError
 from distrain.parallel.environment import read_environment, report_waiting
-from distrain.parallel.nodes import Peer, find_nodes
+from distrain.parallel.gpu import open_device, uuid_of
+from distrain.parallel.nodes import Peer, find_nodes, require_own_gpus
 
 # For torchrun: without it restarted ranks may connect to addresses of the previous attempt and hang.
 RELIABLE_RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -44,17 +45,8 @@ class Group:
         self.rank, self.world = environment.rank, environment.world
         if environment.ignored and self.is_main:
             log.warning("empty in the environment, and ignored: %s", ", ".join(environment.ignored))
-        backend = "gloo"
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", environment.local_rank)
-            if environment.local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"LOCAL_RANK={environment.local_rank}, but this host has {torch.cuda.device_count()} GPUs: start "
-                    "one rank per GPU",
-                    scope="rank",
-                )
-            torch.cuda.set_device(self.device)
-            backend = "cpu:gloo,cuda:nccl"
+        self.device = open_device(environment.local_rank, environment.local_world)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         store = None if environment.launched else dist.HashStore()  # type: ignore[attr-defined]
         # Longer than the watchdog's patience, so that the watchdog is the one to name a rank that hangs.
         timeout = timedelta(seconds=max(60.0, 2 * self.patience)) if self.patience else None
@@ -68,8 +60,9 @@ class Group:
         self.background = _new_gloo_group()  # those of a thread that saves while the others train
         if self.patience and self.world > 1:
             self._await_all_ranks()
-        self.peers: list[Peer] = self.gather(Peer.own(environment.local_rank))
+        self.peers: list[Peer] = self.gather(Peer.own(environment.local_rank, uuid_of(self.device)))
         """By rank."""
+        require_own_gpus(self.peers)
         self.nodes = find_nodes(self.peers)
         """The ranks of each node."""
         return self
@@ -77,7 +70,9 @@ class Group:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        dist.destroy_process_group()
+        if error is None or self.device.type == "cpu":
+            dist.destroy_process_group()
+        # Otherwise it would wait for the kernels of NCCL, which may wait for another rank: the process exits instead.
         if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST_RANK):
             raise TemporaryError("lost the connection to another rank, which exited early", scope="peer") from error
 

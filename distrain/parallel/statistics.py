@@ -6,11 +6,21 @@ If the batch of a lane is split, each micro-batch counts as a lane.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distrain.models.freezing import FrozenBatchNorm2d
 from distrain.parallel.group import Group
+
+
+class UncountedBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalization that leaves counting batches to `LaneStatistics`, which does it in one operation for all."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert self.momentum is not None
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
 class LaneStatistics:
@@ -29,10 +39,18 @@ class LaneStatistics:
             for norm in module.modules()
             if isinstance(norm, _BatchNorm) and norm.track_running_stats and not isinstance(norm, FrozenBatchNorm2d)
         ]
+        for norm in norms:
+            if type(norm) is nn.BatchNorm2d and norm.momentum is not None:
+                norm.__class__ = UncountedBatchNorm2d  # keeps its tensors and their names
         self._running = _flatten_buffers(norms, ("running_mean", "running_var"), torch.float32, group.device)
         self._batches_tracked = _flatten_buffers(norms, ("num_batches_tracked",), torch.int64, group.device)
         self._running_before = torch.empty_like(self._running)
         self._total = torch.zeros(len(self._running) + len(self._metrics), device=group.device)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The running statistics of the network, which a forward pass changes."""
+        return [self._running, self._batches_tracked]
 
     def begin_step(self) -> None:
         """Remember the statistics that every lane of the step starts from."""

@@ -27,26 +27,25 @@ class Zero:
     """Strategy that runs micro-batches under DeepSpeed's engine; every rank has the same number of lanes."""
 
     def __init__(
-        self, config: Config, network: nn.Module, group: Group, micro_batches: int, saved: State | None
+        self, config: Config, network: Autocast, group: Group, micro_batches: int, saved: State | None
     ) -> None:
-        self._module = network
+        self.network: nn.Module = network
+        self._module = module = network.network
         self._group = group
-        self._parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self._frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
-        self._buffers = dict(network.named_buffers())
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        self._buffers = dict(module.named_buffers())
         self._micro_batches = micro_batches // group.world
         self._stage = int(config.parallel.strategy.removeprefix("zero"))
         self._clip_norm = config.optimizer.clip_norm
-        self._scale = LossScale(config.train.precision, group.device)
+        # In host memory for stages 1 to 3: there DeepSpeed takes it as a number, and tells whether it took the step.
+        self._scale = LossScale(config.train.precision, torch.device("cpu") if self._stage else group.device)
         # Before DeepSpeed partitions the weights: those set later through its API did not reach the next forward pass.
         if saved is not None:
-            network.load_state_dict(model_state(saved))
+            module.load_state_dict(model_state(saved))
             self._scale.load(saved)
-        network.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens weights as views
-        self.network: nn.Module = Autocast(network, config.train.precision)
-        self._engine = _open_engine(
-            self.network, build_optimizer(network, config.optimizer), self._settings(config), group
-        )
+        module.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens weights as views
+        self._engine = _open_engine(network, build_optimizer(module, config.optimizer), self._settings(config), group)
         if self._stage:
             self._zero = self._engine.optimizer
             deepspeed_state.init_partition_state(self._zero)
@@ -67,6 +66,8 @@ class Zero:
             "stage3_max_live_parameters": 2 * bucket,
             "stage3_max_reuse_distance": 2 * bucket,
         }
+        if self._group.device.type == "cuda":
+            zero["overlap_comm"] = True  # its default, for the other stages, is to exchange gradients between kernels
         if config.parallel.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._group.device.type == "cuda"}
         return {
@@ -100,14 +101,23 @@ class Zero:
         if self._stage:
             set_lr(self._zero, lr)
             self._engine.step()
-            norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32)
-            update = Update(norm, torch.tensor(self._engine.was_step_applied(), device=self._group.device))
+            update = self._result()
+            self._scale.update(torch.tensor(self._engine.was_step_applied()))
         else:
             parameters = list(self._parameters.values())
             update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
             self._engine.zero_grad()
-        self._scale.update(update.applied)
+            self._scale.update(update.applied)
         return update
+
+    def _result(self) -> Update:
+        """What DeepSpeed says of the step, on the device. A number is filled in there rather than copied, which would
+        wait."""
+        norm, device = self._engine.get_global_grad_norm(), self._group.device
+        if not isinstance(norm, torch.Tensor):
+            norm = torch.full((), norm, device=device)
+        applied = torch.full((), self._engine.was_step_applied(), dtype=torch.bool, device=device)
+        return Update(norm.float(), applied)
 
     def weights(self) -> State:
         if self._stage < 3:
@@ -159,6 +169,8 @@ def import_deepspeed(device: torch.device) -> Any:
         warnings.simplefilter("ignore")
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # An operation for inference that takes a minute to compile.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # An operation for inference that takes a minute to compile. On a GPU it is not used, and to touch this table
+        # would have every rank try which of all operations the CUDA compiler can build.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -22,11 +22,11 @@ class EMA:
     @torch.no_grad()
     def update(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Set average = decay x average + (1 - decay) x weights, by state_dict name; integers are copied."""
-        for name, mean in self.network.state_dict().items():
-            if mean.is_floating_point():
-                mean.lerp_(weights[name], 1 - self._decay)
-            else:
-                mean.copy_(weights[name])
+        means = self.network.state_dict()
+        averaged = [name for name, mean in means.items() if mean.is_floating_point()]
+        torch._foreach_lerp_([means[name] for name in averaged], [weights[name] for name in averaged], 1 - self._decay)
+        for name in means.keys() - averaged:
+            means[name].copy_(weights[name])
 
     def state(self) -> dict[str, torch.Tensor]:
         """The average as ema/NAME."""

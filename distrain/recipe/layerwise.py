@@ -19,13 +19,16 @@ class _Layerwise(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if self.found_inf is not None and self.found_inf.item():
-            return
         for settings in self.param_groups:
             for parameter in settings["params"]:
                 if parameter.grad is not None:
                     gradient = parameter.grad if self.grad_scale is None else parameter.grad / self.grad_scale
+                    changed = [parameter, *self.state[parameter].values()]
+                    before = [] if self.found_inf is None else [tensor.clone() for tensor in changed]
                     self.update_parameter(parameter, gradient, settings, self.state[parameter])
+                    for tensor, value in zip(changed, before, strict=False):
+                        # Chosen on the device: to ask here whether to take the step would wait for the gradient.
+                        torch.where(self.found_inf > 0, value, tensor, out=tensor)  # type: ignore[operator]
 
     def update_parameter(
         self, weights: torch.Tensor, gradient: torch.Tensor, settings: dict[str, Any], state: dict[str, torch.Tensor]

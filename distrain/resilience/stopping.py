@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 
 log = logging.getLogger(__name__)
 
+_LOOK_S = 1.0  # between two looks for the file, which may be on a disk that many runs share
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -28,6 +29,7 @@ class StopRequest:
         """Becomes true `minutes` from now, unless 0, and when there is a file `stop` in `folder`, unless None."""
         self.reason = ""
         self._file = folder and folder / "stop"
+        self._next_look = 0.0
         self._minutes = minutes
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
 
@@ -53,11 +55,13 @@ class StopRequest:
         return self.reason.startswith(("file ", "train."))
 
     def __bool__(self) -> bool:
-        if not self.reason and self._file is not None:
-            with suppress(OSError):  # a folder that is temporarily unavailable is looked at again in the next step
+        now = time.monotonic()
+        if not self.reason and self._file is not None and now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            with suppress(OSError):  # a folder that is temporarily unavailable is looked at again later
                 if self._file.exists():
                     self.reason = f"file {self._file}"
-        if not self.reason and time.monotonic() > self._deadline:
+        if not self.reason and now > self._deadline:
             self.reason = f"train.max_minutes={self._minutes:g}"
         return bool(self.reason)
 

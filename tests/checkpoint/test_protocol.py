@@ -234,6 +234,28 @@ def test_a_checkpoint_is_overdue_after_every_minutes_and_saved_once(group, tmp_p
         assert not checkpoints.is_overdue()
 
 
+def test_a_save_does_not_wait_for_the_device_and_writes_once_it_is_told_to(group, tmp_path, monkeypatch):
+    """On a GPU the copy would be in the queue of kernels, and its file begun while the next step runs."""
+    blocking, copy = [], torch.Tensor.copy_
+
+    def recorded_copy(self, source, non_blocking=False):
+        blocking.append(not non_blocking)
+        return copy(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", recorded_copy)
+    with closing(Checkpointer(tmp_path, group, CheckpointConfig(keep=3))) as checkpoints:
+        for step in (7, 8):
+            checkpoints.save(step, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}})
+            assert blocking == [False]
+            blocking.clear()
+            time.sleep(0.1)
+            assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000007"] * (step - 7)
+            checkpoints.start_write()
+            assert checkpoints.wait()
+        checkpoints.save(9, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}})
+    assert [path.name[-1] for path in committed(tmp_path)] == ["7", "8", "9"]
+
+
 def read_other_bytes() -> None:
     """Make this rank, before it starts, the only one of a node whose disk or memory damages what rank 1 reads."""
     os.environ["LOCAL_RANK"] = "0"

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from distrain.execution.precision import Autocast, LossScale
@@ -26,10 +27,24 @@ def test_the_loss_scale_is_always_one_in_other_precisions():
     assert scale.state() == {}
 
 
+@pytest.mark.parametrize("chosen", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("loaded", [torch.channels_last, torch.contiguous_format])
+def test_images_are_in_the_memory_format_of_the_run_in_training_and_in_validation(chosen, loaded):
+    formats = []
+    layer = torch.nn.Conv2d(3, 2, 1)
+    layer.register_forward_pre_hook(
+        lambda module, inputs: formats.append(inputs[0].is_contiguous(memory_format=chosen))
+    )
+    network = Autocast(layer, "fp32", chosen)
+    for mode in (True, False):
+        network.train(mode)(torch.ones(2, 3, 4, 4).contiguous(memory_format=loaded))
+    assert formats == [True, True]
+
+
 def test_autocast_computes_in_the_precision_and_returns_fp32():
     dtypes = []
     layer = torch.nn.Conv2d(3, 2, 1)
     layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     for precision in ("fp32", "bf16", "fp16"):
-        assert Autocast(layer, precision)(torch.ones(2, 3, 4, 4)).dtype == torch.float32
+        assert Autocast(layer, precision, torch.contiguous_format)(torch.ones(2, 3, 4, 4)).dtype == torch.float32
     assert dtypes == [torch.float32, torch.bfloat16, torch.float16]

@@ -177,3 +177,13 @@ def test_recomputation_can_be_turned_off_again(network, images, mode):
 def test_an_unknown_mode_is_rejected_with_a_suggestion(network):
     with pytest.raises(UserError, match="'ful' is not known: did you mean full"):
         set_recomputation(network, "ful")
+
+
+@pytest.mark.parametrize(("options", "random_blocks"), [({}, 0), ({"drop_path": 0.4}, 4)])
+def test_the_state_of_the_generator_is_kept_only_for_blocks_that_draw_from_it(options, random_blocks, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "get_rng_state", lambda: calls.append(1) or torch.default_generator.get_state())
+    network = build("regnet", 10, depth=5, w0=16, wa=8.0, wm=2.0, group_width=8, stem="cifar", **options)
+    set_recomputation(network, "full")
+    network(torch.randn(2, 3, 16, 16))
+    assert len(calls) == random_blocks  # the first block has a probability of 0

@@ -7,6 +7,7 @@ import torch
 from support.execution import settings
 from support.processes import SMALL, Training, train
 from support.strategies import DENSENET, STRATEGIES, assert_equal_states, run_tasks, task
+from support.waits import READS_OF_THE_HOST, count_waits
 
 from distrain import models
 from distrain.decisions import RunDecisions
@@ -27,6 +28,25 @@ def test_a_killed_run_on_a_gpu_ends_in_the_same_bits(strategy, on_dataset, tmp_p
     training.wait_for_step(13)
     training.kill()
     assert train(tmp_path / "killed", *chosen).digest == uninterrupted.digest
+
+
+@pytest.mark.parametrize("words", [(), ("train.precision=fp16",), ("ema.decay=0.9", "optimizer.clip_norm=1")])
+def test_captured_micro_batches_train_as_uncaptured_ones_do(words, on_dataset, tmp_path):
+    chosen = (*SMALL, *on_dataset, "train.deterministic=true", "batch.lanes=2", "batch.per_lane=8", "train.epochs=3",
+              "data.size_schedule=[[0, 16], [1, 8]]", "model.options={dropout: 0.1}", *words)  # fmt: skip
+    on, off = (train(tmp_path / setting, *chosen, f"train.graphs={setting}") for setting in ("on", "off"))
+    assert (on.code, off.code) == (0, 0), on.output + off.output
+    assert "not captured" not in on.output
+    assert on.digest == off.digest
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_step_waits_for_a_gpu_but_inside_deepspeed(strategy, on_dataset, tmp_path):
+    found = count_waits(
+        tmp_path, *SMALL, *on_dataset, "batch.lanes=2", "batch.per_lane=8", "train.epochs=1",
+        "checkpoint.every_steps=5", f"parallel.strategy={strategy}",
+    )  # fmt: skip
+    assert {place for place in found if not place[0].startswith("deepspeed")} <= READS_OF_THE_HOST
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -104,7 +104,10 @@ def test_gradients_are_unscaled_and_clipped_and_the_step_is_skipped_if_they_are_
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
     before = [parameter.detach().clone() for parameter in scaled.parameters()]
+    state = copy.deepcopy([*optimizers[0].state.values()])
     next(scaled.parameters()).grad[0, 0] = torch.inf
     _, finite = update_clipped(optimizers[0], list(scaled.parameters()), 0.1, torch.tensor(64.0), 0.5)
     assert not finite
     assert all(torch.equal(old, new) for old, new in zip(before, scaled.parameters(), strict=True))
+    for old, new in zip(state, optimizers[0].state.values(), strict=True):
+        assert all(torch.equal(old[key], new[key]) for key in old)

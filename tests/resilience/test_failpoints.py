@@ -145,7 +145,7 @@ def test_a_time_that_does_not_fit_is_one_line(text, message):
 
 
 def test_the_nan_fault_poisons_one_output_of_the_network(tmp_path):
-    network = Autocast(nn.Linear(3, 2), "fp32")
+    network = Autocast(nn.Linear(3, 2), "fp32", torch.contiguous_format)
     other = nn.Linear(3, 2)
     images = torch.ones(4, 3)
     with Faults(["nan@train.step:2"], tmp_path, rank=0):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from distrain import config, models
+from distrain.execution.graphs import uses_graphs
+from distrain.execution.precision import Autocast
 from distrain.parallel.factory import open_strategy
 from distrain.parallel.group import Group
 from distrain.parallel.statistics import LaneStatistics
@@ -44,7 +46,9 @@ def run_task(task: dict, group: Group) -> dict:
     statistics = LaneStatistics(network, group, settings.batch.lanes, metrics=("loss",))
     saved = torch.load(task["load"]) if task.get("load") else None
     example = synthetic_batch(0, 0, per_lane)[0].to(group.device)
-    strategy = open_strategy(settings, network, group, settings.batch.lanes, example, saved)
+    executed = Autocast(network, settings.train.precision, torch.contiguous_format)
+    flat = uses_graphs(settings, group, print)
+    strategy = open_strategy(settings, executed, group, settings.batch.lanes, example, saved, flat)
 
     losses, norms, applied = [], [], []
     for step in range(task["first"], task["last"]):

@@ -41,6 +41,10 @@ def _find_fastest(config: Config, plan: Plan, index: Index, device: torch.device
     if not has_dali():
         info("data.loader=auto: torch, because NVIDIA DALI is not installed")
         return "torch"
+    if config.train.deterministic:  # what is timed may differ between two runs
+        name = "dali" if device.type == "cuda" else "torch"
+        info(f"data.loader=auto: {name}, not measured because of train.deterministic")
+        return name
     quarantine = make_quarantine(config, index, "train")
     rates = dict.fromkeys(LOADERS, 0.0)
     for _ in range(_TRIAL_ROUNDS):

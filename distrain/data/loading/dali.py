@@ -1,5 +1,8 @@
 """Decodes with NVIDIA DALI: on a GPU with nvJPEG, elsewhere the same graph on CPU threads.
 
+Two pipelines take turns, so that one decodes while the batch of the other is copied, augmented and waited for. One
+pipeline with a queue would do too, but a batch that it rejects would take those queued behind it along.
+
 DALI gets encoded images and crop boxes; nothing in it is random and it keeps no position. It must never get an image
 that cannot be decoded: one fails the whole batch, leaves the pipeline unusable, and can crash the process (seen with
 DALI 2.4, about one time in two). The index prevents that: images were decoded once when it was built, and checksums
@@ -10,7 +13,9 @@ import logging
 import re
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -19,16 +24,19 @@ import torch.utils.dlpack
 from numpy.typing import NDArray
 
 from distrain.config import AugmentConfig, DataConfig
-from distrain.data.augmentation.pixels import augment_pixels, augments_pixels
+from distrain.data.augmentation.batch import augment_batch
+from distrain.data.augmentation.pixels import augments_pixels
 from distrain.data.loading.in_flight import Crop
 from distrain.data.loading.loader import Batch, Request
 from distrain.data.loading.reader import ReadSample, SampleReader
+from distrain.data.loading.threads import open_pool
 from distrain.data.loading.torch import TorchLoader, to_device
 
 _log = logging.getLogger(__name__)
 _REJECTION = re.compile(
     r"`nvidia\.dali\.fn\.decoders\.image_slice`.*encountered:\s+((?:Failed to decode|nvImageCodec failure)[^\n]*)", re.S
 )
+_PIPELINES = 2
 _DEVICE_ERRORS = ("'#5'", "'#15'", "'#21'")  # nvImageCodec status: out of memory (two) and CUDA failure
 
 
@@ -43,6 +51,7 @@ class DaliLoader:
         batch: int,
         reader: SampleReader,
         device: torch.device,
+        deterministic: bool = False,
     ) -> None:
         self._data = data
         self._augment = augment
@@ -51,12 +60,17 @@ class DaliLoader:
         self._augments_pixels = augments_pixels(augment)
         self._reader = reader
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._deterministic = deterministic
         self._warned = False
+        self._warning = Lock()
         self._fallback = TorchLoader(data, augment, seed, reader, device)
-        self._pipeline = self._build_pipeline()
-        self._read_pool = ThreadPoolExecutor(data.threads, thread_name_prefix="read")
-        self._run_pool = ThreadPoolExecutor(1, thread_name_prefix="dali")
+        count = min(_PIPELINES, data.threads)
+        self._threads = -(-data.threads // count)  # of a pipeline
+        self._pipelines: SimpleQueue[Any] = SimpleQueue()  # those that no thread is using
+        for _ in range(count):
+            self._pipelines.put(self._build_pipeline())
+        self._read_pool = open_pool(data.threads, "read", device)
+        self._run_pool = open_pool(count, "dali", device)
 
     def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
         """Yield one batch per request. Bad samples are quarantined and replaced or dropped."""
@@ -77,19 +91,25 @@ class DaliLoader:
         self._fallback.close()  # first: a thread may be waiting for a download
         self._read_pool.shutdown(cancel_futures=True)
         self._run_pool.shutdown(cancel_futures=True)
+        del self._pipelines
+        from nvidia.dali import backend
+
+        backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # DALI keeps that of pipelines which are gone
 
     def _load(self, request: Request, reading: Future[list[ReadSample]]) -> Batch:
         """Return a complete batch: no work for it is still pending on the device."""
         samples = reading.result()
-        with torch.cuda.stream(self._stream):
+        if self._device.type != "cuda":
+            return self._decode(request, samples)
+        stream = torch.cuda.Stream(self._device)  # from PyTorch's pool
+        with torch.cuda.stream(stream):
             batch = self._decode(request, samples)
-            if self._stream is not None:
-                self._stream.synchronize()
+            stream.synchronize()
         return batch
 
     def _record_stream(self, batch: Batch) -> Batch:
         """Keep the memory of a batch from being reused before the work that the caller submits to its own stream."""
-        if self._stream is not None:
+        if self._device.type == "cuda":
             for tensor in batch:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
         return batch
@@ -102,21 +122,20 @@ class DaliLoader:
             if rejection is None:
                 raise
             self._warn(rejection)
-            self._pipeline = self._build_pipeline()
             return to_device(self._fallback.load(request), self._device)
         if request.augmented and self._augments_pixels:
-            augmented = [self._augment_image(image, sample) for image, sample in zip(images, samples, strict=True)]
-            images = torch.stack(augmented).contiguous(memory_format=torch.channels_last)
+            images = self._augment_images(images, samples)
         labels = torch.from_numpy(self._reader.index.targets([sample.sample for sample in samples]))
         return Batch(images, labels.to(self._device))
 
     def _warn(self, rejection: str) -> None:
-        if not self._warned:
+        with self._warning:
+            warned, self._warned = self._warned, True
+        if not warned:
             _log.warning(
                 "DALI rejected an image (%s): decoding this batch, and any other that it rejects, with Pillow",
                 rejection,
             )
-            self._warned = True
 
     def _read(self, request: Request) -> list[ReadSample]:
         indices = range(len(request.samples.ids))
@@ -142,27 +161,43 @@ class DaliLoader:
             "start": start,
             "shape": stop - start,
             "offset": boxes[:, :2] - start,
-            "box": boxes[:, 2:],
+            "box": np.ascontiguousarray(boxes[:, 2:]),
             "size": np.full((len(samples), 2), size, np.float32),
             "flip": flip,
         }
         rows = zip(ids, boxes.tolist(), strict=True)
         crops = [Crop(sample, top, left, height, width, size) for sample, (top, left, height, width) in rows]
         with self._reader.decoding(crops):
-            for name, values in feeds.items():
-                self._pipeline.feed_input(name, list(values))
-            (output,) = self._pipeline.run()
+            output = self._run_pipeline(feeds)
         if self._device.type == "cuda":
-            # `run` has waited for DALI, which reuses this memory once `output` is released: hence the copy, for which
-            # `_load` waits.
+            # The pipeline has waited for DALI, which reuses this memory once `output` is released: hence the copy, for
+            # which `_load` waits.
             images = torch.utils.dlpack.from_dlpack(output.as_tensor()).clone()
         else:
             images = torch.from_numpy(np.array(output.as_array()))
         return images.permute(0, 3, 1, 2)
 
-    def _augment_image(self, image: torch.Tensor, sample: ReadSample) -> torch.Tensor:
-        key = tuple(int(column[sample.index]) for column in sample.request.samples)
-        return augment_pixels(image, self._augment, self._data.mean, self._seed, key)  # type: ignore[arg-type]
+    def _run_pipeline(self, feeds: dict[str, Any]) -> Any:
+        """Return DALI's output, [n, size, size, 3]."""
+        pipeline = self._pipelines.get()
+        try:
+            for name, values in feeds.items():
+                pipeline.feed_input(name, values)
+            (output,) = pipeline.run()
+        except BaseException:
+            pipeline = self._build_pipeline()  # one that has failed is of no more use
+            raise
+        finally:
+            self._pipelines.put(pipeline)
+        return output
+
+    def _augment_images(self, images: torch.Tensor, samples: list[ReadSample]) -> torch.Tensor:
+        """uint8 [n, 3, size, size] in channels_last memory."""
+        keys = [[column[sample.index] for column in sample.request.samples] for sample in samples]
+        images = augment_batch(
+            images, self._augment, self._data.mean, self._seed, np.array(keys, np.int64).reshape(-1, 3)
+        )
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _build_pipeline(self) -> Any:
         from nvidia.dali import fn, pipeline_def, types
@@ -184,6 +219,10 @@ class DaliLoader:
                 device="mixed" if gpu else "cpu",
                 output_type=types.RGB,
                 adjust_orientation=False,  # crop boxes are those of the image as stored
+                jpeg_fancy_upsampling=True,  # of chroma, as on a CPU
+                # Hardware and CUDA decoders differ in rounding, and which image gets which depends on the batch.
+                hw_decoder_load=0.0 if self._deterministic else 0.65,
+                affine=False,  # DALI would tie the threads of all pipelines and ranks to the same cores
             )
             images = fn.slice(
                 images,
@@ -199,7 +238,7 @@ class DaliLoader:
 
         pipeline = graph(
             batch_size=self._batch,
-            num_threads=data.threads,
+            num_threads=self._threads,
             device_id=self._device.index if gpu else None,
             prefetch_queue_depth=1,
         )

@@ -1,6 +1,7 @@
 """The interface of every loader: requests in, batches on the device out, decoded ahead of the step."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -44,6 +45,15 @@ class Loader(Protocol):
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """Normalize uint8 images [n, 3, h, w] per channel to float32, by `mean` and `std` of values in [0, 1]."""
-    shift = torch.tensor(mean, device=images.device).mul_(255).view(3, 1, 1)
-    scale = torch.tensor(std, device=images.device).mul_(255).reciprocal_().view(3, 1, 1)
+    shift, scale = _shift_and_scale(tuple(mean), tuple(std), images.device)
     return images.float().sub_(shift).mul_(scale)
+
+
+@cache
+def _shift_and_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `normalize` subtracts and multiplies by, [3, 1, 1] each. Made once, as the device is waited for."""
+    shift = torch.tensor(mean, device=device).mul_(255).view(3, 1, 1)
+    scale = torch.tensor(std, device=device).mul_(255).reciprocal_().view(3, 1, 1)
+    return shift, scale

@@ -20,15 +20,17 @@ def open_loader(
     batch: int,
     reader: SampleReader,
     device: torch.device,
+    deterministic: bool = False,
 ) -> Loader:
     """Open the loader `name` over a reader, for requests of at most `batch` samples.
 
-    All loaders give the same pixels, up to rounding, for the same crop boxes.
+    All loaders give the same pixels, up to rounding, for the same crop boxes. `deterministic`: on a GPU, an image has
+    the same pixels in any batch.
     """
     if name == "dali":
         from distrain.data.loading.dali import DaliLoader
 
-        return DaliLoader(data, augment, seed, batch, reader, device)
+        return DaliLoader(data, augment, seed, batch, reader, device, deterministic)
     from distrain.data.loading.torch import TorchLoader
 
     return TorchLoader(data, augment, seed, reader, device)

@@ -78,4 +78,6 @@ def make_loader(
     store = open_store(index, config.download, checked)
     reader = SampleReader(index, store, quarantine, open_in_flight(config, quarantine.split))
     batch = max(config.batch.per_lane, config.evaluate.batch)
-    return loaders.open_loader(name, config.data, config.augment, config.run.seed, batch, reader, device)
+    return loaders.open_loader(
+        name, config.data, config.augment, config.run.seed, batch, reader, device, config.train.deterministic
+    )

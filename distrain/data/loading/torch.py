@@ -3,7 +3,7 @@ and nothing is copied between processes."""
 
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import torch
 
@@ -14,6 +14,7 @@ from distrain.data.loading.in_flight import Crop
 from distrain.data.loading.jpeg_region import crop, resize
 from distrain.data.loading.loader import Batch, Request
 from distrain.data.loading.reader import SampleReader
+from distrain.data.loading.threads import open_pool
 
 
 class TorchLoader:
@@ -29,7 +30,7 @@ class TorchLoader:
         self._augments_pixels = augments_pixels(augment)
         self._reader = reader
         self._device = device
-        self._pool = ThreadPoolExecutor(data.threads, thread_name_prefix="decode")
+        self._pool = open_pool(data.threads, "decode", device)
 
     def stream(self, requests: Iterable[Request]) -> Generator[Batch, None, None]:
         """Yield one batch per request. Bad samples are quarantined and replaced or dropped."""

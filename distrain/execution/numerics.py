@@ -1,0 +1,19 @@
+"""Settings of torch that decide how operations are computed, and that have to be set before any is."""
+
+import os
+
+import torch
+
+from distrain.config import TrainConfig
+
+
+def configure_numerics(train: TrainConfig) -> None:
+    """Set them as configured. Called before the process group is created, since NCCL chooses its algorithms then: in
+    deterministic mode it leaves out those that are not."""
+    torch.use_deterministic_algorithms(train.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a pass over every new tensor
+    if train.deterministic:  # cuBLAS reads it when its first handle is created
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # cuDNN times its algorithms for every new shape; which one wins varies, and they round differently.
+    torch.backends.cudnn.benchmark = not train.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.tf32

@@ -1,0 +1,35 @@
+"""What DeepSpeed is told on a GPU, which is simulated by its name."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.execution import settings
+
+from distrain.parallel.zero import Zero, import_deepspeed
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_gradients_are_exchanged_during_the_backward_pass_on_a_simulated_gpu(strategy, tmp_path):
+    zero = Zero.__new__(Zero)
+    zero._stage, zero._micro_batches, zero._clip_norm = 2, 1, 0.0
+    zero._group = SimpleNamespace(device=torch.device("cuda"))
+    told = zero._settings(settings(tmp_path, f"parallel.strategy={strategy}"))
+    assert told["zero_optimization"]["overlap_comm"] is True
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_operations_that_a_simulated_gpu_does_not_need_are_not_probed(device, monkeypatch):
+    class Table(dict):
+        """DeepSpeed's table of operations, which tries to compile all of them when it is touched."""
+
+        touched = False
+
+        def __setitem__(self, name, value):
+            self.touched = True
+
+    table = Table()
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace(__compatible_ops__=table)))
+    import_deepspeed(torch.device(device))
+    assert table.touched == (device == "cpu")
