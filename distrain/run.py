@@ -1,52 +1,40 @@
 """A run in training: its components, and what the training loop calls between steps."""
 
 import time
-import zlib
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from distrain import __version__
-from distrain.checkpoint import Checkpointer, check_identity, newest_manifest, read_best
-from distrain.checkpoint.files import set_aside_names
-from distrain.config import STATE_FORMAT, Config, changeable_settings, fixed_settings, flatten, to_dict
+from distrain.checkpoint import Checkpointer, check_identity
+from distrain.config import Config, changeable_settings
 from distrain.data.index import Index
 from distrain.data.loading.autotune import choose_loader
 from distrain.data.loading.crashes import quarantine_crashing
 from distrain.data.loading.loader import Batch, Loader
 from distrain.data.loading.quarantine import Quarantine
 from distrain.data.loading.requests import train_requests
-from distrain.data.loading.setup import make_loader, make_plan, make_quarantine
-from distrain.data.sampling.order import resolve_shuffle
+from distrain.data.loading.setup import make_loader, make_quarantine
 from distrain.data.sampling.plan import Plan
 from distrain.data.storage.remote import check_store
-from distrain.errors import Stopped, UserError
+from distrain.errors import Stopped
 from distrain.evaluate import Quality, evaluate
 from distrain.failpoints import failpoint
-from distrain.files import read_json, translated_errors, write_json
-from distrain.initial import InitialWeights, open_initial_weights
+from distrain.identity import format_versions, record_identity, run_manifest
+from distrain.initial import InitialWeights
 from distrain.learner import Learner, build_network
-from distrain.masking import mask_secrets
 from distrain.outcomes import LateReader
-from distrain.parallel.consistency import require_same_start
 from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import State, Update
 from distrain.recipe.losses import loss_name, loss_weights, make_loss
 from distrain.resilience.attempt import Attempt
-from distrain.resilience.claim import newest_attempt
 from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.track import Tracker
-
-_IDENTITY = "identity.json"
-_IDENTITY_TYPES = {"format": int, "identity": dict, "versions": dict}
-_INIT_DIGEST = "model.init digest"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,14 +219,7 @@ def open_run(session: Session) -> Iterator[Run]:
         )
         manifest = run_manifest(config, session.train_index, session.val_index, session.initial)
         attempt.heartbeat("restore", 0)
-        start, saved = 0, None
-        if (snapshot := checkpoints.restore()) is not None:
-            check_identity(snapshot.extra, manifest, changeable_settings(config), config.run.change)
-            start, saved = snapshot.step, snapshot.tensors
-            info(f"resuming at step {start} of {session.plan.steps}")
-            if snapshot.extra["versions"] != manifest["versions"]:
-                info(f"saved by {format_versions(snapshot.extra)}, resumed by {format_versions(manifest)}")
-            del snapshot
+        start, saved = restore(session, checkpoints, manifest)
         learner = make_learner(session, saved)
         group.on_main(partial(begin_records, session, manifest))
         if saved is None and session.initial is not None:  # so that a restart does not need the source again
@@ -272,6 +253,21 @@ def open_run(session: Session) -> Iterator[Run]:
         )
 
 
+def restore(session: Session, checkpoints: Checkpointer, manifest: dict[str, Any]) -> tuple[int, State | None]:
+    """Load the newest checkpoint, if there is one. Returns the number of updates done and the state after them.
+
+    Raises UserError if the checkpoint belongs to another run.
+    """
+    snapshot, config, info = checkpoints.restore(), session.config, session.tracker.info
+    if snapshot is None:
+        return 0, None
+    check_identity(snapshot.extra, manifest, changeable_settings(config), config.run.change)
+    info(f"resuming at step {snapshot.step} of {session.plan.steps}")
+    if snapshot.extra["versions"] != manifest["versions"]:
+        info(f"saved by {format_versions(snapshot.extra)}, resumed by {format_versions(manifest)}")
+    return snapshot.step, snapshot.tensors
+
+
 def step_to_stop(config: Config, plan: Plan) -> int:
     """Number of updates after which this start ends: those of train.stop_epoch epochs, or of all."""
     epochs = config.train.stop_epoch
@@ -295,111 +291,15 @@ def make_learner(session: Session, saved: State | None) -> Learner:
     return Learner(config, group, network, saved, session.tracker.info, loss)
 
 
-def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> InitialWeights | None:
-    """Raises UserError, on every rank, if the ranks were started differently, the newest checkpoint has other settings,
-    the best one is unreadable or the initial weights do not fit. Returns those.
-
-    Called before anything is written, so that a refused start does not disturb the run that it would resume.
-    """
-    settings = flatten(to_dict(config))
-    require_same_start(group, {key: value for key, value in settings.items() if not key.startswith("download.")})
-
-    opened: list[InitialWeights] = []
-
-    def check() -> tuple[str, str] | None:
-        folder = config.run.folder / "checkpoints"
-        with translated_errors(config.run.folder):
-            read_best(folder)  # an unreadable file is reported now rather than at the first validation
-            manifest = newest_manifest(folder)
-            saved = manifest or read_json(config.run.folder / _IDENTITY, "delete it", _IDENTITY_TYPES)
-            if manifest is None:
-                require_no_lost_checkpoints(config.run.folder)
-        initial = find_initial_weights(config, manifest, train_index)
-        if saved:
-            current = run_manifest(config, train_index, val_index, initial)
-            check_identity(saved, current, changeable_settings(config), config.run.change)
-            check_length(config, make_plan(config, train_index), saved.get("step", 0))
-        if initial is None:
-            return None
-        opened.append(initial)
-        return initial.source, initial.sha256
-
-    found = group.on_main(check)
-    if found is None or opened:
-        return opened[0] if opened else None
-    return InitialWeights(*found)
-
-
-def require_no_lost_checkpoints(folder: Path) -> None:
-    """Raises UserError if an attempt at the run in `folder` began from a checkpoint, and there is none now."""
-    attempt = newest_attempt(folder)
-    if attempt is not None and attempt.committed > 0 and not set_aside_names(folder / "checkpoints"):
-        raise UserError(
-            f"{folder}/checkpoints: attempt {attempt.number} began from step {attempt.committed}, and there is no "
-            "checkpoint now: restore one, or delete the run's folder to train from the beginning"
-        )
-
-
-def find_initial_weights(config: Config, saved: dict[str, Any] | None, train_index: Index) -> InitialWeights | None:
-    """The weights that model.init names, if any; a run with a checkpoint of the same ones does not need them again."""
-    if not config.model.init:
-        return None
-    source = mask_secrets(config.model.init)
-    if saved is not None and saved.get("model.init") == source:
-        return InitialWeights(source, saved["identity"][_INIT_DIGEST])
-    return open_initial_weights(config, train_index.classes)
-
-
-def check_length(config: Config, plan: Plan, step: int) -> None:
-    """Raises UserError if a run that has done `step` updates would have to end before."""
-    if step > plan.steps:
-        raise UserError(
-            f"train.epochs={config.train.epochs} ends at step {plan.steps}, and this run is at step {step} already: "
-            "set train.epochs higher"
-        )
-
-
 def begin_records(session: Session, manifest: dict[str, Any]) -> None:
-    """Record with which settings the run began, for a restart before it has a checkpoint, and begin to report.
+    """Record what the run is, and begin to report.
 
     Raises UserError or TemporaryError if the run's folder cannot be written.
     """
-    path = session.config.run.folder / _IDENTITY
-    with translated_errors(path.parent):
-        if not path.exists():
-            write_json(path, manifest)
+    record_identity(session.config.run.folder, manifest)
     initial = session.initial
     tags = {} if initial is None else {"distrain.init": initial.source, "distrain.init_sha256": initial.sha256}
     session.tracker.begin(tags)
-
-
-def format_versions(manifest: dict[str, Any]) -> str:
-    """`distrain 1.0, torch 2.14`."""
-    return ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-
-
-def run_manifest(
-    config: Config, train_index: Index, val_index: Index, initial: InitialWeights | None
-) -> dict[str, Any]:
-    """What a checkpoint records about its run. A run resumes only with the same identity."""
-    weights = loss_weights(config.loss, train_index)
-    identity = fixed_settings(config) | {
-        "data.train digest": train_index.digest,
-        "data.val digest": val_index.digest,
-        "data.shuffle": resolve_shuffle(config.data, train_index),
-        "loss.name": loss_name(config.loss, train_index),
-        _INIT_DIGEST: "" if initial is None else initial.sha256,
-        "loss.class_weights digest": "" if weights is None else f"{zlib.crc32(weights.tobytes()):08x}",
-    }
-    return {
-        "format": STATE_FORMAT,
-        "identity": identity,
-        "model.init": "" if initial is None else initial.source,
-        "classes": list(train_index.classes),
-        "class_counts": train_index.class_counts().tolist(),
-        "multi_label": train_index.multi_label,
-        "versions": {"distrain": __version__, "torch": torch.__version__},
-    }
 
 
 def split_batches(batches: Generator[Batch, None, None], splits: int) -> Generator[Batch, None, None]:

@@ -12,6 +12,7 @@ from distrain.errors import EXIT_DONE, EXIT_STOPPED, Diverged, Stopped
 from distrain.evaluate import Quality, top1_hits
 from distrain.execution.numerics import configure_numerics
 from distrain.failpoints import failpoint
+from distrain.identity import check_resumable
 from distrain.learner import Learner
 from distrain.lifetime import stop_agent
 from distrain.parallel.group import Group
@@ -21,7 +22,7 @@ from distrain.resilience.attempt import Attempt
 from distrain.resilience.rollback import record_rollback
 from distrain.resilience.watchdog import Watchdog
 from distrain.rng import Stream, torch_seed
-from distrain.run import Run, Session, check_resumable, open_run, open_stop_request
+from distrain.run import Run, Session, open_run, open_stop_request
 from distrain.track import open_tracker
 
 

@@ -9,8 +9,8 @@ from distrain import config
 from distrain.checkpoint import check_identity
 from distrain.data.loading.setup import load_indexes
 from distrain.errors import UserError
+from distrain.identity import run_manifest
 from distrain.initial import InitialWeights
-from distrain.run import run_manifest
 
 REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
 
@@ -40,7 +40,7 @@ FREE = """
 run: name dir change
 data: train val loader max_bad threads prefetch
 download: cache cache_gb parallel retries retry_wait timeout
-train: tf32 memory_format recompute activation_gb compile max_minutes stop_epoch deterministic
+train: tf32 memory_format recompute activation_gb compile graphs max_minutes stop_epoch deterministic
 parallel: strategy offload bucket_mb
 evaluate: every_epochs batch
 checkpoint: every_steps every_minutes keep keep_every_steps keep_best

@@ -11,7 +11,8 @@ def configure_numerics(train: TrainConfig) -> None:
     """Set them as configured. Called before the process group is created, since NCCL chooses its algorithms then: in
     deterministic mode it leaves out those that are not."""
     torch.use_deterministic_algorithms(train.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a pass over every new tensor
+    # It would cost a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if train.deterministic:  # cuBLAS reads it when its first handle is created
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # cuDNN times its algorithms for every new shape; which one wins varies, and they round differently.

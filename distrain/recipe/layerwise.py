@@ -26,9 +26,10 @@ class _Layerwise(Optimizer):
                     changed = [parameter, *self.state[parameter].values()]
                     before = [] if self.found_inf is None else [tensor.clone() for tensor in changed]
                     self.update_parameter(parameter, gradient, settings, self.state[parameter])
-                    for tensor, value in zip(changed, before, strict=False):
+                    if self.found_inf is not None:
                         # Chosen on the device: to ask here whether to take the step would wait for the gradient.
-                        torch.where(self.found_inf > 0, value, tensor, out=tensor)  # type: ignore[operator]
+                        for tensor, value in zip(changed, before, strict=True):
+                            torch.where(self.found_inf > 0, value, tensor, out=tensor)
 
     def update_parameter(
         self, weights: torch.Tensor, gradient: torch.Tensor, settings: dict[str, Any], state: dict[str, torch.Tensor]

@@ -12,8 +12,8 @@ from support.forked_runs import train_forked
 from distrain.__main__ import main
 from distrain.checkpoint.files import committed
 from distrain.errors import UserError
+from distrain.identity import require_no_lost_checkpoints
 from distrain.resilience.claim import Claim
-from distrain.run import require_no_lost_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -69,7 +70,7 @@ class Counting(TorchDispatchMode):
         return call
 
     def _count(self) -> None:
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             package, _, rest = frame.f_globals.get("__name__", "").partition(".")
             if package in PACKAGES:
