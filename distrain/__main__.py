@@ -6,6 +6,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from distrain import lifetime
@@ -16,11 +17,18 @@ from distrain.parallel.environment import rank_or_zero
 _GRACE_S = 10  # for another rank to print why it exits
 
 
-def main() -> int:
+def command_line() -> int:
+    from distrain import cli
+
+    return cli.run(sys.argv[1:])
+
+
+def main(work: Callable[[], int] = command_line) -> int:
+    """Call `work` and return its exit code, or that of the error which it raises; users' errors become one line."""
     open_closed_streams()
     try:
         try:
-            return run()
+            return run(work)
         finally:  # also when argparse exits after --help
             sys.stdout.flush()
     except BrokenPipeError:
@@ -32,15 +40,15 @@ def main() -> int:
         return error.code if isinstance(error, Interrupted) else 128 + signal.SIGINT
 
 
-def entry() -> None:
-    """Run main() and exit the process."""
+def entry(work: Callable[[], int] = command_line) -> None:
+    """Call `work` as main() does, and exit the process."""
     lifetime.end_with_agent()
     mask_reports()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a name must not end a run
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = main()
+        code = main(work)
     except KeyboardInterrupt:  # another Ctrl-C while the first one was handled
         code = 128 + signal.SIGINT
     except Exception:
@@ -54,11 +62,9 @@ def entry() -> None:
     sys.exit(code)
 
 
-def run() -> int:
-    from distrain import cli
-
+def run(work: Callable[[], int]) -> int:
     try:
-        return cli.run(sys.argv[1:])
+        return work()
     except (UserError, TemporaryError) as error:
         if error.scope in ("main", "all"):
             yield_to_main_rank()

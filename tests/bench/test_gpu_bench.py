@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.processes import README, readme_command
 
 from distrain import config
 from distrain.__main__ import main
@@ -75,12 +76,12 @@ def without_optional_packages(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory, without_optional_packages) -> tuple[dict[str, dict], str]:
     """The results of all stages by name, and what was printed, where nothing optional is installed."""
-    out = tmp_path_factory.mktemp("gpu") / "results.jsonl"
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(without_optional_packages), str(root)])
+    out = tmp_path_factory.mktemp("gpu") / "gpu.jsonl"
+    path = os.pathsep.join([str(without_optional_packages), str(README.parent)])
+    _, *words = readme_command("python -m distrain bench gpu")
     done = subprocess.run(
-        [sys.executable, "-m", "distrain", "bench", "gpu", "--rehearse", "--device", "cpu", "--out", str(out)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, *words, "--rehearse", "--device", "cpu"],
+        cwd=out.parent, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return {line["stage"]: line for line in map(json.loads, out.read_text().splitlines())}, done.stdout
