@@ -80,7 +80,7 @@ class Group:
         try:
             dist.monitored_barrier(self.control, timedelta(seconds=self.patience), wait_all_ranks=True)
         except RuntimeError as error:  # it lists the missing ranks, on rank 0
-            missing = re.search(r"[Rr]anks? ([\d, ]*\d)", str(error)) if self.is_main else None
+            missing = re.search(r"Ranks? ([\d, ]*\d) failed", str(error)) if self.is_main else None
             raise TemporaryError(
                 f"rank {missing[1] if missing else 0} did not start within {self.patience:g} s: this attempt ends"
             ) from error

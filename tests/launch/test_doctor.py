@@ -49,22 +49,52 @@ def test_equal_hosts_are_healthy():
     assert check_with_third() == {}
 
 
+def rank_variables(number: int, port: int) -> dict[str, str]:
+    """The environment of one of two ranks, each on a host of its own."""
+    return {
+        **environment(), "RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+        "GROUP_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DISTRAIN_HOST": f"n{number}",
+    }  # fmt: skip
+
+
 def test_a_run_folder_on_the_disk_of_each_host_is_found_before_training(on_dataset, tmp_path):
     port, hosts = free_port(), []
     for number in range(2):
-        variables = {
-            "RANK": str(number), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "GROUP_RANK": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "DISTRAIN_HOST": f"n{number}",
-        }  # fmt: skip
         (own := tmp_path / f"n{number}").mkdir()
         command = [sys.executable, "-m", "launch.check", *SMALL, *on_dataset, "run.dir=runs", "run.name=run"]
-        options = {"cwd": own, "env": {**environment(), **variables}, "text": True}
+        options = {"cwd": own, "env": rank_variables(number, port), "text": True}
         hosts.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options))
     output = hosts[0].communicate(timeout=120)[0]
     assert "unhealthy: n1: run.dir is not shared: a file that n0 writes to the run's folder is not there" in output
     assert [host.wait(timeout=60) for host in hosts] == [78, 78]
     assert not list(tmp_path.glob("*/runs/run/.doctor-*"))
+
+
+def test_a_host_that_does_not_answer_is_named_and_not_waited_for(on_dataset, tmp_path):
+    # Patience is shortened from a minute, and the second host hangs once it is connected.
+    program = (
+        "import sys, time; from distrain.__main__ import entry; from launch import doctor\n"
+        "doctor._PATIENCE_S = 2\n"
+        "if sys.argv.pop(1) == 'hangs': doctor.Group._await_all_ranks = lambda group: time.sleep(600)\n"
+        "entry(doctor.main)"
+    )
+    words, port = [*SMALL, *on_dataset, f"run.dir={tmp_path}", "run.name=run"], free_port()
+    answering, hanging = (
+        subprocess.Popen(
+            [sys.executable, "-c", program, state, *words], env=rank_variables(number, port), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for number, state in enumerate(("answers", "hangs"))
+    )  # fmt: skip
+    try:
+        output = answering.communicate(timeout=120)[0]
+    finally:
+        hanging.kill()
+        hanging.communicate()
+    assert (answering.returncode, output.splitlines()[-1]) == (
+        1,
+        "distrain: rank 1 did not start within 2 s: this attempt ends",
+    )
 
 
 def test_a_path_with_an_equals_sign_is_a_configuration_and_not_an_override(on_dataset, tmp_path):
