@@ -91,7 +91,7 @@ def is_accepted(monkeypatch, *overrides: str) -> bool:
 def test_the_settings_of_strategy_precision_and_memory_exist(monkeypatch):
     table = TEXT[TEXT.index("## Strategy, precision") : TEXT.index("compares them with")]
     overrides = re.findall(r"`((?:parallel|train)\.[a-z_]+=[^`]*)`", table)
-    assert len(overrides) == 6
+    assert len(overrides) == 7
     for override in overrides:
         assert is_accepted(monkeypatch, override, *EXTRA.get(override, []))
 

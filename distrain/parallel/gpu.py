@@ -65,10 +65,10 @@ def _pci_address(device: torch.device) -> str:
     return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
-def _local_cores(pci_address: str, devices: Path = _PCI_DEVICES) -> set[int]:
+def _local_cores(pci_address: str) -> set[int]:
     """The cores of the NUMA node to which a PCI device belongs; empty where the kernel does not tell."""
     try:
-        ranges = (devices / pci_address / "local_cpulist").read_text().strip().split(",")
+        ranges = (_PCI_DEVICES / pci_address / "local_cpulist").read_text().strip().split(",")
         bounds = [[int(number) for number in one.split("-")] for one in ranges if one]
     except (OSError, ValueError):
         return set()

@@ -79,11 +79,11 @@ def few_open_files() -> None:
 
 def freeze_before_the_attempt(rank: int) -> None:
     """Suspend this process, if it is this rank, when it has met the others and has not begun to train."""
-    from distrain import run, train
+    from distrain import identity, train
 
     def check_resumable(*arguments):
         if os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGSTOP)
         return original(*arguments)
 
-    original, train.check_resumable = run.check_resumable, check_resumable  # type: ignore[attr-defined]
+    original, train.check_resumable = identity.check_resumable, check_resumable  # type: ignore[attr-defined]
