@@ -106,14 +106,15 @@ def test_a_state_resumes_under_every_strategy_on_any_number_of_ranks(uninterrupt
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_in_one_tensor_as_cuda_graphs_need_them_train_the_same(ranks, tmp_path):
     """On one or two ranks bit for bit; the order of a sum over three depends on where in a message a number is."""
-    settings = ("batch.lanes=5", "batch.per_lane=4", "train.precision=bf16", *DENSENET, *OPTIMIZERS["sgd"])
+    exact = ranks < 3
+    precision = "train.precision=bf16" if exact else "train.precision=fp32"  # in bf16 the last bit is 0.4 %
+    settings = ("batch.lanes=5", "batch.per_lane=4", precision, *DENSENET, *OPTIMIZERS["sgd"])
     plain, flat = run_tasks(
         [task(tmp_path, name, *settings, f"train.graphs={name}", last=4, poison=2) for name in ("off", "on")],
         ranks,
         tmp_path,
     )
     assert flat.applied == plain.applied == [True, True, False, True]
-    exact = ranks < 3
     np.testing.assert_allclose(flat.losses, plain.losses, rtol=0 if exact else 1e-5)
     assert_equal_states(flat.state, plain.state, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-5)
 
