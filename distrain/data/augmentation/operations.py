@@ -77,10 +77,6 @@ def equalize(images: torch.Tensor) -> torch.Tensor:
     return F.equalize(images)
 
 
-def invert(images: torch.Tensor) -> torch.Tensor:
-    return F.invert(images)
-
-
 def identity(images: torch.Tensor) -> torch.Tensor:
     return images
 
