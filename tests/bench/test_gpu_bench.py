@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from support.processes import README, readme_command
 
 from distrain import config
@@ -198,12 +197,9 @@ def test_results_are_appended(monkeypatch, tmp_path):
         (("--stages", "versions,profle"), "--stages profle is not known: did you mean profile?"),
         (("--out", "/nowhere/results"), "--out /nowhere/results: cannot be written: No such file or directory"),
         (("train.compil=true",), "unknown key train.compil: did you mean train.compile?"),
-        pytest.param(
-            ("--device", "cuda"), "--device cuda: PyTorch finds no GPU on this machine: leave it out, or name cpu",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
+        (("--device", "cuda"), "--device cuda: PyTorch finds no GPU on this machine: leave it out, or name cpu"),
     ],
-)  # fmt: skip
+)
 def test_invalid_arguments_are_rejected_before_anything_is_measured(monkeypatch, tmp_path, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "run_stage", None)
@@ -265,7 +261,6 @@ def test_a_stage_is_not_measured_where_what_it_needs_is_absent(monkeypatch, tmp_
     assert record["not_measured"] == ["tests: not measured: pytest, webdataset not installed"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="their outcome on a GPU is not known")
 def test_tests_that_need_a_gpu_are_found_and_reported(tmp_path):
     record = Record(tmp_path / "record.json")
     machine.run_tests(Setup(REHEARSAL, [], tmp_path, record))

@@ -84,8 +84,6 @@ def test_the_faster_memory_format_is_chosen(group, tmp_path, slow, fast):
 
 
 def test_sync_batch_norm_is_refused_on_cpus(network, group, tmp_path):
-    if group.device.type == "cuda":
-        pytest.skip("GPUs support it")
     with pytest.raises(UserError, match="works on GPUs only"):
         prepare(settings(tmp_path, "parallel.batch_norm=sync"), network, group, print)
 
