@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TOOLS = {
     "models": ("distrain.models.cli", "list the networks, their cost and published accuracy"),
+    "configs": ("distrain.recipe.cli", "list the configurations of published results, compare and check them"),
+    "find-lr": ("distrain.recipe.find_lr", "find the range of learning rates in which the loss falls"),
     "bench": ("distrain.bench.cli", "measure loaders and training steps against peers and limits"),
     "launch": ("launch.cli", "start a run on one machine, many machines or a Slurm cluster"),
     "evaluate": ("distrain.evaluation.cli", "evaluate a classifier: accuracy, calibration, classes, confusions"),
@@ -108,6 +110,11 @@ def _train(argv: Sequence[str]) -> int:
         print(config.to_yaml(loaded), end="")
         return 0
 
+    if loaded.train.dry_run:
+        from distrain.dry_run import dry_run
+
+        return dry_run(loaded)
+
     from distrain.train import train
 
     keep_writing()
@@ -118,11 +125,12 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def check_network(config: "Config") -> None:
-    """Raises UserError for an unknown network, images that are too small for it, or parts to freeze that it does not
+    """Raises UserError for an unknown network, images that are too small for it, or names of parts that it does not
     have. Allocates no weights."""
     import torch
 
     from distrain import models
+    from distrain.models.freezing import parameters_named
 
     with torch.device("meta"):
         network = models.build(config.model.name, config.model.num_classes, **config.model.options)
@@ -132,3 +140,4 @@ def check_network(config: "Config") -> None:
     except UserError as error:
         raise UserError(f"data.image_size or data.size_schedule: {error}") from error
     models.freeze(network, config.train.freeze)
+    parameters_named(network, config.optimizer.no_decay, "optimizer.no_decay")

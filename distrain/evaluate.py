@@ -103,7 +103,10 @@ def evaluate(
             # There may be fewer batches in the last round than ranks, but a partitioned network needs all of them.
             batch = next(batches, empty)
             images = normalize(batch.images, config.data.mean, config.data.std)
-            results.add(number, network(images).float(), batch.labels)
+            logits = network(images).float()
+            if config.evaluate.flip:
+                logits = (logits + network(images.flip(-1)).float()) / 2
+            results.add(number, logits, batch.labels)
     finally:
         network.train()
         batches.close()

@@ -46,7 +46,7 @@ class Learner:
         lanes = group.lanes(config.batch.lanes)
         self.micro_batches = [(lane, split) for lane in lanes for split in range(self.splits)]
         """This rank's micro-batches of a step, in order: (lane, index of the split within the lane's batch)."""
-        self._ema = EMA(network, config.ema.decay) if config.ema.decay else None
+        self._ema = EMA(network, config.ema) if config.ema.enabled else None
 
         total = config.batch.lanes * self.splits
         self.statistics = LaneStatistics(network, group, total, metrics=("loss", "top1"))
@@ -71,10 +71,12 @@ class Learner:
             return compute(self, batch)
         return self._graphed(partial(compute, self), batch)
 
-    def update_ema(self, step: int) -> None:
-        """Update the EMA, if there is one and it is due, with the weights after `step` updates."""
-        if self._ema is not None and step % self.config.ema.every_steps == 0:
-            self._ema.update(self.strategy.weights())
+    def update_ema(self, step: int, start: int = 0) -> None:
+        """Update the average of weights, if there is one and it is due, with those after `step` updates. `start`: the
+        number of updates in ema.start_epoch epochs."""
+        every = self.config.ema.every_steps
+        if self._ema is not None and step % every == 0:
+            self._ema.update(self.strategy.weights(), max(0, step // every - start // every))
 
     def state(self) -> State:
         """The state by name: Strategy.state and the EMA."""

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     FORWARD = 4
     PIXELS = 5
     SPACE = 6
+    MIX = 7
 
 
 def hash64(*keys: ArrayLike) -> NDArray[np.uint64]:

@@ -26,15 +26,20 @@ from distrain.failpoints import failpoint
 from distrain.identity import format_versions, record_identity, run_manifest
 from distrain.initial import InitialWeights
 from distrain.learner import Learner, build_network
-from distrain.outcomes import LateReader
+from distrain.outcomes import LateReader, Outcome
 from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import State, Update
+from distrain.recipe.early_stopping import EarlyStopping
 from distrain.recipe.losses import loss_name, loss_weights, make_loss
+from distrain.recipe.sanity import SanityCheck, guessing_loss
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.track import Tracker
+
+_SINCE_REPORT = "since_report"  # in a checkpoint's manifest
+_MEANS = ("train/loss", "train/top1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class Run(Session):
     flags: AsyncFlags
     outcomes: LateReader
     divergence: DivergenceDetector
+    early_stopping: EarlyStopping
+    sanity: SanityCheck
     progress: "Progress"
 
     def steps(self) -> Iterator[int]:
@@ -87,13 +94,17 @@ class Run(Session):
 
     def save(self, step: int) -> None:
         """Save the state after `step` updates in the background."""
-        self.checkpoints.save(step, self.learner.state(), self.manifest)
+        self.checkpoints.save(step, self.learner.state(), self._extra)
         self.tracker.log(step, {"checkpoint/stall_seconds": self.checkpoints.stall})
 
-    def validate_if_due(self, step: int) -> None:
-        """Validate if evaluate.every_epochs have passed, or train.stop_epoch."""
-        if step in self.validation_steps or step == step_to_stop(self.config, self.plan):
-            self.validate(step)
+    def validate_if_due(self, step: int) -> bool:
+        """Validate if evaluate.every_epochs have passed, or train.stop_epoch. Returns whether the run ends early."""
+        if step not in self.validation_steps and step != step_to_stop(self.config, self.plan):
+            return False
+        is_over = self.early_stopping.observe(step, self.validate(step))
+        if is_over:
+            self.tracker.info(f"ends early: no new best in {self.config.evaluate.patience} validations")
+        return is_over
 
     def validate(self, step: int) -> Quality:
         """Measure and report the quality after `step` updates, and save the checkpoint if it is the best so far.
@@ -105,8 +116,9 @@ class Run(Session):
         network = self.learner.eval_model
         quality = evaluate(network, self.val_index, self.val_loader, self.config, self.group, before_batch)
         self.tracker.log(step, quality.metrics())
+        self.sanity.check_validation(quality)
         if self.checkpoints.is_best(quality.score):
-            self.checkpoints.save(step, self.learner.state(), self.manifest, best=quality.score)
+            self.checkpoints.save(step, self.learner.state(), self._extra, best=quality.score)
         self.progress.restart_clock(step)
         return quality
 
@@ -129,7 +141,7 @@ class Run(Session):
 
     def _save_and_stop(self, step: int, reason: str) -> None:
         self.settle()
-        self.checkpoints.save(step, self.learner.state(), self.manifest)
+        self.checkpoints.save(step, self.learner.state(), self._extra)
         self.checkpoints.wait_or_raise()
         raise Stopped(reason)
 
@@ -156,15 +168,23 @@ class Run(Session):
         outcome = self.outcomes.read()
         if outcome is None:
             return
-        self.progress.skipped_updates += not outcome.applied
-        if self._is_report_due(outcome.step) and self.group.is_main:  # no other rank looks at the list of bad samples
-            values = outcome.metrics
+        self.progress.count(outcome)
+        if self._is_report_due(outcome.step):
+            self._report(outcome)
+        self.divergence.check(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        values = outcome.metrics | self.progress.take_means()
+        self.sanity.check_report(outcome.step, values)
+        if self.group.is_main:  # no other rank looks at the list of bad samples
             if self.progress.skipped_updates:
                 values["train/skipped_updates"] = self.progress.skipped_updates
             if bad := sum(quarantine.count() for quarantine in self.quarantines):
                 values["data/quarantined"] = bad
             self.tracker.log(outcome.step, values)
-        self.divergence.check(outcome)
+
+    def _extra(self) -> dict[str, Any]:
+        return self.manifest | {_SINCE_REPORT: dict(self.progress.since_report)}
 
     def _is_report_due(self, step: int) -> bool:
         return step % self.config.track.every_steps == 0 or step == self.plan.steps
@@ -179,10 +199,25 @@ class Progress:
     """What changes from step to step besides the learner."""
 
     skipped_updates: int = 0
+    since_report: dict[str, list[float]] = field(default_factory=dict)
+    """The metrics that are reported as means: the sum over the steps since the last report, and their number."""
     overdue: bool = False
     """Whether checkpoint.every_minutes asks for a checkpoint; equal on all ranks."""
     _step: int = 0
     _time: float = field(default_factory=time.monotonic)
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a step."""
+        self.skipped_updates += not outcome.applied
+        for name in _MEANS:
+            total, steps = self.since_report.get(name, (0.0, 0))
+            self.since_report[name] = [total + outcome.metrics[name], steps + 1]
+
+    def take_means(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: total / steps for name, (total, steps) in self.since_report.items()}
+        self.since_report = {}
+        return means
 
     def restart_clock(self, step: int) -> None:
         """Exclude what happened since the last measurement from the throughput."""
@@ -219,11 +254,11 @@ def open_run(session: Session) -> Iterator[Run]:
         )
         manifest = run_manifest(config, session.train_index, session.val_index, session.initial)
         attempt.heartbeat("restore", 0)
-        start, saved = restore(session, checkpoints, manifest)
+        start, saved, since_report = restore(session, checkpoints, manifest)
         learner = make_learner(session, saved)
         group.on_main(partial(begin_records, session, manifest))
         if saved is None and session.initial is not None:  # so that a restart does not need the source again
-            checkpoints.save(0, learner.state(), manifest)
+            checkpoints.save(0, learner.state(), lambda: manifest)
             checkpoints.wait_or_raise()
         del saved  # as large as the learner's own state
         attempt.restored(start)
@@ -233,13 +268,14 @@ def open_run(session: Session) -> Iterator[Run]:
         batches = stack.enter_context(closing(split_batches(train_loader.stream(requests), learner.splits)))
         flags = AsyncFlags(group)
         stack.callback(flags.wait)
-        progress = Progress()
+        progress = Progress(since_report=since_report)
+        validated = session.plan.steps_every(config.evaluate.every_epochs)
         progress.restart_clock(start)
         yield Run(
             **vars(session),
             start=start,
             skipped_steps=skipped_steps,
-            validation_steps=session.plan.steps_every(config.evaluate.every_epochs),
+            validation_steps=validated,
             manifest=manifest,
             learner=learner,
             checkpoints=checkpoints,
@@ -249,23 +285,35 @@ def open_run(session: Session) -> Iterator[Run]:
             flags=flags,
             outcomes=LateReader(group.device),
             divergence=DivergenceDetector(config.resilience),
+            sanity=make_sanity_check(session),
+            early_stopping=EarlyStopping(config.evaluate, config.run.folder, validated, group),
             progress=progress,
         )
 
 
-def restore(session: Session, checkpoints: Checkpointer, manifest: dict[str, Any]) -> tuple[int, State | None]:
-    """Load the newest checkpoint, if there is one. Returns the number of updates done and the state after them.
+def restore(
+    session: Session, checkpoints: Checkpointer, manifest: dict[str, Any]
+) -> tuple[int, State | None, dict[str, list[float]]]:
+    """Load the newest checkpoint, if there is one. Returns the number of updates done, the state after them, and
+    Progress.since_report.
 
     Raises UserError if the checkpoint belongs to another run.
     """
     snapshot, config, info = checkpoints.restore(), session.config, session.tracker.info
     if snapshot is None:
-        return 0, None
+        return 0, None, {}
     check_identity(snapshot.extra, manifest, changeable_settings(config), config.run.change)
     info(f"resuming at step {snapshot.step} of {session.plan.steps}")
     if snapshot.extra["versions"] != manifest["versions"]:
         info(f"saved by {format_versions(snapshot.extra)}, resumed by {format_versions(manifest)}")
-    return snapshot.step, snapshot.tensors
+    return snapshot.step, snapshot.tensors, snapshot.extra.get(_SINCE_REPORT, {})
+
+
+def make_sanity_check(session: Session) -> SanityCheck:
+    """What warns if the run is broken."""
+    index, plan = session.train_index, session.plan
+    loss = guessing_loss(loss_name(session.config.loss, index), len(index.classes))
+    return SanityCheck(len(index.classes), plan.step_at(1.0), loss, session.tracker.info)
 
 
 def step_to_stop(config: Config, plan: Plan) -> int:

@@ -17,6 +17,7 @@ from distrain.learner import Learner
 from distrain.lifetime import stop_agent
 from distrain.parallel.group import Group
 from distrain.parallel.strategy import Update
+from distrain.recipe.mixing import mix_batch
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.rollback import record_rollback
@@ -82,21 +83,23 @@ def train_steps(run: Run) -> tuple[Quality, str]:
 
     Raises Stopped, with everything saved, once any rank was asked to stop; Diverged if training has to roll back.
     """
-    config, plan, learner = run.config, run.plan, run.learner
+    learner, done = run.learner, run.plan.steps
     for step in run.steps():
         run.save_if_due(step)
-        run.validate_if_due(step)
+        if run.validate_if_due(step):
+            done = step
+            break
         run.poll_stop_and_save(step)
         run.stop_if_due(step)
         failpoint("train.step", step)
 
-        lr = learning_rate(config.optimizer.lr, config.schedule, plan.epoch_at(step), config.train.epochs)
+        lr = learning_rate(run.config, run.plan.epoch_at(step))
         means, update = train_step(learner, step, run.batches, lr)
-        learner.update_ema(step + 1)
+        learner.update_ema(step + 1, run.plan.step_at(run.config.ema.start_epoch))
         run.record_step(step + 1, lr, means, update)
     run.settle()
-    run.save(plan.steps)
-    quality = run.validate(plan.steps)
+    run.save(done)
+    quality = run.validate(done)
     run.checkpoints.wait_or_raise()
     return quality, weights_digest(learner.state())
 
@@ -106,11 +109,11 @@ def train_step(
 ) -> tuple[dict[str, torch.Tensor], Update]:
     """One update from one batch of every lane. Returns the means of `loss` and `top1` over all lanes, each float [],
     and the outcome of the update."""
-    strategy, statistics = learner.strategy, learner.statistics
+    config, strategy, statistics = learner.config, learner.strategy, learner.statistics
     statistics.begin_step()
     for number, (lane, split) in enumerate(learner.micro_batches):
-        batch = next(batches)
-        torch.manual_seed(torch_seed(learner.config.run.seed, Stream.FORWARD, step, lane, split))
+        batch = mix_batch(next(batches), config, step, lane, split)
+        torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, split))
         with strategy.micro_batch(number):
             loss, top1 = learner.execute(compute_micro_batch, batch)
         statistics.end_lane(loss=loss, top1=top1)
@@ -120,7 +123,8 @@ def train_step(
 
 def compute_micro_batch(learner: Learner, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Accumulate the gradients of a micro-batch. Returns its mean loss and the fraction of top-1 hits, each float [].
-    Of multi-label data, a hit is an image whose likeliest class is one of its labels."""
+    Of multi-label data, a hit is an image whose likeliest class is one of its labels; of mixed images, a class counts
+    by its fraction."""
     images = normalize(batch.images, learner.config.data.mean, learner.config.data.std)
     logits = learner.strategy.forward(images)
     loss = learner.criterion(logits, batch.labels)

@@ -268,3 +268,32 @@ def test_only_settings_that_may_change_are_named_in_run_change():
     assert list(allowed.run.change) == ["optimizer.lr", "train.epochs"]
     with pytest.raises(UserError, match=r"run\.change: batch\.lanes cannot change during a run"):
         config.load(None, [*REQUIRED, "run.change=[batch.lanes]"])
+
+
+def test_options_of_a_network_and_sizes_of_images_do_not_apply_to_others(tmp_path):
+    path = tmp_path / "base.yaml"
+    path.write_text(
+        "run: {name: a}\ndata: {train: t.parquet, val: v.parquet, image_size: 32, val_resize: 32, "
+        "size_schedule: [[0, 16]]}\n"
+        "model: {name: densenet, options: {growth_rate: 40}}\n"
+    )
+    other = tmp_path / "other.yaml"
+    other.write_text("extends: base.yaml\nmodel: {name: regnet, options: {depth: 4}}\n")
+
+    def found(path, *words):
+        loaded = config.load(path, words)
+        return loaded.model.options, loaded.data.size_schedule
+
+    options, sizes = {"growth_rate": 40}, [[0, 16]]
+    assert found(path) == found(path, "model.name=densenet", "data.image_size=32") == (options, sizes)
+    assert found(path, "model.options={stem: cifar}") == (options | {"stem": "cifar"}, sizes)
+    assert found(path, "model.name=regnety_400mf") == ({}, sizes)
+    assert found(path, "model.options={depth: 3}", "model.name=regnet") == ({"depth": 3}, sizes)
+    assert found(path, "data.image_size=24") == (options, [])
+    assert found(path, "data.size_schedule=[[0,8]]", "data.image_size=24") == (options, [[0, 8]])
+    assert found(other) == ({"depth": 4}, sizes)
+    nameless = tmp_path / "nameless.yaml"
+    nameless.write_text("model: {options: {dropout: 0.2}}\n")
+    (tmp_path / "named.yaml").write_text(path.read_text().replace("run:", "extends: nameless.yaml\nrun:"))
+    assert found(tmp_path / "named.yaml") == (options | {"dropout": 0.2}, sizes)
+    assert found(other, "model.name=densenet121") == ({}, sizes)

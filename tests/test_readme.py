@@ -12,6 +12,7 @@ from support.images import encoded
 from support.processes import README, SMALL, environment, readme_command
 
 from distrain.__main__ import main
+from distrain.config import flatten, load, to_dict
 from distrain.config.renamed import RENAMED_KEYS
 from distrain.errors import EXIT_DONE
 
@@ -115,9 +116,45 @@ def test_the_benchmark_of_steps_runs():
 def test_the_options_of_the_table_exist(monkeypatch):
     table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("Settings of older")]
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
+    assert len(overrides) == 13
+    words = [word for override in overrides for word in shlex.split(override)]
+    assert is_accepted(monkeypatch, *words, "train.epochs=9", "data.val_resize=256")
+
+
+def test_the_settings_of_recipes_exist(monkeypatch):
+    table = TEXT[TEXT.index("## Recipes") : TEXT.index("Before a long run:")]
+    overrides = re.findall(r"`([a-z_]+\.[a-z_]+=[^`]*)`", table)
     assert len(overrides) == 7
-    words = [word for override in overrides for word in override.split()]
-    assert is_accepted(monkeypatch, *words, "train.epochs=9")
+    averages = ["ema.equal=true", "ema.warmup=true"]  # not both
+    assert is_accepted(monkeypatch, *(word for word in overrides if word != averages[0]), "ema.decay=0.9")
+    assert is_accepted(monkeypatch, averages[0])
+    known = flatten(to_dict(load(ROOT / "configs" / "quickstart.yaml")))
+    named = re.findall(r"`((?:schedule|optimizer|augment|ema|evaluate)\.[a-z_]+)", table)
+    assert len(named) > 10
+    assert set(named) <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("train.dry_run=true", "time      0:00:"), ("run.name=overfit", "done: top-1"), ("find-lr", "wrote lr.png")],
+)
+def test_what_is_tried_before_a_long_run(command, expected, on_dataset, tmp_path, monkeypatch):
+    (line,) = re.findall(rf"^    (python -m distrain .*{command}.*)$", TEXT, re.MULTILINE)
+    words = [f"{ROOT}/configs/quickstart.yaml" if "/" in word else word for word in shlex.split(line)]
+    small = [f"run.dir={tmp_path}", *on_dataset, *SMALL, "schedule.warmup_epochs=0", "batch.per_lane=4"]
+    few = ["--steps", "10"] if command == "find-lr" else []
+    done = subprocess.run(
+        [sys.executable, *words[1:], *few, *small], cwd=tmp_path, capture_output=True, text=True, env=environment()
+    )
+    assert expected in done.stdout, done.stdout + done.stderr
+
+
+def test_configurations_are_listed_compared_and_checked():
+    assert "regnety_16gf" in run([*readme_command("python -m distrain configs list"), "configs/pycls"])
+    assert "train.epochs" in run(readme_command("python -m distrain configs diff"))
+    assert "1 of 1 configurations can be trained" in run(
+        [*readme_command("python -m distrain configs check"), "configs/quickstart.yaml"]
+    )
 
 
 def test_the_table_of_renamed_settings_is_complete():

@@ -17,22 +17,24 @@ REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.n
 # They would change what is learned in a way that no user means, or could not be continued from the saved state.
 FIXED = """
 run: seed
-data: shuffle window_shards balanced repeats image_size size_schedule interpolation val_resize mean std
-augment: crop crop_scale crop_ratio crop_pad flip auto_augment color_jitter lighting erase
+data: shuffle window_shards limit balanced repeats image_size size_schedule interpolation val_resize mean std
+augment: crop crop_scale crop_ratio crop_pad flip auto_augment operations magnitude color_jitter lighting erase
+augment: mixup cutmix mix_prob
 model: name num_classes options
 batch: lanes per_lane
-train: precision freeze
+train: precision freeze overfit_batches
 parallel: batch_norm
-optimizer: name nesterov betas eps trust decay_norms head_lr_factor layer_decay
+optimizer: name nesterov betas eps trust decay_norms no_decay head_lr_factor layer_decay
 loss: name
-ema: decay every_steps
+ema: decay equal start_epoch every_steps warmup
 resilience: bad_steps spike rollbacks
 """
 # They change what is learned, and only if run.change names them.
 CHANGEABLE = """
 train: epochs
-optimizer: lr momentum weight_decay clip_norm
-schedule: name warmup_epochs warmup_factor final_factor
+optimizer: lr lr_batch momentum weight_decay clip_norm clip_value clip_agc
+schedule: name per warmup_epochs warmup_factor warmup final_factor
+schedule: power gamma step_epochs milestones cycle_epochs cycle_factor
 loss: label_smoothing
 """
 # They change where and how it is computed and reported.
@@ -40,9 +42,9 @@ FREE = """
 run: name dir change
 data: train val loader max_bad threads prefetch
 download: cache cache_gb parallel retries retry_wait timeout
-train: tf32 memory_format recompute activation_gb compile graphs max_minutes stop_epoch deterministic
+train: tf32 memory_format recompute activation_gb compile graphs dry_run max_minutes stop_epoch deterministic
 parallel: strategy offload bucket_mb
-evaluate: every_epochs batch
+evaluate: every_epochs batch patience metric flip
 checkpoint: every_steps every_minutes keep keep_every_steps keep_best
 resilience: patience attempts faults
 track: uri experiment models register parent params every_steps

@@ -8,7 +8,7 @@ def test_values_never_change():
     assert hash64(0).tolist() == 0xE220A8397B1DCDAF  # SplitMix64 seeded with 0 starts with this number
     assert hash64(1, 2, [3, 4]).tolist() == [15020427595393229491, 14056738641343212577]
     assert torch_seed(0, 4, 10, 1) == 6641851200246271882
-    streams = {"INIT": 0, "ORDER": 1, "CROP": 2, "FLIP": 3, "FORWARD": 4, "PIXELS": 5, "SPACE": 6}
+    streams = {"INIT": 0, "ORDER": 1, "CROP": 2, "FLIP": 3, "FORWARD": 4, "PIXELS": 5, "SPACE": 6, "MIX": 7}
     assert {stream.name: stream.value for stream in Stream} == streams
 
 

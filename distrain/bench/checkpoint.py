@@ -77,7 +77,7 @@ def measure(settings: Config, folder: Path, rounds: int, group: Group) -> tuple[
     seconds: dict[str, list[float]] = {name: [] for name in ROWS}
 
     def save(number: int) -> None:
-        checkpoints.save(number, learner.state(), {})
+        checkpoints.save(number, learner.state(), dict)
 
     with closing(Checkpointer(folder, group, settings.checkpoint)) as checkpoints:
         for number in range(rounds + 1):

@@ -77,7 +77,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._staged: dict[str, torch.Tensor] = {}
         self._copied: torch.cuda.Event | None = None  # recorded once the state is in host memory
-        self._waiting: Callable[[], None] | None = None  # the write of the state that was copied last
+        self._waiting: Callable[[], Future[None]] | None = None  # begins to write the state that was copied last
         self._writing: Future[None] | None = None
         self._is_committed = False  # whether the last save is committed
         self._last = 0  # step of the last save, or at which the run started
@@ -98,11 +98,16 @@ class Checkpointer:
         return minutes > 0 and time.monotonic() - self._time > 60 * minutes
 
     def save(
-        self, step: int, tensors: dict[str, torch.Tensor], extra: dict[str, Any], best: float | None = None
+        self,
+        step: int,
+        tensors: dict[str, torch.Tensor],
+        extra: Callable[[], dict[str, Any]],
+        best: float | None = None,
     ) -> None:
         """Copy the state to host memory, without waiting for the device; `start_write` or `wait` begins to write it.
         A step that is saved already is skipped. What is submitted to the device later may change the state.
 
+        `extra`: called when the write begins, for what else to record.
         `best`: validation accuracy or mAP in [0, 1] to record, once it is committed, as that of the best checkpoint.
         """
         if step == self._last and self.wait():
@@ -120,14 +125,14 @@ class Checkpointer:
             self._copied = torch.cuda.Event()
             self._copied.record()
         self._is_committed, self._last, self._time = False, step, time.monotonic()
-        self._waiting = partial(self._write, Snapshot(step, dict(self._staged), extra), best)
+        self._waiting = lambda: self._thread.submit(self._write, Snapshot(step, dict(self._staged), extra()), best)
         self.stall = time.monotonic() - began
 
     def start_write(self) -> None:
         """Begin to write the last save in the background, if that has not begun. What is reported of the steps before
         it must have been recorded."""
         if self._waiting is not None:
-            self._writing, self._waiting = self._thread.submit(self._waiting), None
+            self._writing, self._waiting = self._waiting(), None
 
     def wait(self) -> bool:
         """Wait until the last save is committed or has failed; return whether it is, the same on every rank."""

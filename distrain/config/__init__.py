@@ -13,22 +13,19 @@ from distrain.config.files import (
     to_dict,
     to_yaml,
 )
+from distrain.config.recipe import AugmentConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from distrain.config.renamed import STATE_FORMAT
 from distrain.config.schema import (
-    AugmentConfig,
     BatchConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     DownloadConfig,
-    EmaConfig,
-    LossConfig,
+    EvaluateConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     ResilienceConfig,
     RunConfig,
-    ScheduleConfig,
     TrainConfig,
 )
 from distrain.config.tracking import NO_MLFLOW
@@ -43,6 +40,7 @@ __all__ = [
     "DataConfig",
     "DownloadConfig",
     "EmaConfig",
+    "EvaluateConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

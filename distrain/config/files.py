@@ -18,20 +18,28 @@ from distrain.errors import UserError, nearest
 from distrain.files import resolve
 from distrain.masking import mask_secrets, remember_secrets
 
+_DEPENDENT: dict[str, tuple[str, Any]] = {
+    "model.name": ("model.options", {}),
+    "data.image_size": ("data.size_schedule", []),
+}
 _INTERPOLATION = "write ${oc.env:NAME} for an environment variable, and \\${ for the characters themselves"
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and what it extends, apply `key=value` overrides, check everything.
 
-    Values are read by the type of their setting: text is taken as typed. Raises UserError naming the file or override
-    and the key, with the nearest valid key or the cure.
+    Values are read by the type of their setting: text is taken as typed. What a file says of model.options belongs to
+    its model.name, and of data.size_schedule to its data.image_size: where another one is set, it does not apply.
+    Raises UserError naming the file or override and the key, with the nearest valid key or the cure.
     """
     merged = OmegaConf.structured(Config)
     for source, layer in [*read_layers(Path(path), Config, "batch: {lanes: 4}")] if path else []:
+        _drop_dependent(merged, flatten(layer))
         merged = _merge(merged, layer, source)
-    for override in overrides:
-        merged = _merge(merged, _read_override(override), override)
+    given = [(override, _read_override(override)) for override in overrides]
+    _drop_dependent(merged, {key: value for _, layer in given for key, value in flatten(layer).items()})
+    for override, layer in given:
+        merged = _merge(merged, layer, override)
     try:
         if missing := sorted(OmegaConf.missing_keys(merged)):
             where = f"{path}: " if path else ""
@@ -214,6 +222,14 @@ def _read_utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path}: line {line}: not UTF-8 text: save it as UTF-8") from error
+
+
+def _drop_dependent(config: DictConfig, values: dict[str, Any]) -> None:
+    """Reset those settings that belong to others of which `values`, by dotted key, differ."""
+    for key, (dependent, default) in _DEPENDENT.items():
+        before = OmegaConf.select(config, key)
+        if before is not None and values.get(key, before) != before:
+            OmegaConf.update(config, dependent, default, merge=False)
 
 
 def _merge(config: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:

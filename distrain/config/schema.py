@@ -8,6 +8,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from distrain.config.options import Section, option
+from distrain.config.recipe import AugmentConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from distrain.config.tracking import TrackConfig
 from distrain.errors import UserError
 
@@ -55,11 +56,15 @@ class DataConfig(Section):
         "auto", "global: any order; window: shard by shard; auto: global if the shards are local"
     )
     window_shards: int = option(10, "shuffle=window: shards whose samples are mixed", min=1)
+    limit: int = option(
+        0, "use only this many images for training and as many for validation, spread evenly; 0: all", min=0
+    )
     balanced: bool = option(False, "draw every class equally often instead of every sample once per epoch")
     repeats: int = option(1, "times a sample occurs in a batch, each augmented differently", min=1)
     image_size: int = option(224, "side of the square network input, pixels", min=1)
     size_schedule: list[list[float]] = option(
-        [], "progressive resizing: rows [first epoch, side] for training, such as [[0, 128], [60, 224]]; []: image_size"
+        [],
+        "sides of training images, if others than image_size: rows [first epoch, side], such as [[0, 128], [60, 224]]",
     )
     interpolation: Literal["bilinear", "bicubic"] = option("bilinear", "for resizing; always antialiased")
     val_resize: int = option(256, "validation: short side before the center crop of image_size, pixels")
@@ -93,35 +98,11 @@ class DataConfig(Section):
         starts, sizes = zip(*rows, strict=True)
         if starts[0] != 0 or not all(later > earlier for earlier, later in pairwise(starts)):
             raise UserError(f"data.size_schedule={rows} must start at epoch 0, and epochs must increase")
-        if sizes[-1] != self.image_size:
+        if sizes[-1] > self.image_size:
             raise UserError(
                 f"data.size_schedule ends at {sizes[-1]:g} pixels, but data.image_size={self.image_size}: "
-                "the last size must be image_size"
+                "the last size must not exceed image_size"
             )
-
-
-@dataclass
-class AugmentConfig(Section):
-    crop: Literal["resized", "pad", "none"] = option(
-        "resized", "training crop: resized (RandomResizedCrop), pad (random shift), none (center)"
-    )
-    crop_scale: list[float] = option([0.08, 1.0], "crop=resized: range of the crop's fraction of the area", length=2)
-    crop_ratio: list[float] = option([0.75, 4 / 3], "crop=resized: range of width / height", length=2)
-    crop_pad: int = option(4, "crop=pad: max shift along each axis, pixels of the source image", min=0)
-    flip: float = option(0.5, "probability of a horizontal flip", min=0, max=1)
-    auto_augment: Literal["none", "ta_wide"] = option("none", "ta_wide: TrivialAugment (wide)")
-    color_jitter: list[float] = option(
-        [0.0, 0.0, 0.0], "max change of brightness, contrast, saturation", length=3, min=0, max=1
-    )
-    lighting: float = option(0.0, "std of the shift along the principal components of color; pycls: 0.1", min=0)
-    erase: float = option(0.0, "probability of filling a random box with the mean color", min=0, max=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("crop_scale", "crop_ratio"):
-            bounds = getattr(self, key)
-            if not 0 < bounds[0] <= bounds[1]:
-                raise UserError(f"augment.{key}={bounds} must be two positive numbers in ascending order")
 
 
 @dataclass
@@ -191,6 +172,15 @@ class TrainConfig(Section):
     graphs: Literal["auto", "on", "off"] = option(
         "auto", "capture micro-batches as CUDA graphs; auto: on GPUs of one node", on_resume="free"
     )
+    dry_run: bool = option(
+        False, "print what the run will do and need, take two steps, keep nothing, and exit", on_resume="free"
+    )
+    overfit_batches: int = option(
+        0,
+        "train on this many batches again and again, without augmentation, and validate on them: whether a network and "
+        "its settings can learn at all; 0 disables it",
+        min=0,
+    )
     max_minutes: float = option(
         0.0, "save and stop after this many minutes of this start; 0 disables", min=0, on_resume="free"
     )
@@ -234,68 +224,21 @@ class ParallelConfig(Section):
 
 
 @dataclass
-class OptimizerConfig(Section):
-    name: Literal["sgd", "adamw", "lars", "lamb"] = option("sgd", "optimizer")
-    lr: float = option(0.1, "peak learning rate at this global batch", min=0, on_resume="changeable")
-    momentum: float = option(0.9, "sgd, lars: momentum", min=0, on_resume="changeable")
-    nesterov: bool = option(True, "sgd, lars: Nesterov momentum")
-    betas: list[float] = option(
-        [0.9, 0.999], "adamw, lamb: decay rates of the moment estimates", length=2, min=0, below=1
-    )
-    eps: float = option(1e-8, "adamw, lamb: added to the denominator", min=0)
-    trust: float = option(0.001, "lars: trust coefficient, step length / weight norm at lr=1", min=0)
-    weight_decay: float = option(
-        5e-5, "sgd, lars: L2 penalty in the gradient; adamw, lamb: decoupled", min=0, on_resume="changeable"
-    )
-    decay_norms: bool = option(True, "apply weight decay to normalization weights and all biases too")
-    clip_norm: float = option(0.0, "max gradient norm; 0 disables clipping", min=0, on_resume="changeable")
-    head_lr_factor: float = option(1.0, "learning rate of the classifier, as a multiple of optimizer.lr", above=0)
-    layer_decay: float = option(
-        1.0, "ratio of the learning rates of a layer and the one after it, for fine-tuning", above=0, max=1
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.name in ("sgd", "lars") and self.nesterov and self.momentum <= 0:
-            raise UserError("optimizer.nesterov=true needs optimizer.momentum above 0")
-
-
-@dataclass
-class ScheduleConfig(Section):
-    name: Literal["cosine", "constant"] = option("cosine", "shape after warm-up", on_resume="changeable")
-    warmup_epochs: float = option(5.0, "length of the linear warm-up", min=0, on_resume="changeable")
-    warmup_factor: float = option(
-        0.1, "learning rate at the first step, as a fraction of optimizer.lr", on_resume="changeable"
-    )
-    final_factor: float = option(
-        0.0, "learning rate at the end of cosine, as a fraction of optimizer.lr", on_resume="changeable"
-    )
-
-
-@dataclass
-class LossConfig(Section):
-    name: Literal["auto", "cross_entropy", "bce"] = option("auto", "auto: bce for multi-label data, else cross_entropy")
-    label_smoothing: float = option(
-        0.0, "fraction of the target spread over all classes", min=0, below=1, on_resume="changeable"
-    )
-    class_weights: str = option(
-        "",
-        "balanced: rare classes weigh more; or a JSON file {CLASS: WEIGHT}; empty: all equal",
-        location=True,
-        on_resume="free",
-    )
-
-
-@dataclass
-class EmaConfig(Section):
-    decay: float = option(0.0, "decay of the exponential moving average of weights; 0 disables it", min=0, below=1)
-    every_steps: int = option(32, "steps between EMA updates", min=1)
-
-
-@dataclass
 class EvaluateConfig(Section):
     every_epochs: float = option(
         1.0, "epochs between validations; the end is always validated", above=0, on_resume="free"
+    )
+    patience: int = option(
+        0,
+        "end the run after this many validations in a row without a new best; 0: only at its end",
+        min=0,
+        on_resume="free",
+    )
+    metric: Literal["score", "loss", "top5"] = option(
+        "score", "what evaluate.patience watches; score: top-1 accuracy, or mAP of multi-label data", on_resume="free"
+    )
+    flip: bool = option(
+        False, "validate by the mean of the logits of each image and its mirror image", on_resume="free"
     )
     batch: int = option(
         256, "images per forward pass; the same batches on any number of ranks", min=1, on_resume="free"
@@ -364,6 +307,8 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
+        if self.train.overfit_batches:
+            self.augment = AugmentConfig(crop="none", flip=0.0)
         if self.schedule.warmup_epochs > self.train.epochs:
             raise UserError(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than "
@@ -373,6 +318,12 @@ class Config:
             raise UserError(
                 f"optimizer.name={self.optimizer.name} needs whole layers, which "
                 f"parallel.strategy={self.parallel.strategy} partitions: use ddp or zero0, or optimizer.name=adamw"
+            )
+        if self.parallel.partitions and (self.optimizer.clip_value or self.optimizer.clip_agc):
+            key = "clip_value" if self.optimizer.clip_value else "clip_agc"
+            raise UserError(
+                f"optimizer.{key} needs whole gradients, which parallel.strategy={self.parallel.strategy} partitions: "
+                "use ddp or zero0, or optimizer.clip_norm"
             )
         if self.parallel.batch_norm == "sync" and self.train.recompute != "none":
             raise UserError(

@@ -1,7 +1,7 @@
 """The index of a data set: where each sample is stored. Built once, kept as one Parquet file next to the shards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import NamedTuple
@@ -77,6 +77,11 @@ class Index:
         rows, columns = np.nonzero(labels >= 0)
         targets[rows, labels[rows, columns]] = 1
         return targets
+
+    def limited(self, count: int) -> "Index":
+        """Return this many of the samples, spread evenly over all; all if there are fewer."""
+        kept = np.arange(min(count, len(self))) * len(self) // min(count, len(self))
+        return replace(self, **{name: getattr(self, name)[kept] for name in COLUMNS})
 
     @cached_property
     def remote(self) -> bool:

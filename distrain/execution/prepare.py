@@ -100,7 +100,7 @@ def reserved_bytes(config: Config, network: nn.Module, group: Group) -> int:
         copies = 0
     elif config.parallel.strategy not in ("ddp", "zero0"):
         copies /= group.world
-    copies += bool(config.ema.decay)
+    copies += config.ema.enabled
     weights = sum(parameter.nbytes for parameter in network.parameters())
     return max(0, int((copies - 1) * weights)) + _BUFFER_BYTES
 

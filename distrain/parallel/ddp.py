@@ -46,7 +46,7 @@ class DDP:
         self._group = group
         # DDP averages over ranks, a step averages over lanes; the ratio also holds if ranks differ in lanes.
         self._loss_weight = (1 if flat else group.world) / micro_batches
-        self._clip_norm = config.optimizer.clip_norm
+        self._config = config.optimizer
         self._optimizer = build_optimizer(self._module, config.optimizer)
         self._scale = LossScale(config.train.precision, group.device)
         self.gradients = FlatGradients(list(self._parameters.values())) if flat else None
@@ -89,10 +89,9 @@ class DDP:
         (loss * (self._loss_weight * self._scale.value)).backward()
 
     def update(self, lr: float) -> Update:
-        parameters = list(self._parameters.values())
         if self.gradients is not None:
             self.gradients.sum(self._group)
-        update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
+        update = Update(*update_clipped(self._optimizer, self._parameters, lr, self._scale.value, self._config))
         if self.gradients is None:
             self._optimizer.zero_grad()
         else:

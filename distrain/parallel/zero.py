@@ -37,7 +37,7 @@ class Zero:
         self._buffers = dict(module.named_buffers())
         self._micro_batches = micro_batches // group.world
         self._stage = int(config.parallel.strategy.removeprefix("zero"))
-        self._clip_norm = config.optimizer.clip_norm
+        self._config = config.optimizer
         # In host memory for stages 1 to 3: there DeepSpeed takes it as a number, and tells whether it took the step.
         self._scale = LossScale(config.train.precision, torch.device("cpu") if self._stage else group.device)
         # Before DeepSpeed partitions the weights: those set later through its API did not reach the next forward pass.
@@ -73,7 +73,7 @@ class Zero:
         return {
             "train_micro_batch_size_per_gpu": config.batch.per_lane,
             "gradient_accumulation_steps": self._micro_batches,
-            "gradient_clipping": self._clip_norm,  # DeepSpeed's default is 1.0
+            "gradient_clipping": config.optimizer.clip_norm,  # DeepSpeed's default is 1.0
             "zero_allow_untested_optimizer": True,  # SGD is one
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": zero,
@@ -104,8 +104,7 @@ class Zero:
             update = self._result()
             self._scale.update(torch.tensor(self._engine.was_step_applied()))
         else:
-            parameters = list(self._parameters.values())
-            update = Update(*update_clipped(self._optimizer, parameters, lr, self._scale.value, self._clip_norm))
+            update = Update(*update_clipped(self._optimizer, self._parameters, lr, self._scale.value, self._config))
             self._engine.zero_grad()
             self._scale.update(update.applied)
         return update

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,12 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from distrain.config import OptimizerConfig
 from distrain.models.complexity import count_complexity
+from distrain.models.freezing import parameters_named
 from distrain.recipe.layerwise import LAMB, LARS
 
 _LAYER = re.compile(r"(?:stages|blocks)\.\d+\.\d+|transitions\.\d+|[^.]+")
+_MIN_WEIGHT_NORM = 1e-3  # for adaptive clipping: weights of zero could not move
+_MIN_GRADIENT_NORM = 1e-6
 _RESOLUTION = 1024  # at which every network has an output
 
 _STATE_NAMES: dict[type[Optimizer], tuple[str, ...]] = {
@@ -44,19 +47,23 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 def group_parameters(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Group the parameters that are not frozen by learning rate and weight decay: matrices (convolutions, classifier)
-    have it, vectors (norms, biases) may."""
+    have it, vectors (norms, biases) may, and what optimizer.no_decay names has none. Raises UserError as
+    `parameters_named`."""
     factors = lr_factors(module, config)
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+    exempt = parameters_named(module, config.no_decay, "optimizer.no_decay")
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim <= 1, factors[name]].append(parameter)
+            groups[parameter.ndim <= 1, name in exempt, factors[name]].append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": config.weight_decay if not is_vector or config.decay_norms else 0.0,
+            "weight_decay": config.weight_decay if not is_exempt and (config.decay_norms or not is_vector) else 0.0,
             "lr_factor": factor,
         }
-        for (is_vector, factor), parameters in sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1]))
+        for (is_vector, is_exempt, factor), parameters in sorted(
+            groups.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2])
+        )
     ]
 
 
@@ -111,19 +118,47 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def update_clipped(
-    optimizer: Optimizer, parameters: list[nn.Parameter], lr: float, scale: torch.Tensor, clip_norm: float
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    lr: float,
+    scale: torch.Tensor,
+    config: OptimizerConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unscale gradients by `scale`, clip their total norm to `clip_norm` (0 disables clipping) and take a step.
+    """Unscale the gradients of `parameters`, by name, by `scale`, clip them as configured and take a step.
 
     Returns the norm of the gradient before clipping, float [], and whether the step was taken, bool []: it is
     skipped if the gradient is not finite. The CPU does not wait for the device.
     """
     set_lr(optimizer, lr)
-    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]) / scale
-    finite = norm.isfinite()
-    excess = (norm / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(norm)
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    norm = get_total_norm(gradients) / scale
+    finite, divisor = norm.isfinite(), scale
+    if config.clip_norm:
+        divisor = scale * (norm / config.clip_norm).clamp(min=1.0)
+    elif config.clip_value or config.clip_agc:
+        torch._foreach_div_(gradients, scale)
+        divisor = torch.ones_like(norm)
+        if config.clip_value:
+            torch._foreach_clamp_min_(gradients, -config.clip_value)
+            torch._foreach_clamp_max_(gradients, config.clip_value)
+        else:
+            # Not those of the classifier, as in the paper.
+            clip_adaptively([one for name, one in parameters.items() if _layer_of(name) != "head"], config.clip_agc)
     # As GradScaler does: on the device, the optimizer divides by grad_scale and skips the step if found_inf is 1.
-    optimizer.grad_scale = scale * excess  # type: ignore[attr-defined]
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
     optimizer.step()
     return norm, finite
+
+
+@torch.no_grad()
+def clip_adaptively(parameters: Iterable[nn.Parameter], fraction: float) -> None:
+    """Scale the gradient of every output unit, or of a whole vector, down to at most `fraction` of the norm of its
+    weights (Brock et al. 2021, NFNets, equation 3)."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        axes = tuple(range(1, parameter.ndim)) or None
+        weights = torch.linalg.vector_norm(parameter, dim=axes, keepdim=True).clamp(min=_MIN_WEIGHT_NORM)
+        gradient = torch.linalg.vector_norm(parameter.grad, dim=axes, keepdim=True)
+        parameter.grad.mul_((fraction * weights / gradient.clamp(min=_MIN_GRADIENT_NORM)).clamp(max=1.0))

@@ -124,7 +124,7 @@ def test_a_best_accuracy_that_cannot_be_read_just_now_is_one_line(group, tmp_pat
 def test_what_fails_once_a_checkpoint_is_committed_does_not_make_it_uncommitted(group, tmp_path, caplog):
     (tmp_path / "best.json").mkdir()  # so that it can neither be replaced nor read
     with closing(Checkpointer(tmp_path, group, CheckpointConfig())) as checkpoints:
-        checkpoints.save(7, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}}, best=0.5)
+        checkpoints.save(7, {"model/weight": torch.zeros(2)}, lambda: {"identity": {}, "versions": {}}, best=0.5)
         assert checkpoints.wait()
     assert "the best checkpoint cannot be recorded: Is a directory" in caplog.text
     assert "older checkpoints are not removed" in caplog.text
@@ -226,7 +226,7 @@ def test_a_checkpoint_is_overdue_after_every_minutes_and_saved_once(group, tmp_p
         now += 2
         assert checkpoints.is_overdue()
         assert checkpoints.is_due(7, overdue=True)
-        checkpoints.save(7, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}})
+        checkpoints.save(7, {"model/weight": torch.zeros(2)}, lambda: {"identity": {}, "versions": {}})
         assert not checkpoints.is_overdue()
         assert [checkpoints.is_due(step, overdue=True) for step in (8, 9, 10)] == [False, False, True]
     with closing(Checkpointer(tmp_path, group, CheckpointConfig())) as checkpoints:
@@ -245,14 +245,14 @@ def test_a_save_does_not_wait_for_the_device_and_writes_once_it_is_told_to(group
     monkeypatch.setattr(torch.Tensor, "copy_", recorded_copy)
     with closing(Checkpointer(tmp_path, group, CheckpointConfig(keep=3))) as checkpoints:
         for step in (7, 8):
-            checkpoints.save(step, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}})
+            checkpoints.save(step, {"model/weight": torch.zeros(2)}, lambda: {"identity": {}, "versions": {}})
             assert blocking == [False]
             blocking.clear()
             time.sleep(0.1)
             assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000007"] * (step - 7)
             checkpoints.start_write()
             assert checkpoints.wait()
-        checkpoints.save(9, {"model/weight": torch.zeros(2)}, {"identity": {}, "versions": {}})
+        checkpoints.save(9, {"model/weight": torch.zeros(2)}, lambda: {"identity": {}, "versions": {}})
     assert [path.name[-1] for path in committed(tmp_path)] == ["7", "8", "9"]
 
 

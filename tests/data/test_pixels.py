@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomErasing, TrivialAugmentWide
+from torchvision.transforms import RandomErasing
 
 from distrain.config import AugmentConfig
 from distrain.data.augmentation import pixels
-from distrain.data.augmentation.pixels import augment_pixels, erase_box, shift_lighting, trivial_augment_wide
+from distrain.data.augmentation.pixels import augment_pixels, erase_box, shift_lighting
 
 MEAN = [0.485, 0.456, 0.406]
 IMAGE = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -17,27 +17,6 @@ def test_augmentation_is_a_function_of_seed_sample_epoch_and_repeat():
     first, *others = (augment_pixels(IMAGE, augment, MEAN, *key) for key in keys)
     assert torch.equal(first, augment_pixels(IMAGE, augment, MEAN, *keys[0]))
     assert not any(torch.equal(first, other) for other in others)
-
-
-@pytest.mark.parametrize("number", range(14))
-@pytest.mark.parametrize("sign", [0.0, 0.9])
-def test_every_operation_of_trivial_augment_equals_that_of_torchvision(number, sign):
-    """Same operation, same bin of magnitude, same sign: the same pixels, up to rounding."""
-    peer = TrivialAugmentWide()
-    space = peer._augmentation_space(31)
-    name = list(space)[number]
-    magnitudes, signed = space[name]
-    direction = -1.0 if signed and sign >= 0.5 else 1.0
-    for bin, magnitude in enumerate(magnitudes.expand(31).tolist()):
-        expected = pixels_of_peer(peer, name, direction * magnitude)
-        found = trivial_augment_wide(IMAGE, (number + 0.5) / 14, (bin + 0.5) / 31, sign)
-        assert (found.int() - expected.int()).abs().max() <= 1, (name, bin)
-
-
-def pixels_of_peer(peer, name, magnitude):
-    from torchvision.transforms.autoaugment import _apply_op
-
-    return _apply_op(IMAGE, name, magnitude, interpolation=peer.interpolation, fill=peer.fill)
 
 
 @pytest.mark.parametrize("which", ["brightness", "contrast", "saturation"])

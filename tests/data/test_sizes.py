@@ -35,8 +35,8 @@ REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.n
         ("[[1,128],[30,224]]", "must start at epoch 0, and epochs must increase"),
         ("[[0,128],[30,160],[30,224]]", "must start at epoch 0, and epochs must increase"),
         (
-            "[[0,128],[30,160]]",
-            "data.size_schedule ends at 160 pixels, but data.image_size=224: the last size must be image_size",
+            "[[0,128],[30,256]]",
+            "data.size_schedule ends at 256 pixels, but data.image_size=224: the last size must not exceed image_size",
         ),
     ],
 )

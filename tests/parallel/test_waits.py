@@ -9,6 +9,7 @@ VARIANTS = {
     **{strategy: (f"parallel.strategy={strategy}",) for strategy in STRATEGIES},
     "lars-fp16": ("optimizer.name=lars", "train.precision=fp16", "ema.decay=0.9", "optimizer.clip_norm=1"),
     "lamb": ("optimizer.name=lamb", "train.recompute=selective", "optimizer.clip_norm=1"),
+    "recipe": ("augment.mixup=0.2", "augment.cutmix=1", "optimizer.clip_agc=0.01", "ema.decay=0.9", "ema.warmup=true"),
     "zero2-fp16": ("parallel.strategy=zero2", "train.precision=fp16", "ema.decay=0.9"),
 }
 

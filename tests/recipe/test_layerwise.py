@@ -97,7 +97,8 @@ def test_gradients_are_unscaled_and_clipped_and_the_step_is_skipped_if_they_are_
     length = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
     set_lr(optimizers[1], 0.1)
     optimizers[1].step()
-    norm, finite = update_clipped(optimizers[0], list(scaled.parameters()), 0.1, torch.tensor(64.0), 0.5)
+    parameters, clipping = dict(scaled.named_parameters()), OptimizerConfig(clip_norm=0.5)
+    norm, finite = update_clipped(optimizers[0], parameters, 0.1, torch.tensor(64.0), clipping)
     assert finite
     torch.testing.assert_close(norm, length)
     for found, expected in zip(scaled.parameters(), plain.parameters(), strict=True):
@@ -106,7 +107,7 @@ def test_gradients_are_unscaled_and_clipped_and_the_step_is_skipped_if_they_are_
     before = [parameter.detach().clone() for parameter in scaled.parameters()]
     state = copy.deepcopy([*optimizers[0].state.values()])
     next(scaled.parameters()).grad[0, 0] = torch.inf
-    _, finite = update_clipped(optimizers[0], list(scaled.parameters()), 0.1, torch.tensor(64.0), 0.5)
+    _, finite = update_clipped(optimizers[0], parameters, 0.1, torch.tensor(64.0), clipping)
     assert not finite
     assert all(torch.equal(old, new) for old, new in zip(before, scaled.parameters(), strict=True))
     for old, new in zip(state, optimizers[0].state.values(), strict=True):

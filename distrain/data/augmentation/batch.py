@@ -5,6 +5,7 @@ device, and an operation is launched once for all images that it changes.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from distrain.config import AugmentConfig
 from distrain.data.augmentation import operations
-from distrain.data.augmentation.pixels import BINS, erased_box, lighting_shift, mean_color, shift_pixels
+from distrain.data.augmentation.pixels import DRAWS, erased_box, lighting_shift, mean_color
+from distrain.data.augmentation.policies import Change, Plan, find_policy
 from distrain.rng import Stream, uniform
 
 
@@ -32,8 +34,48 @@ def augment_batch(
     images: torch.Tensor, augment: AugmentConfig, mean: list[float], seed: int, samples: NDArray[np.int64]
 ) -> torch.Tensor:
     """Augment images, uint8 [n, 3, h, w], as configured. `samples`: [n, 3], each image's (id, epoch, repeat index)."""
-    draws = uniform(seed, Stream.PIXELS, *samples.T[:, :, None], np.arange(24))
-    return apply_steps(images, list(_plan(images.shape[2], images.shape[3], augment, mean, draws)))
+    height, width = images.shape[2:]
+    columns = iter(uniform(seed, Stream.PIXELS, *samples.T[:, :, None], np.arange(DRAWS)).T)
+    steps: list[Step] = []
+    if policy := find_policy(augment):
+        plans = [policy.plan(draws, height, width) for draws in _take(columns, policy.draws).tolist()]
+        if any(plan.weights for plan in plans):
+            images = _mix_chains(images, plans)
+        else:
+            steps += plan_changes([plan.chains[0] for plan in plans], height, width)
+    return apply_steps(images, [*steps, *_plan(height, width, augment, mean, columns, len(samples))])
+
+
+def _take(columns: Iterator[NDArray[np.float64]], count: int) -> NDArray[np.float64]:
+    """The next `count` columns, [n, count]."""
+    return np.stack([*islice(columns, count)], axis=1)
+
+
+def _mix_chains(images: torch.Tensor, plans: Sequence[Plan]) -> torch.Tensor:
+    """Mix images with what each chain of their plans makes of them."""
+    height, width = images.shape[2:]
+    weights = Step(operations.identity, range(len(plans)), np.array([plan.weights for plan in plans]))
+    _, original, *others = (value.view(-1, 1, 1, 1) for value in next(_send([weights], images.device)))
+    mixed = images * original
+    for number, weight in enumerate(others):
+        steps = plan_changes([plan.chains[number] for plan in plans], height, width)
+        mixed = mixed + apply_steps(images, list(steps)) * weight
+    return mixed.to(torch.uint8)
+
+
+def plan_changes(chains: Sequence[Sequence[Change]], height: int, width: int) -> Iterator[Step]:
+    """Yield steps that apply to each image its chain of changes: one for all images of which the same operation is the
+    next."""
+    for depth in range(max(map(len, chains), default=0)):
+        rows: dict[operations.Operation, list[int]] = defaultdict(list)
+        values: dict[operations.Operation, list[tuple[float, ...]]] = defaultdict(list)
+        for row, chain in enumerate(chains):
+            if depth < len(chain) and chain[depth].name != "identity":
+                operation, arguments = _OPERATIONS[chain[depth].name]
+                rows[operation].append(row)
+                values[operation].append(arguments(chain[depth].value, height, width))
+        for operation, changed in rows.items():
+            yield Step(operation, changed, np.array(values[operation]))
 
 
 def apply_steps(images: torch.Tensor, steps: Sequence[Step]) -> torch.Tensor:
@@ -60,47 +102,27 @@ def _send(steps: Sequence[Step], device: torch.device) -> Iterator[torch.Tensor]
 
 
 def _plan(
-    height: int, width: int, augment: AugmentConfig, mean: list[float], draws: NDArray[np.float64]
+    height: int,
+    width: int,
+    augment: AugmentConfig,
+    mean: list[float],
+    columns: Iterator[NDArray[np.float64]],
+    count: int,
 ) -> Iterator[Step]:
-    """Yield what is configured, by each image's uniform draws in [0, 1), [n, 24]."""
-    columns = iter(draws.T)
-
-    def take(count: int) -> NDArray[np.float64]:
-        return np.stack([*islice(columns, count)], axis=1)
-
-    if augment.auto_augment == "ta_wide":
-        yield from plan_trivial_augment(height, width, take(3))
+    """Yield what is configured beside a policy for `count` images, by uniform draws in [0, 1), `columns` of [count]."""
     for strength, operation in zip(augment.color_jitter, _JITTERS, strict=True):
         if strength:
-            factor = 1 + strength * (2 * take(1) - 1)
-            yield Step(operation, np.arange(len(draws)), np.hstack([factor, 1 - factor]))
+            factor = 1 + strength * (2 * _take(columns, 1) - 1)
+            yield Step(operation, np.arange(count), np.hstack([factor, 1 - factor]))
     if augment.lighting:
         # One product per image: in a product of matrices, rounding would depend on the size of the batch.
-        shifts = [lighting_shift(augment.lighting, values) for values in take(6)]
-        yield Step(operations.shift_colors, np.arange(len(draws)), np.array(shifts))
+        shifts = [lighting_shift(augment.lighting, values) for values in _take(columns, 6)]
+        yield Step(operations.shift_colors, np.arange(count), np.array(shifts))
     if augment.erase:
-        (rows,) = np.nonzero(take(1)[:, 0] < augment.erase)
-        boxes = [erased_box(height, width, *values) for values in take(4)[rows].tolist()]
+        (rows,) = np.nonzero(_take(columns, 1)[:, 0] < augment.erase)
+        boxes = [erased_box(height, width, *values) for values in _take(columns, 4)[rows].tolist()]
         color = mean_color(mean).flatten().tolist()
         yield Step(partial(operations.fill_boxes, boxes), rows, np.array([color] * len(rows)))
-
-
-def plan_trivial_augment(height: int, width: int, draws: NDArray[np.float64]) -> Iterator[Step]:
-    """Yield one operation per image (Mueller and Hutter 2021, table 7, "wide"). `draws`: [n, 3] uniform draws in
-    [0, 1), which select the operation, its magnitude and its sign."""
-    chosen, bins = (draws[:, :2] * [len(_TRIVIAL), BINS]).astype(int).T
-    signs = np.where(draws[:, 2] < 0.5, 1.0, -1.0)
-    values = [
-        _TRIVIAL[number][1](bin / (BINS - 1), sign, height, width)
-        for number, bin, sign in zip(chosen.tolist(), bins.tolist(), signs.tolist(), strict=True)
-    ]
-    for operation in dict.fromkeys(operation for operation, _ in _TRIVIAL[1:]):  # the first changes nothing
-        rows = [row for row, number in enumerate(chosen) if _TRIVIAL[number][0] is operation]
-        yield Step(operation, rows, np.array([values[row] for row in rows]))
-
-
-def _factor(factor: float) -> tuple[float, float]:
-    return factor, 1 - factor
 
 
 def _rotation(degrees: float) -> tuple[float, ...]:
@@ -108,26 +130,22 @@ def _rotation(degrees: float) -> tuple[float, ...]:
     return cos, -sin, 0, sin, cos, 0
 
 
-def _kept_bits(bits: int) -> int:
-    return 256 - (1 << (8 - bits))
-
-
-_Arguments = Callable[[float, float, int, int], tuple[float, ...]]
-_TRIVIAL: tuple[tuple[operations.Operation, _Arguments], ...] = (
-    (operations.identity, lambda m, s, h, w: ()),
+_Arguments = Callable[[float, int, int], tuple[float, ...]]
+_OPERATIONS: dict[str, tuple[operations.Operation, _Arguments]] = {
     # Shear is about the corner.
-    (operations.transform, lambda m, s, h, w: (1, 0.99 * m * s, 0.99 * m * s * h / 2, 0, 1, 0)),
-    (operations.transform, lambda m, s, h, w: (1, 0, 0, 0.99 * m * s, 1, 0.99 * m * s * w / 2)),
-    (operations.transform, lambda m, s, h, w: (1, 0, -shift_pixels(m, s), 0, 1, 0)),
-    (operations.transform, lambda m, s, h, w: (1, 0, 0, 0, 1, -shift_pixels(m, s))),
-    (operations.transform, lambda m, s, h, w: _rotation(135 * m * s)),
-    (operations.adjust_brightness, lambda m, s, h, w: _factor(1 + 0.99 * m * s)),
-    (operations.adjust_saturation, lambda m, s, h, w: _factor(1 + 0.99 * m * s)),
-    (operations.adjust_contrast, lambda m, s, h, w: _factor(1 + 0.99 * m * s)),
-    (operations.adjust_sharpness, lambda m, s, h, w: _factor(1 + 0.99 * m * s)),
-    (operations.posterize, lambda m, s, h, w: (_kept_bits(8 - round(6 * m)),)),
-    (operations.solarize, lambda m, s, h, w: (255 * (1 - m),)),
-    (operations.autocontrast, lambda m, s, h, w: ()),
-    (operations.equalize, lambda m, s, h, w: ()),
-)
+    "shear_x": (operations.transform, lambda tangent, h, w: (1, tangent, tangent * h / 2, 0, 1, 0)),
+    "shear_y": (operations.transform, lambda tangent, h, w: (1, 0, 0, tangent, 1, tangent * w / 2)),
+    "translate_x": (operations.transform, lambda pixels, h, w: (1, 0, -pixels, 0, 1, 0)),
+    "translate_y": (operations.transform, lambda pixels, h, w: (1, 0, 0, 0, 1, -pixels)),
+    "rotate": (operations.transform, lambda degrees, h, w: _rotation(degrees)),
+    "brightness": (operations.adjust_brightness, lambda factor, h, w: (factor, 1 - factor)),
+    "saturation": (operations.adjust_saturation, lambda factor, h, w: (factor, 1 - factor)),
+    "contrast": (operations.adjust_contrast, lambda factor, h, w: (factor, 1 - factor)),
+    "sharpness": (operations.adjust_sharpness, lambda factor, h, w: (factor, 1 - factor)),
+    "posterize": (operations.posterize, lambda bits, h, w: (256 - (1 << (8 - int(bits))),)),
+    "solarize": (operations.solarize, lambda threshold, h, w: (threshold,)),
+    "autocontrast": (operations.autocontrast, lambda value, h, w: ()),
+    "equalize": (operations.equalize, lambda value, h, w: ()),
+    "invert": (operations.invert, lambda value, h, w: ()),
+}
 _JITTERS = (operations.adjust_brightness, operations.adjust_contrast, operations.adjust_saturation)

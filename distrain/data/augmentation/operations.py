@@ -77,6 +77,10 @@ def equalize(images: torch.Tensor) -> torch.Tensor:
     return F.equalize(images)
 
 
+def invert(images: torch.Tensor) -> torch.Tensor:
+    return F.invert(images)
+
+
 def identity(images: torch.Tensor) -> torch.Tensor:
     return images
 

@@ -3,6 +3,7 @@ one image, uint8 [3, h, w], which is fast on a CPU; see batch.py for a GPU."""
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 import torch
@@ -11,10 +12,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from distrain.config import AugmentConfig
+from distrain.data.augmentation.policies import Change, Plan, find_policy
 from distrain.rng import Stream, uniform
 
-BINS = 31  # magnitudes of TrivialAugment
-SHIFTS = torch.linspace(0.0, 32.0, BINS).int().tolist()  # torchvision truncates: the middle one is 15, not 16
+DRAWS = 64  # of an image, more than all of it takes
 _NEAREST = InterpolationMode.NEAREST
 
 # Principal components of color over ImageNet (Krizhevsky et al. 2012, section 4.1), RGB in [0, 1]: stds and axes.
@@ -31,9 +32,9 @@ def augment_pixels(
     image: torch.Tensor, augment: AugmentConfig, mean: list[float], seed: int, sample: tuple[int, int, int]
 ) -> torch.Tensor:
     """Augment one image as configured; `sample` is (id, epoch, repeat index)."""
-    draws = iter(uniform(seed, Stream.PIXELS, *sample, np.arange(24)).tolist())
-    if augment.auto_augment == "ta_wide":
-        image = trivial_augment_wide(image, next(draws), next(draws), next(draws))
+    draws = iter(uniform(seed, Stream.PIXELS, *sample, np.arange(DRAWS)).tolist())
+    if policy := find_policy(augment):
+        image = apply_plan(image, policy.plan([next(draws) for _ in range(policy.draws)], *image.shape[1:]))
     for strength, adjust in zip(augment.color_jitter, _JITTERS, strict=True):
         if strength:
             image = adjust(image, 1 + strength * (2 * next(draws) - 1))
@@ -51,40 +52,45 @@ _JITTERS: tuple[Callable[[torch.Tensor, float], torch.Tensor], ...] = (
 )
 
 
-def trivial_augment_wide(image: torch.Tensor, which: float, magnitude: float, sign: float) -> torch.Tensor:
-    """Apply one operation (Mueller and Hutter 2021, table 7, "wide"). Uniform draws in [0, 1) select the operation, its
-    magnitude and its sign."""
-    operation = _TRIVIAL[int(which * len(_TRIVIAL))]
-    return operation(image, int(magnitude * BINS) / (BINS - 1), 1.0 if sign < 0.5 else -1.0)
+def apply_plan(image: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Apply the changes of a policy to one image."""
+    changed = [reduce(apply_change, chain, image) for chain in plan.chains]
+    if not plan.weights:
+        return changed[0]
+    mixed = image * plan.weights[0]
+    for one, weight in zip(changed, plan.weights[1:], strict=True):
+        mixed = mixed + one * weight
+    return mixed.to(torch.uint8)
 
 
-def _affine(image: torch.Tensor, dx: int = 0, dy: int = 0, sx: float = 0.0, sy: float = 0.0) -> torch.Tensor:
+def apply_change(image: torch.Tensor, change: Change) -> torch.Tensor:
+    """Apply one operation to one image."""
+    return _OPERATIONS[change.name](image, change.value)
+
+
+def _affine(image: torch.Tensor, dx: float = 0, dy: float = 0, sx: float = 0.0, sy: float = 0.0) -> torch.Tensor:
     shear = [math.degrees(math.atan(sx)), math.degrees(math.atan(sy))]
     corner = [0.0, 0.0] if sx or sy else None  # shear is about the corner
-    return F.affine(image, 0.0, [dx, dy], 1.0, shear, interpolation=_NEAREST, center=corner)
+    return F.affine(image, 0.0, [int(dx), int(dy)], 1.0, shear, interpolation=_NEAREST, center=corner)
 
 
-def shift_pixels(magnitude: float, sign: float) -> int:
-    """Return by how many pixels TrivialAugment translates."""
-    return int(sign) * SHIFTS[round(magnitude * (BINS - 1))]
-
-
-_TRIVIAL: tuple[Callable[[torch.Tensor, float, float], torch.Tensor], ...] = (
-    lambda image, m, s: image,
-    lambda image, m, s: _affine(image, sx=0.99 * m * s),
-    lambda image, m, s: _affine(image, sy=0.99 * m * s),
-    lambda image, m, s: _affine(image, dx=shift_pixels(m, s)),
-    lambda image, m, s: _affine(image, dy=shift_pixels(m, s)),
-    lambda image, m, s: F.rotate(image, 135 * m * s, interpolation=_NEAREST),
-    lambda image, m, s: F.adjust_brightness(image, 1 + 0.99 * m * s),
-    lambda image, m, s: F.adjust_saturation(image, 1 + 0.99 * m * s),
-    lambda image, m, s: F.adjust_contrast(image, 1 + 0.99 * m * s),
-    lambda image, m, s: F.adjust_sharpness(image[None], 1 + 0.99 * m * s)[0],  # in a batch: five times as fast
-    lambda image, m, s: F.posterize(image, 8 - round(6 * m)),
-    lambda image, m, s: F.solarize(image, 255 * (1 - m)),
-    lambda image, m, s: F.autocontrast(image),
-    lambda image, m, s: F.equalize(image),
-)
+_OPERATIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "identity": lambda image, value: image,
+    "shear_x": lambda image, tangent: _affine(image, sx=tangent),
+    "shear_y": lambda image, tangent: _affine(image, sy=tangent),
+    "translate_x": lambda image, pixels: _affine(image, dx=pixels),
+    "translate_y": lambda image, pixels: _affine(image, dy=pixels),
+    "rotate": lambda image, degrees: F.rotate(image, degrees, interpolation=_NEAREST),
+    "brightness": F.adjust_brightness,
+    "saturation": F.adjust_saturation,
+    "contrast": F.adjust_contrast,
+    "sharpness": lambda image, factor: F.adjust_sharpness(image[None], factor)[0],  # in a batch: five times as fast
+    "posterize": lambda image, bits: F.posterize(image, int(bits)),
+    "solarize": F.solarize,
+    "autocontrast": lambda image, value: F.autocontrast(image),
+    "equalize": lambda image, value: F.equalize(image),
+    "invert": lambda image, value: F.invert(image),
+}
 
 
 def shift_lighting(image: torch.Tensor, std: float, draws: np.ndarray) -> torch.Tensor:

@@ -27,7 +27,7 @@ class Request(NamedTuple):
 
 class Batch(NamedTuple):
     """images: uint8 [n, 3, size, size] in channels_last memory; labels: int64 [n], or uint8 [n, classes] as in
-    `Index.targets`. Both on the device."""
+    `Index.targets`. Both on the device. Mixed ones are float32: see recipe/mixing.py."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -44,9 +44,9 @@ class Loader(Protocol):
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """Normalize uint8 images [n, 3, h, w] per channel to float32, by `mean` and `std` of values in [0, 1]."""
+    """Normalize images in [0, 255], [n, 3, h, w], per channel to float32, by `mean` and `std` of values in [0, 1]."""
     shift, scale = _shift_and_scale(tuple(mean), tuple(std), images.device)
-    return images.float().sub_(shift).mul_(scale)
+    return images.float().sub(shift).mul_(scale)
 
 
 @cache

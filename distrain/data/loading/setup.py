@@ -18,8 +18,10 @@ from distrain.errors import UserError
 
 
 def load_indexes(config: Config) -> tuple[Index, Index]:
-    """Load the training and validation index. Raises UserError unless both have the classes of the model, and labels as
-    the configured loss needs them."""
+    """Load the training and validation index, or what data.limit or train.overfit_batches leave of them.
+
+    Raises UserError unless both have the classes of the model, and labels as the configured loss needs them.
+    """
     train_index, val_index = (load_index(path, config.download) for path in (config.data.train, config.data.val))
     if train_index.classes != val_index.classes:
         raise UserError(
@@ -32,6 +34,11 @@ def load_indexes(config: Config) -> tuple[Index, Index]:
             f"set model.num_classes={classes}"
         )
     _check_labels(config, train_index, val_index)
+    if config.train.overfit_batches:
+        same = train_index.limited(config.train.overfit_batches * config.batch.size)
+        return same, same
+    if config.data.limit:
+        return train_index.limited(config.data.limit), val_index.limited(config.data.limit)
     return train_index, val_index
 
 

@@ -1,0 +1,60 @@
+"""The configurations that come with distrain: where each is from, what it promises, and what training it costs."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distrain import config, models
+from distrain.config import Config
+from distrain.errors import UserError
+from distrain.models.complexity import count_complexity, total
+
+_HEADER = re.compile(r"# Source: (?P<source>.+)\n# Expected: (?P<expected>.+)\n# Status: (?P<status>.+)\n")
+_IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # for training, by the folder of the index
+_BACKWARD = 2  # times the multiply-adds of the forward pass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A configuration file whose first three lines are its source, its expected result and its status."""
+
+    path: Path
+    source: str
+    expected: str
+    status: str
+    """Where and when it was trained with which result, or that it was not."""
+    config: Config
+
+
+def read_catalog(folder: Path) -> Iterator[Entry]:
+    """Yield the entries in `folder` and its subfolders, by path. Files without the three lines, such as those that
+    others extend, are left out. Raises UserError for a folder without any, and for a file that cannot be loaded."""
+    found = False
+    for path in sorted(folder.rglob("*.yaml")):
+        if header := _HEADER.match(path.read_text(encoding="utf-8")):
+            found = True
+            yield Entry(path, **header.groupdict(), config=config.load(path))
+    if not found:
+        raise UserError(f"{folder}: no configuration that begins with the lines # Source:, # Expected: and # Status:")
+
+
+def training_images(settings: Config) -> int | None:
+    """The images of an epoch, if the training data is known by its folder."""
+    return _IMAGES.get(Path(settings.data.train).parent.name)
+
+
+def training_cost(settings: Config) -> int | None:
+    """The multiply-adds of a whole training: of forward and backward passes over all epochs; None for other data."""
+    images = training_images(settings)
+    if images is None:
+        return None
+    rows = settings.data.size_schedule or [[0.0, float(settings.data.image_size)]]
+    ends = [*(start for start, _ in rows[1:]), settings.train.epochs]
+    epochs = [max(0.0, min(end, settings.train.epochs) - start) for (start, _), end in zip(rows, ends, strict=True)]
+    with torch.device("meta"):
+        network = models.build(settings.model.name, settings.model.num_classes, **settings.model.options)
+    flops = [total(count_complexity(network, int(side)).values()).flops for _, side in rows]
+    return round(sum(count * each for count, each in zip(epochs, flops, strict=True)) * images * (1 + _BACKWARD))
