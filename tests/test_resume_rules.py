@@ -17,7 +17,8 @@ REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.n
 # They would change what is learned in a way that no user means, or could not be continued from the saved state.
 FIXED = """
 run: seed
-data: shuffle window_shards limit balanced repeats image_size size_schedule interpolation val_resize mean std
+data: shuffle window_shards limit balanced repeats image_size size_schedule size_unit interpolation
+data: val_resize mean std
 augment: crop crop_scale crop_ratio crop_pad flip auto_augment operations magnitude color_jitter lighting erase
 augment: mixup cutmix mix_prob
 model: name num_classes options

@@ -66,6 +66,9 @@ class DataConfig(Section):
         [],
         "sides of training images, if others than image_size: rows [first epoch, side], such as [[0, 128], [60, 224]]",
     )
+    size_unit: Literal["epoch", "run"] = option(
+        "epoch", "how size_schedule counts: in epochs, or in fractions of the run, such as [[0, 128], [0.6, 224]]"
+    )
     interpolation: Literal["bilinear", "bicubic"] = option("bilinear", "for resizing; always antialiased")
     val_resize: int = option(256, "validation: short side before the center crop of image_size, pixels")
     mean: list[float] = option([0.485, 0.456, 0.406], "per channel, of images in [0, 1]", length=3)
@@ -98,6 +101,11 @@ class DataConfig(Section):
         starts, sizes = zip(*rows, strict=True)
         if starts[0] != 0 or not all(later > earlier for earlier, later in pairwise(starts)):
             raise UserError(f"data.size_schedule={rows} must start at epoch 0, and epochs must increase")
+        if self.size_unit == "run" and starts[-1] >= 1:
+            raise UserError(
+                f"data.size_schedule={rows} must begin its last size before 1, the end of the run: "
+                "write fractions, or set data.size_unit=epoch"
+            )
         if sizes[-1] > self.image_size:
             raise UserError(
                 f"data.size_schedule ends at {sizes[-1]:g} pixels, but data.image_size={self.image_size}: "

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,8 +53,9 @@ def training_cost(settings: Config) -> int | None:
     if images is None:
         return None
     rows = settings.data.size_schedule or [[0.0, float(settings.data.image_size)]]
-    ends = [*(start for start, _ in rows[1:]), settings.train.epochs]
-    epochs = [max(0.0, min(end, settings.train.epochs) - start) for (start, _), end in zip(rows, ends, strict=True)]
+    unit = settings.train.epochs if settings.data.size_unit == "run" else 1
+    bounds = [min(start * unit, settings.train.epochs) for start, _ in rows] + [settings.train.epochs]
+    epochs = [end - start for start, end in pairwise(bounds)]
     with torch.device("meta"):
         network = models.build(settings.model.name, settings.model.num_classes, **settings.model.options)
     flops = [total(count_complexity(network, int(side)).values()).flops for _, side in rows]

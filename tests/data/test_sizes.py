@@ -58,11 +58,23 @@ def test_a_printed_schedule_loads_unchanged(tmp_path):
 )
 def test_the_size_is_that_of_the_last_row_that_has_started(epoch, size):
     data = DataConfig(train="", val="", size_schedule=[[0, 128], [30, 160], [60, 224]])
-    assert size_at(data, epoch) == size
+    assert size_at(data, epoch, 100) == size
+
+
+@pytest.mark.parametrize("epochs", [1, 8, 0.5])
+def test_sizes_in_fractions_follow_the_length_of_the_run(epochs):
+    data = DataConfig(train="", val="", size_schedule=[[0, 128], [0.5, 160], [0.75, 224]], size_unit="run")
+    sizes = [size_at(data, epochs * fraction, epochs) for fraction in (0, 0.49, 0.5, 0.74, 0.75, 1.01)]
+    assert sizes == [128, 128, 160, 160, 224, 224]
+
+
+def test_a_size_that_begins_after_the_run_is_refused():
+    with pytest.raises(UserError, match=r"must begin its last size before 1.*data.size_unit=epoch"):
+        config.load(None, [*REQUIRED, "data.size_schedule=[[0,128],[60,224]]", "data.size_unit=run"])
 
 
 def test_without_a_schedule_all_images_have_the_same_size():
-    assert size_at(DataConfig(train="", val="", image_size=96, val_resize=96), 7.5) == 96
+    assert size_at(DataConfig(train="", val="", image_size=96, val_resize=96), 7.5, 10) == 96
 
 
 @pytest.fixture

@@ -45,9 +45,10 @@ def draw_crop_boxes(
     return _draw_resized(augment, seed, batch, widths, heights)._replace(flip=flip)
 
 
-def size_at(data: DataConfig, epoch: float) -> int:
-    """Return the side of training images after `epoch` epochs, pixels."""
-    started = [size for start, size in data.size_schedule if start <= epoch]
+def size_at(data: DataConfig, epoch: float, epochs: float) -> int:
+    """Return the side of training images after `epoch` epochs of a run of `epochs`, pixels."""
+    position = epoch / epochs if data.size_unit == "run" else epoch
+    started = [size for start, size in data.size_schedule if start <= position]
     return int(started[-1]) if started else data.image_size
 
 

@@ -37,7 +37,7 @@ def train_requests(
         return Request(samples, crops, size, replacement, augmented=True, ahead=ahead)
 
     for step in (step for step in range(start, plan.steps) if step not in skipped_steps):
-        size = size_at(config.data, plan.epoch_at(step))
+        size = size_at(config.data, plan.epoch_at(step), config.train.epochs)
         for lane in lanes:
             failpoint("data.request", step)
             yield request(lane, plan.layout.stream_positions(step), size)
