@@ -20,22 +20,26 @@ from distrain.initial import InitialWeights, open_initial_weights
 from distrain.masking import mask_secrets
 from distrain.parallel.consistency import require_same_start
 from distrain.parallel.group import Group
+from distrain.recipe.distillation import Teacher
 from distrain.recipe.losses import loss_name, loss_weights
 from distrain.resilience.claim import newest_attempt
 
 _FILE = "identity.json"
 _TYPES = {"format": int, "identity": dict, "versions": dict}
 _INIT_DIGEST = "model.init digest"
+_TEACHER_DIGEST = "distill.teacher digest"
 
 
-def check_resumable(config: Config, train_index: Index, val_index: Index, group: Group) -> InitialWeights | None:
+def check_resumable(
+    config: Config, train_index: Index, val_index: Index, teacher: Teacher | None, group: Group
+) -> InitialWeights | None:
     """Raises UserError, on every rank, if the ranks were started differently, the newest checkpoint has other settings,
     the best one is unreadable or the initial weights do not fit. Returns those.
 
     Called before anything is written, so that a refused start does not disturb the run that it would resume.
     """
-    settings = flatten(to_dict(config))
-    require_same_start(group, {key: value for key, value in settings.items() if not key.startswith("download.")})
+    settings = {key: value for key, value in flatten(to_dict(config)).items() if not key.startswith("download.")}
+    require_same_start(group, settings | {_TEACHER_DIGEST: digest_of(teacher)})
 
     opened: list[InitialWeights] = []
 
@@ -49,7 +53,7 @@ def check_resumable(config: Config, train_index: Index, val_index: Index, group:
                 require_no_lost_checkpoints(config.run.folder)
         initial = find_initial_weights(config, manifest, train_index)
         if saved:
-            current = run_manifest(config, train_index, val_index, initial)
+            current = run_manifest(config, train_index, val_index, initial, teacher)
             check_identity(saved, current, changeable_settings(config), config.run.change)
             check_length(config, make_plan(config, train_index), saved.get("step", 0))
         if initial is None:
@@ -64,7 +68,7 @@ def check_resumable(config: Config, train_index: Index, val_index: Index, group:
 
 
 def run_manifest(
-    config: Config, train_index: Index, val_index: Index, initial: InitialWeights | None
+    config: Config, train_index: Index, val_index: Index, initial: InitialWeights | None, teacher: Teacher | None
 ) -> dict[str, Any]:
     """What a checkpoint records about its run. A run resumes only with the same identity."""
     weights = loss_weights(config.loss, train_index)
@@ -73,7 +77,8 @@ def run_manifest(
         "data.val digest": val_index.digest,
         "data.shuffle": resolve_shuffle(config.data, train_index),
         "loss.name": loss_name(config.loss, train_index),
-        _INIT_DIGEST: "" if initial is None else initial.sha256,
+        _INIT_DIGEST: digest_of(initial),
+        _TEACHER_DIGEST: digest_of(teacher),
         "loss.class_weights digest": "" if weights is None else f"{zlib.crc32(weights.tobytes()):08x}",
     }
     return {
@@ -85,6 +90,11 @@ def run_manifest(
         "multi_label": train_index.multi_label,
         "versions": {"distrain": __version__, "torch": torch.__version__},
     }
+
+
+def digest_of(weights: InitialWeights | Teacher | None) -> str:
+    """The checksum of weights, empty if there are none."""
+    return "" if weights is None else weights.sha256
 
 
 def format_versions(manifest: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """A run in training: its components, and what the training loop calls between steps."""
 
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,17 +26,20 @@ from distrain.evaluate import Quality, evaluate
 from distrain.failpoints import failpoint
 from distrain.identity import format_versions, record_identity, run_manifest
 from distrain.initial import InitialWeights
-from distrain.learner import Learner, build_network
+from distrain.learner import Learner, build_network, open_learner
 from distrain.outcomes import LateReader, Outcome
 from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import State, Update
+from distrain.recipe.distillation import Teacher
 from distrain.recipe.early_stopping import EarlyStopping
-from distrain.recipe.losses import loss_name, loss_weights, make_loss
+from distrain.recipe.losses import loss_name
+from distrain.recipe.mixing import mix_batch
 from distrain.recipe.sanity import SanityCheck, guessing_loss
 from distrain.resilience.attempt import Attempt
 from distrain.resilience.divergence import DivergenceDetector
 from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
+from distrain.rng import Stream, torch_seed
 from distrain.track import Tracker
 
 _SINCE_REPORT = "since_report"  # in a checkpoint's manifest
@@ -56,6 +60,8 @@ class Session:
     attempt: Attempt
     initial: InitialWeights | None
     """The weights to start from, if model.init names any."""
+    teacher: Teacher | None
+    """Whom the network learns from, if distill.teacher names any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +80,8 @@ class Run(Session):
     checkpoints: Checkpointer
     batches: Generator[Batch, None, None]
     """Training micro-batches of this rank, from step `start` on."""
+    loader: str
+    """Which loader decodes the images."""
     val_loader: Loader
     quarantines: tuple[Quarantine, Quarantine]
     flags: AsyncFlags
@@ -87,6 +95,32 @@ class Run(Session):
         """Yield the remaining steps."""
         return (step for step in range(self.start, self.plan.steps) if step not in self.skipped_steps)
 
+    def recompute_statistics_if_due(self, step: int) -> None:
+        """Recompute the running statistics after `step` updates, if a validation follows, as
+        evaluate.precise_bn_steps asks for."""
+        last = range(max(0, step - self.config.evaluate.precise_bn_steps), step)
+        steps = [one for one in last if one not in self.skipped_steps]
+        if steps and self._is_validation_due(step):
+            self.learner.recompute_statistics(self._batches_again(steps, step))
+            self.progress.restart_clock(step)
+
+    def _batches_again(self, steps: Sequence[int], now: int) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of earlier steps as the network got them. `now`: the number of updates."""
+        config, learner, lanes = self.config, self.learner, self.group.lanes(self.config.batch.lanes)
+        requests = train_requests(config, self.plan, self.train_index, lanes, steps[0], self.skipped_steps)
+        requests = islice(requests, len(steps) * len(lanes))
+        quarantine, device = self.quarantines[0], self.group.device
+        with (
+            closing(make_loader(config, self.loader, self.train_index, quarantine, device, checked=True)) as loader,
+            closing(split_batches(loader.stream(requests), learner.splits)) as batches,
+        ):
+            for step in steps:
+                for lane, split in learner.micro_batches:
+                    self.attempt.heartbeat("statistics", now)
+                    batch = mix_batch(next(batches), config, step, lane, split)
+                    torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, split))
+                    yield batch
+
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint if one is due, by steps or by minutes."""
         if self.checkpoints.is_due(step, self.progress.overdue):
@@ -99,7 +133,7 @@ class Run(Session):
 
     def validate_if_due(self, step: int) -> bool:
         """Validate if evaluate.every_epochs have passed, or train.stop_epoch. Returns whether the run ends early."""
-        if step not in self.validation_steps and step != step_to_stop(self.config, self.plan):
+        if not self._is_validation_due(step):
             return False
         is_over = self.early_stopping.observe(step, self.validate(step))
         if is_over:
@@ -186,6 +220,9 @@ class Run(Session):
     def _extra(self) -> dict[str, Any]:
         return self.manifest | {_SINCE_REPORT: dict(self.progress.since_report)}
 
+    def _is_validation_due(self, step: int) -> bool:
+        return step in self.validation_steps or step == step_to_stop(self.config, self.plan)
+
     def _is_report_due(self, step: int) -> bool:
         return step % self.config.track.every_steps == 0 or step == self.plan.steps
 
@@ -252,7 +289,7 @@ def open_run(session: Session) -> Iterator[Run]:
             stack.enter_context(closing(make_loader(config, name, index, quarantine, group.device, checked=True)))
             for (_, index), quarantine in zip(splits, quarantines, strict=True)
         )
-        manifest = run_manifest(config, session.train_index, session.val_index, session.initial)
+        manifest = run_manifest(config, session.train_index, session.val_index, session.initial, session.teacher)
         attempt.heartbeat("restore", 0)
         start, saved, since_report = restore(session, checkpoints, manifest)
         learner = make_learner(session, saved)
@@ -280,6 +317,7 @@ def open_run(session: Session) -> Iterator[Run]:
             learner=learner,
             checkpoints=checkpoints,
             batches=batches,
+            loader=name,
             val_loader=val_loader,
             quarantines=(quarantines[0], quarantines[1]),
             flags=flags,
@@ -312,7 +350,9 @@ def restore(
 def make_sanity_check(session: Session) -> SanityCheck:
     """What warns if the run is broken."""
     index, plan = session.train_index, session.plan
-    loss = guessing_loss(loss_name(session.config.loss, index), len(index.classes))
+    loss = None
+    if session.teacher is None:
+        loss = guessing_loss(loss_name(session.config.loss, index), len(index.classes))
     return SanityCheck(len(index.classes), plan.step_at(1.0), loss, session.tracker.info)
 
 
@@ -333,10 +373,7 @@ def make_learner(session: Session, saved: State | None) -> Learner:
     network = build_network(config, group.device)
     if saved is None and session.initial is not None:
         session.initial.load_into(network, group, session.tracker.info)
-    weights = loss_weights(config.loss, session.train_index)
-    on_device = None if weights is None else torch.from_numpy(weights).to(group.device)
-    loss = make_loss(config.loss, loss_name(config.loss, session.train_index), on_device)
-    return Learner(config, group, network, saved, session.tracker.info, loss)
+    return open_learner(config, group, network, saved, session.tracker.info, session.train_index, session.teacher)
 
 
 def begin_records(session: Session, manifest: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ from distrain.data.loading.loader import Batch
 from distrain.data.loading.requests import train_requests
 from distrain.data.loading.setup import load_indexes, make_loader, make_plan, make_quarantine
 from distrain.data.sampling.plan import Plan
-from distrain.learner import Learner, build_network
+from distrain.learner import Learner, build_network, open_learner
 from distrain.parallel.group import Group
-from distrain.recipe.losses import loss_name, make_loss
+from distrain.recipe.distillation import open_teacher
 from distrain.run import split_batches
 
 
@@ -43,8 +43,8 @@ def open_short_run(config: Config, group: Group, info: Callable[[str], None], st
             config.train.epochs *= (steps + 1) / planned
         plan, name = make_plan(config, train_index), "torch" if config.data.loader == "auto" else config.data.loader
         quarantine = make_quarantine(config, train_index, "train")
-        loss = make_loss(config.loss, loss_name(config.loss, train_index), None)
-        learner = Learner(config, group, build_network(config, group.device), None, info, loss)
+        network, teacher = build_network(config, group.device), open_teacher(config, train_index)
+        learner = open_learner(config, group, network, None, info, train_index, teacher)
         requests = train_requests(config, plan, train_index, group.lanes(config.batch.lanes))
         with (
             closing(make_loader(config, name, train_index, quarantine, group.device)) as loader,

@@ -17,6 +17,7 @@ from distrain.learner import Learner
 from distrain.lifetime import stop_agent
 from distrain.parallel.group import Group
 from distrain.parallel.strategy import Update
+from distrain.recipe.distillation import open_teacher
 from distrain.recipe.mixing import mix_batch
 from distrain.recipe.schedules import learning_rate
 from distrain.resilience.attempt import Attempt
@@ -34,6 +35,7 @@ def train(config: Config) -> int:
     """
     configure_numerics(config.train)
     train_index, val_index = load_indexes(config)
+    teacher = open_teacher(config, train_index)
     plan = make_plan(config, train_index)
     patience = config.resilience.patience
     with (
@@ -41,7 +43,7 @@ def train(config: Config) -> int:
         Watchdog(group, config.run.folder, patience) as watchdog,
         open_stop_request(config, group) as stop,
     ):
-        initial = check_resumable(config, train_index, val_index, group)
+        initial = check_resumable(config, train_index, val_index, teacher, group)
         try:
             with (
                 Attempt(config, group, watchdog) as attempt,
@@ -50,7 +52,7 @@ def train(config: Config) -> int:
             ):
                 session = Session(
                     config=config, plan=plan, train_index=train_index, val_index=val_index,
-                    group=group, stop=stop, tracker=tracker, attempt=attempt, initial=initial,
+                    group=group, stop=stop, tracker=tracker, attempt=attempt, initial=initial, teacher=teacher,
                 )  # fmt: skip
                 quality, digest = train_with_rollbacks(session)
         except Stopped as stopped:
@@ -85,6 +87,7 @@ def train_steps(run: Run) -> tuple[Quality, str]:
     """
     learner, done = run.learner, run.plan.steps
     for step in run.steps():
+        run.recompute_statistics_if_due(step)
         run.save_if_due(step)
         if run.validate_if_due(step):
             done = step
@@ -98,6 +101,7 @@ def train_steps(run: Run) -> tuple[Quality, str]:
         learner.update_ema(step + 1, run.plan.step_at(run.config.ema.start_epoch))
         run.record_step(step + 1, lr, means, update)
     run.settle()
+    run.recompute_statistics_if_due(done)
     run.save(done)
     quality = run.validate(done)
     run.checkpoints.wait_or_raise()
@@ -127,6 +131,6 @@ def compute_micro_batch(learner: Learner, batch: Batch) -> tuple[torch.Tensor, t
     by its fraction."""
     images = normalize(batch.images, learner.config.data.mean, learner.config.data.std)
     logits = learner.strategy.forward(images)
-    loss = learner.criterion(logits, batch.labels)
+    loss = learner.loss(logits, batch)
     learner.strategy.backward(loss)
     return loss.detach(), top1_hits(logits.detach(), batch.labels).float().mean()

@@ -11,6 +11,7 @@ from distrain.data.loading.setup import load_indexes
 from distrain.errors import UserError
 from distrain.identity import run_manifest
 from distrain.initial import InitialWeights
+from distrain.recipe.distillation import Teacher
 
 REQUIRED = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
 
@@ -27,6 +28,8 @@ train: precision freeze overfit_batches
 parallel: batch_norm
 optimizer: name nesterov betas eps trust decay_norms no_decay head_lr_factor layer_decay
 loss: name
+distill: weight temperature
+evaluate: precise_bn_steps
 ema: decay equal start_epoch every_steps warmup
 resilience: bad_steps spike rollbacks
 """
@@ -51,6 +54,7 @@ resilience: patience attempts faults
 track: uri experiment models register parent params every_steps
 model: init
 loss: class_weights
+distill: teacher network
 """
 
 
@@ -74,13 +78,14 @@ def test_other_data_initial_weights_or_class_weights_are_another_run(on_dataset)
 
     train, val = load_indexes(load())
     other_train, other_val = (replace(index, label=np.roll(index.label, 1)) for index in (train, val))
-    began = run_manifest(load(), train, val, None)
-    check_identity(began, run_manifest(load(), train, val, None))
+    began = run_manifest(load(), train, val, None, None)
+    check_identity(began, run_manifest(load(), train, val, None, None))
     for key, now in {
-        "data.train digest": run_manifest(load(), other_train, val, None),
-        "data.val digest": run_manifest(load(), train, other_val, None),
-        "model.init digest": run_manifest(load(), train, val, InitialWeights("w.pth", "5ac1")),
-        "loss.class_weights digest": run_manifest(load("loss.class_weights=balanced"), train, val, None),
+        "data.train digest": run_manifest(load(), other_train, val, None, None),
+        "data.val digest": run_manifest(load(), train, other_val, None, None),
+        "model.init digest": run_manifest(load(), train, val, InitialWeights("w.pth", "5ac1"), None),
+        "distill.teacher digest": run_manifest(load(), train, val, None, Teacher(None, (), "5ac1")),
+        "loss.class_weights digest": run_manifest(load("loss.class_weights=balanced"), train, val, None, None),
     }.items():
         with pytest.raises(UserError, match=f"^{key} was .* when this run began and is .* now: set it back, or start"):
             check_identity(began, now)

@@ -13,7 +13,7 @@ from distrain.config.files import (
     to_dict,
     to_yaml,
 )
-from distrain.config.recipe import AugmentConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from distrain.config.recipe import AugmentConfig, DistillConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from distrain.config.renamed import STATE_FORMAT
 from distrain.config.schema import (
     BatchConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "DistillConfig",
     "DownloadConfig",
     "EmaConfig",
     "EvaluateConfig",

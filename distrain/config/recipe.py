@@ -149,6 +149,20 @@ class LossConfig(Section):
 
 
 @dataclass
+class DistillConfig(Section):
+    teacher: str = option(
+        "",
+        "a trained classifier to learn from: a run, weights as for model.init, or a file of `distrain export`, which "
+        "runs on the CPU; empty: none",
+        location=True,
+        on_resume="free",
+    )
+    network: str = option("", "the teacher's network, if its weights do not say it", on_resume="free")
+    weight: float = option(0.5, "share of the teacher in the loss; the labels have the rest", min=0, max=1)
+    temperature: float = option(1.0, "by which logits are divided before they are compared", above=0)
+
+
+@dataclass
 class EmaConfig(Section):
     decay: float = option(0.0, "decay of the exponential moving average of weights; 0 disables it", min=0, below=1)
     equal: bool = option(

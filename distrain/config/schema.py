@@ -8,7 +8,7 @@ from typing import Any, Literal
 from omegaconf import MISSING
 
 from distrain.config.options import Section, option
-from distrain.config.recipe import AugmentConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from distrain.config.recipe import AugmentConfig, DistillConfig, EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
 from distrain.config.tracking import TrackConfig
 from distrain.errors import UserError
 
@@ -245,6 +245,12 @@ class EvaluateConfig(Section):
     metric: Literal["score", "loss", "top5"] = option(
         "score", "what evaluate.patience watches; score: top-1 accuracy, or mAP of multi-label data", on_resume="free"
     )
+    precise_bn_steps: int = option(
+        0,
+        "before validating, recompute BatchNorm's running statistics from the images of so many last steps; 0: keep "
+        "the running averages",
+        min=0,
+    )
     flip: bool = option(
         False, "validate by the mean of the logits of each image and its mirror image", on_resume="free"
     )
@@ -308,6 +314,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

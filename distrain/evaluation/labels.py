@@ -24,12 +24,17 @@ class Matching(NamedTuple):
     """What to tell the user."""
 
 
-def match_classes(model: Sequence[str], data: Sequence[str], where: str, mask: bool) -> Matching:
+CLASSES_OPTION = "--classes FILE gives the model's classes other names"
+
+
+def match_classes(
+    model: Sequence[str], data: Sequence[str], where: str, mask: bool, cure: str = CLASSES_OPTION
+) -> Matching:
     """Match classes by name. With `mask`, only the classes of the data are scored, as is usual for data sets with a
     part of ImageNet's classes.
 
     A classifier without names takes those of data with as many classes. Raises UserError, naming a class, if the data
-    has one that the classifier has not.
+    has one that the classifier has not, with the `cure`.
     """
     everything = np.arange(len(model), dtype=np.int32)
     numbered = [str(number) for number in range(len(model))]
@@ -42,7 +47,7 @@ def match_classes(model: Sequence[str], data: Sequence[str], where: str, mask: b
     if unknown := [name for name in data if name not in output]:
         raise UserError(
             f"{where}: {len(unknown)} of its {len(data)} classes are not the model's, such as {unknown[0]}: "
-            f"{nearest(unknown[0], model)}; --classes FILE gives the model's classes other names"
+            f"{nearest(unknown[0], model)}; {cure}"
         )
     labels = np.array([output[name] for name in data], np.int32)
     if len(data) == len(model):

@@ -10,6 +10,7 @@ import torch
 
 from distrain.config import Config
 from distrain.data.loading.loader import Batch
+from distrain.export.load import PROGRAMS
 from distrain.parallel.group import Group
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ def uses_graphs(config: Config, group: Group, info: Callable[[str], None]) -> bo
         f"parallel.strategy={config.parallel.strategy} keeps the gradients": config.parallel.strategy != "ddp",
         "train.compile has its own kernels": config.train.compile,
         "parallel.batch_norm=sync exchanges statistics within a layer": config.parallel.batch_norm == "sync",
+        "distill.teacher is an exported program": config.distill.teacher.endswith(PROGRAMS),
         "resilience.faults changes what is computed": bool(config.resilience.faults),
         "gradients of several nodes are exchanged during the backward pass": setting == "auto" and len(group.nodes) > 1,
     }

@@ -3,7 +3,7 @@
 If the batch of a lane is split, each micro-batch counts as a lane.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +34,7 @@ class LaneStatistics:
         self._group = group
         self._lanes = lanes
         self._metrics = tuple(metrics)
-        norms = [
-            norm
-            for norm in module.modules()
-            if isinstance(norm, _BatchNorm) and norm.track_running_stats and not isinstance(norm, FrozenBatchNorm2d)
-        ]
+        norms = _norms_of(module)
         for norm in norms:
             if type(norm) is nn.BatchNorm2d and norm.momentum is not None:
                 norm.__class__ = UncountedBatchNorm2d  # keeps its tensors and their names
@@ -78,11 +74,55 @@ class LaneStatistics:
         return dict(zip(self._metrics, mean[size:].unbind(), strict=True))
 
 
+@torch.no_grad()
+def recompute_statistics(networks: Sequence[nn.Module], batches: Iterable[torch.Tensor], group: Group) -> None:
+    """Set the running statistics of `networks` to the means of those of `batches`, with the weights as they are.
+
+    A running average holds statistics of earlier weights too (Wu and Johnson 2021, section 3, "precise BN"). `batches`
+    are this rank's images [n, 3, size, size], each the batch of a lane; the means are those over all ranks. Networks
+    are in training mode. All ranks call this.
+    """
+    norms = [norm for network in networks for norm in _norms_of(network)]
+    buffers, counters = (
+        _buffers_of(norms, ("running_mean", "running_var")),
+        _buffers_of(norms, ("num_batches_tracked",)),
+    )
+    counted, momenta = [counter.clone() for counter in counters], [norm.momentum for norm in norms]
+    sums, number = [torch.zeros_like(buffer, dtype=torch.float64) for buffer in buffers], 0
+    for norm in norms:
+        norm.momentum = 1.0  # so that the running statistics become those of the batch
+    for images in batches:
+        for network in networks:
+            network(images)
+        torch._foreach_add_(sums, [buffer.double() for buffer in buffers])
+        number += 1
+    totals = group.sum(torch.cat([*(one.flatten() for one in sums), sums[0].new_tensor([number])]))
+    means = (totals[:-1] / totals[-1]).split([buffer.numel() for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean)
+    for norm, momentum, counter, value in zip(norms, momenta, counters, counted, strict=True):
+        norm.momentum = momentum
+        counter.copy_(value)
+
+
+def _norms_of(module: nn.Module) -> list[_BatchNorm]:
+    """The normalizations with running statistics that training changes."""
+    return [
+        norm
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats and not isinstance(norm, FrozenBatchNorm2d)
+    ]
+
+
+def _buffers_of(norms: list[_BatchNorm], names: tuple[str, ...]) -> list[torch.Tensor]:
+    return [getattr(norm, name) for norm in norms for name in names]
+
+
 def _flatten_buffers(
     norms: list[_BatchNorm], names: tuple[str, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Move the named buffers of all `norms` into one flat tensor, of which they become views."""
-    buffers = [getattr(norm, name) for norm in norms for name in names]
+    buffers = _buffers_of(norms, names)
     flat = torch.zeros(sum(buffer.numel() for buffer in buffers), dtype=dtype, device=device)
     for buffer, view in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
         buffer.data = view.copy_(buffer.flatten()).view_as(buffer)

@@ -8,7 +8,8 @@ RECIPES = {
     "cutmix": (
         "augment.mixup=0.2", "augment.cutmix=1", "augment.auto_augment=randaugment", "augment.erase=0.3",
         "optimizer.clip_agc=0.05", "schedule.name=one_cycle", "schedule.warmup_epochs=1", "ema.decay=0.9",
-        "ema.warmup=true", "ema.every_steps=2", "loss.label_smoothing=0.1",
+        "ema.warmup=true", "ema.every_steps=2", "loss.label_smoothing=0.1", "distill.teacher={teacher}",
+        "distill.weight=0.3", "distill.temperature=2",
     ),
     "bce": (
         "augment.cutmix=0.5", "augment.mix_prob=0.7", "augment.auto_augment=augmix", "optimizer.clip_value=0.01",
@@ -19,9 +20,9 @@ RECIPES = {
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))
-def recipe(request, settings, tmp_path_factory):
+def recipe(request, settings, finished, tmp_path_factory):
     """Settings, and the finished run on one rank."""
-    chosen = (*settings, *RECIPES[request.param])
+    chosen = (*settings, *(word.replace("{teacher}", str(finished[1])) for word in RECIPES[request.param]))
     result = train(tmp_path_factory.mktemp("recipe") / "run", *chosen)
     assert result.code == 0, result.output
     return chosen, result
