@@ -65,7 +65,7 @@ def test_settings_may_come_before_between_and_after_options():
 def test_print_config_shows_the_whole_configuration_and_does_nothing_else():
     shown = distrain("--config", "configs/quickstart.yaml", "--print-config")
     assert shown.returncode == 0
-    assert "  name: densenet_bc_22_12 " in shown.stdout
+    assert "  name: densenet " in shown.stdout
     assert "  lanes: 2 " in shown.stdout
     assert shown.stderr == ""
 

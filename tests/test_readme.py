@@ -124,12 +124,12 @@ def test_the_options_of_the_table_exist(monkeypatch):
 def test_the_settings_of_recipes_exist(monkeypatch):
     table = TEXT[TEXT.index("## Recipes") : TEXT.index("Before a long run:")]
     overrides = re.findall(r"`([a-z_]+\.[a-z_]+=[^`]*)`", table)
-    assert len(overrides) == 7
+    assert len(overrides) == 10
     averages = ["ema.equal=true", "ema.warmup=true"]  # not both
     assert is_accepted(monkeypatch, *(word for word in overrides if word != averages[0]), "ema.decay=0.9")
     assert is_accepted(monkeypatch, averages[0])
     known = flatten(to_dict(load(ROOT / "configs" / "quickstart.yaml")))
-    named = re.findall(r"`((?:schedule|optimizer|augment|ema|evaluate)\.[a-z_]+)", table)
+    named = re.findall(r"`((?:schedule|optimizer|augment|distill|data|ema|evaluate)\.[a-z_]+)", table)
     assert len(named) > 10
     assert set(named) <= set(known)
 

@@ -10,8 +10,12 @@ import torch
 
 from distrain import config, models
 from distrain.config import Config
+from distrain.data.loading.loader import Batch, normalize
 from distrain.errors import UserError
 from distrain.models.complexity import count_complexity, total
+from distrain.recipe.losses import make_loss
+from distrain.recipe.mixing import mix_batch
+from distrain.recipe.optimizers import build_optimizer
 
 _HEADER = re.compile(r"# Source: (?P<source>.+)\n# Expected: (?P<expected>.+)\n# Status: (?P<status>.+)\n")
 _IMAGES = {"imagenet": 1_281_167, "cifar10": 50_000, "cifar100": 50_000}  # for training, by the folder of the index
@@ -40,6 +44,23 @@ def read_catalog(folder: Path) -> Iterator[Entry]:
             yield Entry(path, **header.groupdict(), config=config.load(path))
     if not found:
         raise UserError(f"{folder}: no configuration that begins with the lines # Source:, # Expected: and # Status:")
+
+
+def rehearse(settings: Config) -> None:
+    """Set up a training and compute the loss of a few images of every size, without weights or memory for them.
+
+    Raises UserError, or whatever torch raises, if that is not possible.
+    """
+    with torch.device("meta"):
+        network = models.build(settings.model.name, settings.model.num_classes, **settings.model.options)
+    models.freeze(network, settings.train.freeze)
+    build_optimizer(network, settings.optimizer)
+    criterion = make_loss(settings.loss, "bce" if settings.loss.name == "bce" else "cross_entropy", None)
+    for size in dict.fromkeys([*(int(size) for _, size in settings.data.size_schedule), settings.data.image_size]):
+        images = torch.empty(2 * settings.data.repeats, 3, size, size, dtype=torch.uint8, device="meta")
+        batch = Batch(images, torch.zeros(len(images), dtype=torch.int64, device="meta"))
+        images, labels = mix_batch(batch, settings, 0, 0, 0)
+        criterion(network(normalize(images, settings.data.mean, settings.data.std)), labels)
 
 
 def training_images(settings: Config) -> int | None:

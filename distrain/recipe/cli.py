@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("a", "b"):
         diff.add_argument(name, metavar=name.upper(), help="a YAML file")
     diff.set_defaults(run=_diff)
-    check = commands.add_parser("check", help="load configurations and build their networks without weights")
+    check = commands.add_parser("check", help="load configurations and rehearse a step of each without weights")
     check.add_argument("paths", nargs="*", type=Path, default=[_FOLDER], metavar="PATH", help="files or folders")
     check.set_defaults(run=_check)
 
@@ -77,6 +77,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from distrain.cli import check_network
+    from distrain.recipe.catalog import rehearse
 
     paths = [path for given in args.paths for path in (sorted(given.rglob("*.yaml")) if given.is_dir() else [given])]
     failed = checked = 0
@@ -85,7 +86,9 @@ def _check(args: argparse.Namespace) -> int:
             if not _is_run(path):
                 continue
             checked += 1
-            check_network(config.load(path))
+            settings = config.load(path)
+            check_network(settings)
+            rehearse(settings)
         except UserError as error:
             failed += 1
             print(f"{path}: {str(error).removeprefix(f'{path}: ')}")
