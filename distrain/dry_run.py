@@ -1,4 +1,4 @@
-"""`train.dry_run`: what a run will do and need, from its plan and one step of it."""
+"""`train.dry_run`: what a run will do and need, from its plan and two steps of it."""
 
 import time
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from distrain.config import Config
 from distrain.errors import EXIT_DONE
 from distrain.models.complexity import count_complexity, total
 from distrain.parallel.group import Group
+from distrain.recipe.catalog import relative_cost
 from distrain.recipe.schedules import learning_rate, peak_rate
 from distrain.short_run import ShortRun, open_short_run
 from distrain.train import train_step
@@ -80,7 +81,7 @@ def report(config: Config, short: ShortRun, group: Group, seconds: float, loss: 
     size = sum(tensor.nbytes for tensor in short.learner.state().values())
     kept = config.checkpoint.keep + _BEST_AND_NEW
     yield f"disk      {decimal(size)} per checkpoint, {decimal(size * kept)} for {kept} of them in {config.run.folder}"
-    total_s = seconds * short.plan.steps
+    total_s = seconds * short.plan.steps * relative_cost(config)
     yield (
         f"time      {timedelta(seconds=round(total_s))} without validation, if the data keeps up: "
         f"{total_s * group.world / 3600:,.3g} hours of {'GPUs' if is_gpu else 'processes'}"

@@ -28,7 +28,7 @@ from distrain.rng import Stream, torch_seed
 class Learner:
     """What a rank trains: `network` from its weights or from a `saved` state. All ranks create theirs together.
 
-    `loss`: of logits and targets; by default cross-entropy. `teacher`: whom the network also learns from.
+    `loss`: of logits and targets; by default cross-entropy. `teacher`: a classifier to learn from too.
     Raises UserError if network, device and configuration do not fit each other.
     """
 

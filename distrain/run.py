@@ -61,7 +61,7 @@ class Session:
     initial: InitialWeights | None
     """The weights to start from, if model.init names any."""
     teacher: Teacher | None
-    """Whom the network learns from, if distill.teacher names any."""
+    """The classifier to learn from, if distill.teacher names any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,16 +110,18 @@ class Run(Session):
         requests = train_requests(config, self.plan, self.train_index, lanes, steps[0], self.skipped_steps)
         requests = islice(requests, len(steps) * len(lanes))
         quarantine, device = self.quarantines[0], self.group.device
+        options = {"checked": True, "recorded": False}
         with (
-            closing(make_loader(config, self.loader, self.train_index, quarantine, device, checked=True)) as loader,
+            closing(make_loader(config, self.loader, self.train_index, quarantine, device, **options)) as loader,
             closing(split_batches(loader.stream(requests), learner.splits)) as batches,
         ):
             for step in steps:
                 for lane, split in learner.micro_batches:
-                    self.attempt.heartbeat("statistics", now)
                     batch = mix_batch(next(batches), config, step, lane, split)
                     torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, split))
                     yield batch
+                if self._poll(now):  # the validation that follows saves and stops, and the next start does it again
+                    return
 
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint if one is due, by steps or by minutes."""
@@ -161,11 +163,15 @@ class Run(Session):
 
         Raises Stopped, with everything saved, once any rank was asked to stop.
         """
+        if self._poll(step):
+            self._save_and_stop(step, self.stop.reason or "a signal to another rank")
+
+    def _poll(self, step: int) -> bool:
+        """Exchange the flags of all ranks. Returns whether any was asked to stop."""
         self.attempt.heartbeat("step-or-validation", step)
         is_overdue = self.group.is_main and self.checkpoints.is_overdue()
         stopping, self.progress.overdue = self.flags.exchange(bool(self.stop), is_overdue)
-        if stopping:
-            self._save_and_stop(step, self.stop.reason or "a signal to another rank")
+        return stopping
 
     def stop_if_due(self, step: int) -> None:
         """Raises Stopped, with everything saved, after train.stop_epoch epochs."""
@@ -324,7 +330,7 @@ def open_run(session: Session) -> Iterator[Run]:
             outcomes=LateReader(group.device),
             divergence=DivergenceDetector(config.resilience),
             sanity=make_sanity_check(session),
-            early_stopping=EarlyStopping(config.evaluate, config.run.folder, validated, group),
+            early_stopping=EarlyStopping(config.evaluate, config.run.folder, validated - skipped_steps, group),
             progress=progress,
         )
 
@@ -353,7 +359,8 @@ def make_sanity_check(session: Session) -> SanityCheck:
     loss = None
     if session.teacher is None:
         loss = guessing_loss(loss_name(session.config.loss, index), len(index.classes))
-    return SanityCheck(len(index.classes), plan.step_at(1.0), loss, session.tracker.info)
+    first = plan.step_at(1.0 + session.config.schedule.warmup_epochs)
+    return SanityCheck(len(index.classes), first, loss, session.tracker.info)
 
 
 def step_to_stop(config: Config, plan: Plan) -> int:

@@ -39,8 +39,7 @@ def open_short_run(config: Config, group: Group, info: Callable[[str], None], st
     with TemporaryDirectory() as folder:
         config = deepcopy(config)
         config.run.dir = folder
-        if (planned := make_plan(config, train_index).steps) < steps:
-            config.train.epochs *= (steps + 1) / planned
+        config.train.epochs = max(config.train.epochs, (steps + 1) * config.batch.size / len(train_index))
         plan, name = make_plan(config, train_index), "torch" if config.data.loader == "auto" else config.data.loader
         quarantine = make_quarantine(config, train_index, "train")
         network, teacher = build_network(config, group.device), open_teacher(config, train_index)

@@ -6,8 +6,10 @@ import pytest
 from support.processes import train
 
 from distrain.__main__ import main
+from distrain.config import load
 from distrain.errors import UserError
 from distrain.recipe.find_lr import Point, suggest
+from distrain.short_run import open_short_run
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -44,6 +46,21 @@ def test_the_learning_rate_is_found_where_the_loss_falls_fastest(settings, tmp_p
     assert 1e-3 < float(found[1]) <= float(found[2]) < 100
     assert (tmp_path / "lr.png").stat().st_size > 5000
     assert [path.name for path in tmp_path.iterdir()] == ["lr.png"]
+
+
+def test_there_are_as_many_steps_as_asked_for_though_epochs_round(on_dataset, group):
+    words = ["run.name=short", "model.name=densenet_bc_10_4", "train.epochs=1", "schedule.warmup_epochs=0"]
+    settings = load(None, [*words, *on_dataset, "batch.lanes=1", "batch.per_lane=13"])  # 15.6 steps in an epoch
+    with open_short_run(settings, group, print, 100) as short:
+        assert short.plan.steps >= 100
+        assert sum(1 for _ in short.batches) == short.plan.steps
+
+
+def test_images_that_are_too_small_are_one_line(monkeypatch, capsys, on_dataset, tmp_path):
+    words = ["find-lr", *on_dataset, "model.name=densenet121", "--out", str(tmp_path / "lr.png")]
+    monkeypatch.setattr("sys.argv", ["distrain", *words])
+    assert main() == 78
+    assert "data.image_size or data.size_schedule" in capsys.readouterr().err
 
 
 def test_the_suggestion_is_the_steepest_point_before_the_lowest():

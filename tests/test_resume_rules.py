@@ -54,7 +54,7 @@ resilience: patience attempts faults
 track: uri experiment models register parent params every_steps
 model: init
 loss: class_weights
-distill: teacher network
+distill: teacher network options
 """
 
 

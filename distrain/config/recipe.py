@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from distrain.config.options import Section, option
 from distrain.errors import UserError
@@ -98,7 +98,7 @@ class ScheduleConfig(Section):
         on_resume="changeable",
     )
     per: Literal["step", "epoch"] = option("step", "how often the learning rate changes", on_resume="changeable")
-    warmup_epochs: float = option(5.0, "length of the linear warm-up", min=0, on_resume="changeable")
+    warmup_epochs: float = option(5.0, "length of the warm-up", min=0, on_resume="changeable")
     warmup_factor: float = option(
         0.1, "learning rate at the first step, as a fraction of optimizer.lr", on_resume="changeable"
     )
@@ -158,6 +158,7 @@ class DistillConfig(Section):
         on_resume="free",
     )
     network: str = option("", "the teacher's network, if its weights do not say it", on_resume="free")
+    options: dict[str, Any] = option({}, "the options of distill.network", on_resume="free")
     weight: float = option(0.5, "share of the teacher in the loss; the labels have the rest", min=0, max=1)
     temperature: float = option(1.0, "by which logits are divided before they are compared", above=0)
 
@@ -166,7 +167,9 @@ class DistillConfig(Section):
 class EmaConfig(Section):
     decay: float = option(0.0, "decay of the exponential moving average of weights; 0 disables it", min=0, below=1)
     equal: bool = option(
-        False, "average the weights since start_epoch equally instead: stochastic weight averaging (SWA)"
+        False,
+        "average the weights since start_epoch equally instead: stochastic weight averaging (SWA), whose authors "
+        "recompute running statistics: see evaluate.precise_bn_steps",
     )
     start_epoch: float = option(0.0, "until this epoch the average is the newest weights", min=0)
     every_steps: int = option(32, "steps between updates of the average", min=1)

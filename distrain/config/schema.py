@@ -324,6 +324,12 @@ class Config:
     def __post_init__(self) -> None:
         if self.train.overfit_batches:
             self.augment = AugmentConfig(crop="none", flip=0.0)
+        mixing = self.augment.mixup > 0 or self.augment.cutmix > 0
+        if mixing and self.batch.per_lane < 2 * self.data.repeats:
+            raise UserError(
+                f"augment.mixup and augment.cutmix mix different images of a lane: set batch.per_lane to at least "
+                f"{2 * self.data.repeats}, twice data.repeats"
+            )
         if self.schedule.warmup_epochs > self.train.epochs:
             raise UserError(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs} is longer than "

@@ -78,11 +78,13 @@ class LaneStatistics:
 def recompute_statistics(networks: Sequence[nn.Module], batches: Iterable[torch.Tensor], group: Group) -> None:
     """Set the running statistics of `networks` to the means of those of `batches`, with the weights as they are.
 
-    A running average holds statistics of earlier weights too (Wu and Johnson 2021, section 3, "precise BN"). `batches`
-    are this rank's images [n, 3, size, size], each the batch of a lane; the means are those over all ranks. Networks
-    are in training mode. All ranks call this.
+    A running average holds statistics of earlier weights too (Wu and Johnson 2021, section 3). As in pycls, the result
+    is the mean of the means, and of the unbiased variances, of all batches of all ranks. `batches` are this rank's
+    images [n, 3, size, size], each the batch of a lane. Networks are in training mode. All ranks call this.
     """
     norms = [norm for network in networks for norm in _norms_of(network)]
+    if not norms:
+        return
     buffers, counters = (
         _buffers_of(norms, ("running_mean", "running_var")),
         _buffers_of(norms, ("num_batches_tracked",)),

@@ -1,1 +1,1 @@
-"""How a network is trained: optimizer, schedule, loss."""
+"""How a network learns: mixing, loss, optimizer, schedule, averages; configurations of published results."""

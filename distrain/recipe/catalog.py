@@ -39,7 +39,7 @@ def read_catalog(folder: Path) -> Iterator[Entry]:
     others extend, are left out. Raises UserError for a folder without any, and for a file that cannot be loaded."""
     found = False
     for path in sorted(folder.rglob("*.yaml")):
-        if header := _HEADER.match(path.read_text(encoding="utf-8")):
+        if header := _HEADER.match(path.read_text(encoding="utf-8", errors="replace")):
             found = True
             yield Entry(path, **header.groupdict(), config=config.load(path))
     if not found:
@@ -49,7 +49,7 @@ def read_catalog(folder: Path) -> Iterator[Entry]:
 def rehearse(settings: Config) -> None:
     """Set up a training and compute the loss of a few images of every size, without weights or memory for them.
 
-    Raises UserError, or whatever torch raises, if that is not possible.
+    Raises UserError or RuntimeError if that is not possible.
     """
     with torch.device("meta"):
         network = models.build(settings.model.name, settings.model.num_classes, **settings.model.options)
@@ -73,11 +73,23 @@ def training_cost(settings: Config) -> int | None:
     images = training_images(settings)
     if images is None:
         return None
+    epochs, flops = _costs(settings)
+    return round(sum(count * each for count, each in zip(epochs, flops, strict=True)) * images * (1 + _BACKWARD))
+
+
+def relative_cost(settings: Config) -> float:
+    """The mean multiply-adds of a training image, relative to those of the first ones, which may be smaller."""
+    epochs, flops = _costs(settings)
+    mean = sum(count * each for count, each in zip(epochs, flops, strict=True)) / (sum(epochs) or 1)
+    return mean / flops[0]
+
+
+def _costs(settings: Config) -> tuple[list[float], list[int]]:
+    """For each size of training images, the epochs and the multiply-adds of an image."""
     rows = settings.data.size_schedule or [[0.0, float(settings.data.image_size)]]
     unit = settings.train.epochs if settings.data.size_unit == "run" else 1
     bounds = [min(start * unit, settings.train.epochs) for start, _ in rows] + [settings.train.epochs]
-    epochs = [end - start for start, end in pairwise(bounds)]
     with torch.device("meta"):
         network = models.build(settings.model.name, settings.model.num_classes, **settings.model.options)
     flops = [total(count_complexity(network, int(side)).values()).flops for _, side in rows]
-    return round(sum(count * each for count, each in zip(epochs, flops, strict=True)) * images * (1 + _BACKWARD))
+    return [end - start for start, end in pairwise(bounds)], flops

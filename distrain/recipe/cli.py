@@ -7,6 +7,7 @@ from pathlib import Path
 from distrain import config
 from distrain.arguments import AnyOrder
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError
+from distrain.masking import mask_secrets
 
 _DESCRIPTION = """\
 List the configurations of published results with their cost and expected accuracy, show what differs
@@ -66,7 +67,7 @@ def _list(args: argparse.Namespace) -> int:
 def _diff(args: argparse.Namespace) -> int:
     a, b = (config.flatten(config.to_dict(config.load(path))) for path in (args.a, args.b))
     keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
-    rows = [(key, *(str(side[key]) if key in side else "-" for side in (a, b))) for key in keys]
+    rows = [(key, *(mask_secrets(str(side[key])) if key in side else "-" for side in (a, b))) for key in keys]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
     for row in rows:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
@@ -79,23 +80,21 @@ def _check(args: argparse.Namespace) -> int:
     from distrain.cli import check_network
     from distrain.recipe.catalog import rehearse
 
-    paths = [path for given in args.paths for path in (sorted(given.rglob("*.yaml")) if given.is_dir() else [given])]
     failed = checked = 0
-    for path in paths:
+    for path in (path for given in args.paths for path in (_runs_in(given) if given.is_dir() else [given])):
+        checked += 1
         try:
-            if not _is_run(path):
-                continue
-            checked += 1
             settings = config.load(path)
             check_network(settings)
             rehearse(settings)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # the latter of torch
             failed += 1
             print(f"{path}: {str(error).removeprefix(f'{path}: ')}")
     print(f"{checked - failed} of {checked} configurations can be trained")
     return EXIT_USER if failed else EXIT_DONE
 
 
-def _is_run(path: Path) -> bool:
-    """Whether a file is that of a run, and neither extended by others only nor a design space."""
-    return not path.is_file() or re.search(r"^run:", path.read_text(errors="replace"), re.MULTILINE) is not None
+def _runs_in(folder: Path) -> list[Path]:
+    """The files of runs in a folder, and neither what others only extend nor design spaces."""
+    files = sorted(folder.rglob("*.yaml"))
+    return [path for path in files if re.search(r"^run:", path.read_text(errors="replace"), re.MULTILINE)]

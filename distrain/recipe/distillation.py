@@ -46,7 +46,10 @@ def open_teacher(config: Config, index: Index) -> Teacher | None:
     where = f"distill.teacher={mask_secrets(source)}"
     if index.multi_label:
         raise UserError(f"{where}: {config.data.train} is multi-label, and a teacher needs one label per image")
-    model = load_any(source, config.distill.network or None)
+    try:
+        model = load_any(source, config.distill.network or None, config.distill.options or None)
+    except UserError as error:
+        raise UserError(str(error).replace("--network ", "distill.network=")) from error
     if model.multi_label:
         raise UserError(f"{where}: is a multi-label model, and a teacher needs one label per image")
     matching = match_classes(model.classes, index.classes, config.data.train, mask=True, cure=_CLASSES_CURE)

@@ -1,11 +1,12 @@
 """Early stopping: a run ends once validations have not improved for a while."""
 
+import math
 from functools import partial
 from pathlib import Path
 
 from distrain.config import EvaluateConfig
 from distrain.evaluate import Quality
-from distrain.files import read_json, write_json
+from distrain.files import read_json, translated_errors, write_json
 from distrain.parallel.group import Group
 
 _FILE = "early_stopping.json"
@@ -15,7 +16,7 @@ class EarlyStopping:
     """Compares validations. Every rank has one and makes the same calls.
 
     Which validations were a new best is kept in the run's `folder`, so that a resumed run decides as an uninterrupted
-    one. `validated`: the numbers of updates after which the network is validated.
+    one. `validated`: the numbers of updates after which the network is validated in every such run.
     """
 
     def __init__(self, config: EvaluateConfig, folder: Path, validated: set[int], group: Group) -> None:
@@ -32,18 +33,22 @@ class EarlyStopping:
         return self._config.patience > 0 and self._group.on_main(partial(self._observe, step, quality))
 
     def _observe(self, step: int, quality: Quality) -> bool:
-        bests = read_json(self._path, "delete it, and early stopping starts over", {"bests": list}).get("bests", [])
-        # Validations after this step are of a time before a restart or a rollback, and will come again.
-        bests = [[at, value] for at, value in bests if at < step]
-        value = self._value(quality)
-        if not bests or value > bests[-1][1]:
-            bests.append([step, value])
-        write_json(self._path, {"bests": bests})
-        return sum(bests[-1][0] < at <= step for at in self._validated) >= self._config.patience
+        if step not in self._validated:  # at train.stop_epoch
+            return False
+        with translated_errors(self._path.parent):
+            bests = read_json(self._path, "delete it, and early stopping starts over", {"bests": list}).get("bests", [])
+            # Those after this step are of a time before a restart, and will come again; others a rollback has undone.
+            bests = [[at, value] for at, value in bests if at < step and at in self._validated]
+            last, best = bests[-1] if bests else (0, -math.inf)
+            if (value := self._value(quality)) > best:  # NaN is not
+                last = step
+                bests.append([step, value])
+            write_json(self._path, {"bests": bests})
+        return sum(last < at <= step for at in self._validated) >= self._config.patience
 
     def _value(self, quality: Quality) -> float:
         """What is watched, larger if it is better."""
         if self._config.metric == "score":
             return quality.score
-        value = quality.metrics().get(f"val/{self._config.metric}", 1.0)  # top-5 of five classes or fewer
+        value = quality.metrics()[f"val/{self._config.metric}"]
         return -value if self._config.metric == "loss" else value

@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from distrain import config
-from distrain.arguments import add_run_arguments
+from distrain.arguments import add_run_arguments, check_writable
+from distrain.cli import check_network
 from distrain.config import Config
 from distrain.errors import EXIT_DONE, UserError
 from distrain.parallel.group import Group
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.low < args.high or args.steps < 10:
         raise UserError("--from must be above 0 and below --to, and --steps at least 10")
     settings = config.load(args.config, ["run.name=find-lr", *args.overrides])
+    check_network(settings)
+    check_writable(args.out, "--out")
     rates = np.geomspace(args.low, args.high, args.steps).tolist()
     points = measure(settings, rates)
     plot(points, args.out)

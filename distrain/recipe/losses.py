@@ -17,6 +17,27 @@ from distrain.errors import UserError
 BALANCED = "balanced"
 
 
+class CrossEntropy(nn.Module):
+    """Cross-entropy: the mean over samples, weighted by their classes' `weights`, float [classes].
+
+    Targets are labels, int64 [n], or the fraction of every class, float32 [n, classes], whose weights torch would not
+    divide by.
+    """
+
+    def __init__(self, weights: torch.Tensor | None = None, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self._weights = weights
+        self._label_smoothing = label_smoothing
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss, float [], of logits [n, classes]."""
+        weights, smoothing = self._weights, self._label_smoothing
+        if weights is None or targets.ndim == 1:
+            return F.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
+        total = F.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=smoothing)
+        return total / (targets @ weights).sum()
+
+
 class BinaryCrossEntropy(nn.Module):
     """Every class decided by itself: the mean over samples and classes, computed in fp32.
 
@@ -47,7 +68,7 @@ def make_loss(config: LossConfig, name: str, weights: torch.Tensor | None) -> nn
     """The loss `name` of logits [n, classes] and targets; `weights` of the classes, float [classes]."""
     if name == "bce":
         return BinaryCrossEntropy(weights, config.label_smoothing)
-    return nn.CrossEntropyLoss(weights, label_smoothing=config.label_smoothing)
+    return CrossEntropy(weights, config.label_smoothing)
 
 
 def loss_weights(config: LossConfig, index: Index) -> NDArray[np.float32] | None:

@@ -10,13 +10,12 @@ _MIN_STEPS = 100  # before which nothing is concluded from the loss
 
 
 class SanityCheck:
-    """Warns of each kind once. `guessing_loss`: of equal probabilities for all classes; None if that is not known."""
+    """Warns of each kind once. `first`: the step after which the loss should have fallen below `guessing_loss`, that
+    of equal probabilities for all classes; None if that is not known."""
 
-    def __init__(
-        self, classes: int, epoch_steps: int, guessing_loss: float | None, warn: Callable[[str], None]
-    ) -> None:
+    def __init__(self, classes: int, first: int, guessing_loss: float | None, warn: Callable[[str], None]) -> None:
         self._classes = classes
-        self._first = max(epoch_steps, _MIN_STEPS)
+        self._first = max(first, _MIN_STEPS)
         self._guessing_loss = guessing_loss
         self._warn = warn
         self._warned: set[str] = set()

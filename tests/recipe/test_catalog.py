@@ -63,8 +63,13 @@ def test_every_configuration_builds_its_network_and_has_a_learning_rate_until_th
         assert settings.run.name, name
 
 
+def test_every_status_says_when_or_that_it_was_not_run(catalog):
+    for name, entry in catalog.items():
+        assert re.search(r"not run|not measured|two CPU cores", entry.status), name
+
+
 def test_names_of_runs_are_unique(catalog):
-    names = [entry.config.run.name for entry in catalog.values() if not str(entry.path.parent).endswith("configs")]
+    names = [entry.config.run.name for entry in catalog.values()]
     assert len(set(names)) == len(names)
 
 
@@ -74,7 +79,11 @@ def test_recipes_are_those_of_their_sources(catalog):
     assert learning_rate(y16, 5.0) == pytest.approx(0.2 * 0.993844, abs=1e-6)  # 0.1 x 256 / 128, after the warm-up
     assert learning_rate(y16, 0.99) == pytest.approx(0.02)  # the first epoch at a tenth
     v2 = catalog["torchvision/regnety_16gf_v2"].config
-    assert (v2.batch.size, v2.train.epochs, v2.data.size_schedule, v2.data.val_resize) == (1024, 600, [[0, 176]], 232)
+    assert (v2.batch.size, v2.train.epochs, v2.data.size_schedule, v2.data.val_resize) == (1024, 600, [], 232)
+    smaller = {name for name, entry in catalog.items() if entry.config.data.size_schedule == [[0, 176]]}
+    assert smaller == {f"torchvision/regnetx_{name}_v2" for name in ("400mf", "800mf", "1_6gf")}
+    rates = [learning_rate(catalog[f"torchvision/regnety_{name}_v1"].config, 5) for name in ("400mf", "800mf")]
+    assert rates == pytest.approx([0.4, 0.8])  # README of torchvision's reference code
     assert [learning_rate(v2, epoch) for epoch in (0, 5, 302.5)] == pytest.approx([0.005, 0.5, 0.25], rel=3e-3)
     bc = catalog["densenet/bc_100_12_cifar10"].config
     assert (bc.batch.size, bc.train.epochs) == (64, 300)
@@ -116,6 +125,17 @@ def test_two_configurations_are_compared(monkeypatch, capsys):
     assert lines == [[key, "regnety_16gf", "regnety_32gf"] for key in ("run.name", "model.name")]
     assert command(monkeypatch, "diff", FOLDER / "quickstart.yaml", FOLDER / "quickstart.yaml") == 0
     assert capsys.readouterr().out == "no setting differs\n"
+
+
+def test_a_comparison_shows_no_secrets(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("PASSWORD", "Tr0ub4dor")
+    for name, uri in (("a", "none"), ("b", "https://me:${oc.env:PASSWORD}@host")):
+        text = f"run: {{name: a}}\nmodel: {{name: densenet121}}\ndata: {{train: x, val: x}}\ntrack: {{uri: '{uri}'}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert command(monkeypatch, "diff", tmp_path / "a.yaml", tmp_path / "b.yaml") == 0
+    shown = capsys.readouterr().out
+    assert "https://***@host" in shown
+    assert "Tr0ub4dor" not in shown
 
 
 def test_what_cannot_be_trained_is_named_with_the_reason(monkeypatch, capsys, tmp_path):

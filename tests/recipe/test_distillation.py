@@ -102,7 +102,7 @@ def student(on_dataset, *words: str) -> Config:
     [
         (["distill.teacher=missing.safetensors"], "missing.safetensors"),
         (["distill.teacher=missing.pt2"], "missing.pt2: cannot be read"),
-        (["distill.teacher=torchvision:V2"], r"name the network, such as"),
+        (["distill.teacher=torchvision:V2"], r"name the network, such as distill.network=densenet121"),
         (["distill.weight=1.5"], "distill.weight=1.5: must be in"),
         (["distill.temperature=0"], "distill.temperature=0.0: must be greater than 0"),
     ],

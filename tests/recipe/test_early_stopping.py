@@ -3,7 +3,8 @@
 import pytest
 from support.processes import train
 
-from distrain.config import EvaluateConfig
+from distrain.config import EvaluateConfig, load
+from distrain.data.loading.setup import load_indexes
 from distrain.errors import UserError
 from distrain.evaluate import Accuracy
 from distrain.parallel.group import Group
@@ -35,6 +36,33 @@ def test_a_restart_or_rollback_continues_from_what_was_best_before_it(group, tmp
     # Back to step 20: what comes now is other than before, and 70 % is not reached.
     assert stops(group, tmp_path, {20: 60, 30: 55, 40: 58}, patience=2) == [40]
     assert stops(group, tmp_path, {40: 58}, patience=2) == [40]  # a start of the finished run
+
+
+def test_a_validation_in_between_does_not_change_when_a_run_ends(group, tmp_path):
+    hits = {10: 55, 20: 58, 30: 57, 40: 57}
+    assert stops(group, tmp_path / "a", hits, patience=2) == [40]
+    assert stops(group, tmp_path / "b", {10: 55, 15: 60, 20: 58, 30: 57, 40: 57}, patience=2) == [40]
+
+
+def test_validations_that_a_rollback_skips_do_not_count(group, tmp_path):
+    assert stops(group, tmp_path, {10: 50, 20: 70}, patience=2) == []
+    stopping = EarlyStopping(EvaluateConfig(patience=2), tmp_path, STEPS - {20, 30}, group)
+    assert not stopping.observe(40, Accuracy(100, 45, 100, 1.0, 10))
+    assert stopping.observe(50, Accuracy(100, 45, 100, 1.0, 10))
+
+
+def test_nan_is_never_the_best(group, tmp_path):
+    stopping = EarlyStopping(EvaluateConfig(patience=3, metric="loss"), tmp_path, STEPS, group)
+    losses = {10: float("nan"), 20: 2.0, 30: float("nan"), 40: 2.1, 50: 2.2}
+    assert [at for at, loss in losses.items() if stopping.observe(at, Accuracy(100, 1, 1, loss, 10))] == [50]
+
+
+def test_a_metric_that_is_not_measured_is_refused(on_dataset, colors):
+    words = ["evaluate.patience=3", "evaluate.metric=top5", "run.name=a"]
+    with pytest.raises(UserError, match=r"evaluate.metric=top5 is always 1 of the 3 classes"):
+        load_indexes(load(None, ["model.name=densenet121", *on_dataset, *words]))
+    with pytest.raises(UserError, match=r"evaluate.metric=top5 is not measured of multi-label data"):
+        load_indexes(load(None, [*colors, *words]))
 
 
 def test_a_damaged_record_is_one_line(group, tmp_path):

@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torchvision.transforms import v2
 
 from distrain import config
-from distrain.config import AugmentConfig
+from distrain.config import AugmentConfig, LossConfig
 from distrain.data.loading.loader import Batch
-from distrain.recipe.losses import BinaryCrossEntropy
+from distrain.errors import UserError
+from distrain.recipe.losses import BinaryCrossEntropy, make_loss
 from distrain.recipe.mixing import Mix, draw_mix, mix_batch
 
 CLASSES, SIZE = 5, 16
@@ -54,6 +56,20 @@ def test_a_batch_is_mixed_as_by_torchvision(batch, step):
     torch.testing.assert_close(found.images, expected.images)
     torch.testing.assert_close(found.labels, expected.labels)
     assert torch.equal(found.labels.sum(1).round(decimals=5), torch.ones(6))
+
+
+def test_lanes_too_small_to_mix_different_images_are_refused():
+    words = ["run.name=a", "data.train=t", "data.val=v", "model.name=densenet121", "augment.mixup=0.2"]
+    with pytest.raises(UserError, match=r"set batch.per_lane to at least 8, twice data.repeats"):
+        config.load(None, [*words, "batch.per_lane=6", "data.repeats=4"])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weights_of_classes_have_the_same_mean_for_mixed_labels(smoothing):
+    logits, labels, weights = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([9.0, 20.0, 1.0, 5.0])
+    loss = make_loss(LossConfig(label_smoothing=smoothing), "cross_entropy", weights)
+    found = loss(logits, F.one_hot(labels, 4).float())
+    torch.testing.assert_close(found, F.cross_entropy(logits, labels, weights, label_smoothing=smoothing))
 
 
 def test_each_is_drawn_for_half_the_batches_and_with_its_distribution():

@@ -50,12 +50,20 @@ def test_frozen_statistics_stay(group):
     assert network[4].running_mean.any()
 
 
+def test_a_network_without_running_statistics_stays(group):
+    network = small_network()
+    freeze(network, ["*", "!3"])
+    recompute_statistics([network], iter([torch.randn(6, 3, 8, 8)]), group)
+    assert not network[1].running_mean.any()
+
+
 @pytest.fixture(scope="module")
 def precise(settings, tmp_path_factory):
     """Settings, and the finished run on one rank."""
     chosen = (*settings, *PRECISE)
     result = train(tmp_path_factory.mktemp("precise") / "run", *chosen)
     assert result.code == 0, result.output
+    assert "warning" not in result.output.lower(), result.output
     return chosen, result
 
 

@@ -1,7 +1,7 @@
 """Crop boxes and flips: pure functions of (seed, sample id, epoch, repeat index, width, height).
 
 A crop box is in pixels of the stored image and may extend beyond it, where pixels are black. Every loader crops to the
-same boxes, resizes to the image size of the epoch and flips.
+same boxes, resizes to the image size of the step and flips.
 """
 
 from typing import NamedTuple

@@ -20,7 +20,7 @@ def train_requests(
 ) -> Iterator[Request]:
     """Yield one request per lane for every step from `start` on, except `skipped_steps`.
 
-    All images of a step have the size of the epoch it starts in.
+    All images of a step have the size that is due where it starts.
     """
     windowed = resolve_shuffle(config.data, index) == "window"
     ahead = len(lanes) * requests_per_window(config, index, config.batch.per_lane) if windowed else 0

@@ -47,6 +47,11 @@ def _check_labels(config: Config, train_index: Index, val_index: Index) -> None:
         one, other = (config.data.train, config.data.val)[:: 1 if val_index.multi_label else -1]
         raise UserError(f"{one}: has one label per image, and {other} is multi-label: index both with --multi-label")
     if not train_index.multi_label:
+        if config.evaluate.patience and config.evaluate.metric == "top5" and len(train_index.classes) <= 5:
+            raise UserError(
+                f"evaluate.metric=top5 is always 1 of the {len(train_index.classes)} classes of {config.data.train}: "
+                "set evaluate.metric=score"
+            )
         return
     if config.loss.name == "cross_entropy":
         raise UserError(
@@ -58,6 +63,8 @@ def _check_labels(config: Config, train_index: Index, val_index: Index) -> None:
             f"loss.label_smoothing={config.loss.label_smoothing} spreads the one label of an image over all classes, "
             f"and {config.data.train} is multi-label: set loss.label_smoothing=0"
         )
+    if config.evaluate.patience and config.evaluate.metric == "top5":
+        raise UserError("evaluate.metric=top5 is not measured of multi-label data: set evaluate.metric=score")
     if not val_index.class_counts().any():
         raise UserError(f"{config.data.val}: no image has a label, so that nothing can be measured: correct data.val")
 
@@ -74,16 +81,24 @@ def make_quarantine(config: Config, index: Index, split: str) -> Quarantine:
 
 
 def make_loader(
-    config: Config, name: str, index: Index, quarantine: Quarantine, device: torch.device, checked: bool = False
+    config: Config,
+    name: str,
+    index: Index,
+    quarantine: Quarantine,
+    device: torch.device,
+    checked: bool = False,
+    recorded: bool = True,
 ) -> Loader:
     """Open the loader `name` of a run over an index. Raises UserError if it is not installed on this machine.
 
-    `checked`: whether `check_store` has been called for the index on this host.
+    `checked`: whether `check_store` has been called for the index on this host. `recorded`: whether what it decodes is
+    recorded in case it crashes the process, as for one loader of a split.
     """
     if name == "dali":
         loaders.require_dali()
     store = open_store(index, config.download, checked)
-    reader = SampleReader(index, store, quarantine, open_in_flight(config, quarantine.split))
+    in_flight = open_in_flight(config, quarantine.split) if recorded else None
+    reader = SampleReader(index, store, quarantine, in_flight)
     batch = max(config.batch.per_lane, config.evaluate.batch)
     return loaders.open_loader(
         name, config.data, config.augment, config.run.seed, batch, reader, device, config.train.deterministic
