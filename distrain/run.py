@@ -117,11 +117,10 @@ class Run(Session):
         ):
             for step in steps:
                 for lane, split in learner.micro_batches:
+                    self.attempt.heartbeat("statistics", now)
                     batch = mix_batch(next(batches), config, step, lane, split)
                     torch.manual_seed(torch_seed(config.run.seed, Stream.FORWARD, step, lane, split))
                     yield batch
-                if self._poll(now):  # the validation that follows saves and stops, and the next start does it again
-                    return
 
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint if one is due, by steps or by minutes."""
@@ -163,15 +162,11 @@ class Run(Session):
 
         Raises Stopped, with everything saved, once any rank was asked to stop.
         """
-        if self._poll(step):
-            self._save_and_stop(step, self.stop.reason or "a signal to another rank")
-
-    def _poll(self, step: int) -> bool:
-        """Exchange the flags of all ranks. Returns whether any was asked to stop."""
         self.attempt.heartbeat("step-or-validation", step)
         is_overdue = self.group.is_main and self.checkpoints.is_overdue()
         stopping, self.progress.overdue = self.flags.exchange(bool(self.stop), is_overdue)
-        return stopping
+        if stopping:
+            self._save_and_stop(step, self.stop.reason or "a signal to another rank")
 
     def stop_if_due(self, step: int) -> None:
         """Raises Stopped, with everything saved, after train.stop_epoch epochs."""

@@ -247,8 +247,8 @@ class EvaluateConfig(Section):
     )
     precise_bn_steps: int = option(
         0,
-        "before validating, recompute BatchNorm's running statistics from the images of so many last steps; 0: keep "
-        "the running averages",
+        "before validating, recompute BatchNorm's running statistics from the images of so many last steps, which a "
+        "stop waits for; 0: keep the running averages",
         min=0,
     )
     flip: bool = option(
