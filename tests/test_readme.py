@@ -116,7 +116,7 @@ def test_the_benchmark_of_steps_runs():
 def test_the_options_of_the_table_exist(monkeypatch):
     table = TEXT[TEXT.index("| torchvision's reference") : TEXT.index("Settings of older")]
     overrides = re.findall(r"`([a-z_.]+=[^`]*)`", table)
-    assert len(overrides) == 13
+    assert len(overrides) == 14
     words = [word for override in overrides for word in shlex.split(override)]
     assert is_accepted(monkeypatch, *words, "train.epochs=9", "data.val_resize=256")
 
