@@ -1,1 +1,0 @@
-"""Fused operations, each beside the same in plain PyTorch."""
