@@ -122,7 +122,9 @@ def test_configurations_are_listed_with_cost_expectation_and_status(monkeypatch,
 def test_two_configurations_are_compared(monkeypatch, capsys):
     assert command(monkeypatch, "diff", FOLDER / "pycls/regnety_16gf.yaml", FOLDER / "pycls/regnety_32gf.yaml") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines == [[key, "regnety_16gf", "regnety_32gf"] for key in ("run.name", "model.name")]
+    assert lines == [
+        ["run.name", "regnety_16gf_pycls", "regnety_32gf_pycls"], ["model.name", "regnety_16gf", "regnety_32gf"],
+    ]  # fmt: skip
     assert command(monkeypatch, "diff", FOLDER / "quickstart.yaml", FOLDER / "quickstart.yaml") == 0
     assert capsys.readouterr().out == "no setting differs\n"
 
