@@ -134,9 +134,8 @@ def check_network(config: "Config") -> None:
 
     with torch.device("meta"):
         network = models.build(config.model.name, config.model.num_classes, **config.model.options)
-    sizes = [int(size) for _, size in config.data.size_schedule] or [config.data.image_size]
     try:
-        models.check_resolution(network, min(sizes))
+        models.check_resolution(network, min(config.data.train_sizes))
     except UserError as error:
         raise UserError(f"data.image_size or data.size_schedule: {error}") from error
     models.freeze(network, config.train.freeze)

@@ -80,7 +80,7 @@ class Run(Session):
     checkpoints: Checkpointer
     batches: Generator[Batch, None, None]
     """Training micro-batches of this rank, from step `start` on."""
-    loader: str
+    loader_name: str
     """Which loader decodes the images."""
     val_loader: Loader
     quarantines: tuple[Quarantine, Quarantine]
@@ -98,9 +98,10 @@ class Run(Session):
     def recompute_statistics_if_due(self, step: int) -> None:
         """Recompute the running statistics after `step` updates, if a validation follows, as
         evaluate.precise_bn_steps asks for."""
+        if not self._is_validation_due(step):
+            return
         last = range(max(0, step - self.config.evaluate.precise_bn_steps), step)
-        steps = [one for one in last if one not in self.skipped_steps]
-        if steps and self._is_validation_due(step):
+        if steps := [one for one in last if one not in self.skipped_steps]:
             self.learner.recompute_statistics(self._batches_again(steps, step))
             self.progress.restart_clock(step)
 
@@ -109,10 +110,9 @@ class Run(Session):
         config, learner, lanes = self.config, self.learner, self.group.lanes(self.config.batch.lanes)
         requests = train_requests(config, self.plan, self.train_index, lanes, steps[0], self.skipped_steps)
         requests = islice(requests, len(steps) * len(lanes))
-        quarantine, device = self.quarantines[0], self.group.device
-        options = {"checked": True, "recorded": False}
+        opened = partial(make_loader, config, self.loader_name, self.train_index, self.quarantines[0])
         with (
-            closing(make_loader(config, self.loader, self.train_index, quarantine, device, **options)) as loader,
+            closing(opened(self.group.device, checked=True, recorded=False)) as loader,
             closing(split_batches(loader.stream(requests), learner.splits)) as batches,
         ):
             for step in steps:
@@ -318,7 +318,7 @@ def open_run(session: Session) -> Iterator[Run]:
             learner=learner,
             checkpoints=checkpoints,
             batches=batches,
-            loader=name,
+            loader_name=name,
             val_loader=val_loader,
             quarantines=(quarantines[0], quarantines[1]),
             flags=flags,

@@ -92,6 +92,11 @@ class DataConfig(Section):
             )
         self._check_size_schedule()
 
+    @property
+    def train_sizes(self) -> list[int]:
+        """The sides that training images have in the course of a run, pixels."""
+        return [int(size) for _, size in self.size_schedule] or [self.image_size]
+
     def _check_size_schedule(self) -> None:
         rows = self.size_schedule
         if not rows:

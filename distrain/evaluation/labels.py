@@ -24,11 +24,12 @@ class Matching(NamedTuple):
     """What to tell the user."""
 
 
-CLASSES_OPTION = "--classes FILE gives the model's classes other names"
-
-
 def match_classes(
-    model: Sequence[str], data: Sequence[str], where: str, mask: bool, cure: str = CLASSES_OPTION
+    model: Sequence[str],
+    data: Sequence[str],
+    where: str,
+    mask: bool,
+    cure: str = "--classes FILE gives the model's classes other names",
 ) -> Matching:
     """Match classes by name. With `mask`, only the classes of the data are scored, as is usual for data sets with a
     part of ImageNet's classes.

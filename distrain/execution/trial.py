@@ -18,7 +18,7 @@ _OUT_OF_MEMORY = (
 
 def example_images(config: Config, device: torch.device, memory_format: torch.memory_format) -> torch.Tensor:
     """Return noise in the shape of a lane's largest batch: float32 [per_lane, 3, size, size]."""
-    size = max([config.data.image_size, *(int(side) for _, side in config.data.size_schedule)])
+    size = max(config.data.image_size, *config.data.train_sizes)
     images = torch.randn(config.batch.per_lane, 3, size, size, generator=torch.Generator().manual_seed(0))
     return images.to(device).contiguous(memory_format=memory_format)
 

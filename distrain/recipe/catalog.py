@@ -56,7 +56,7 @@ def rehearse(settings: Config) -> None:
     models.freeze(network, settings.train.freeze)
     build_optimizer(network, settings.optimizer)
     criterion = make_loss(settings.loss, "bce" if settings.loss.name == "bce" else "cross_entropy", None)
-    for size in dict.fromkeys([*(int(size) for _, size in settings.data.size_schedule), settings.data.image_size]):
+    for size in {*settings.data.train_sizes, settings.data.image_size}:
         images = torch.empty(2 * settings.data.repeats, 3, size, size, dtype=torch.uint8, device="meta")
         batch = Batch(images, torch.zeros(len(images), dtype=torch.int64, device="meta"))
         images, labels = mix_batch(batch, settings, 0, 0, 0)
@@ -86,10 +86,10 @@ def relative_cost(settings: Config) -> float:
 
 def _costs(settings: Config) -> tuple[list[float], list[int]]:
     """For each size of training images, the epochs and the multiply-adds of an image."""
-    rows = settings.data.size_schedule or [[0.0, float(settings.data.image_size)]]
     unit = settings.train.epochs if settings.data.size_unit == "run" else 1
-    bounds = [min(start * unit, settings.train.epochs) for start, _ in rows] + [settings.train.epochs]
+    starts = [start * unit for start, _ in settings.data.size_schedule] or [0.0]
+    bounds = [min(start, settings.train.epochs) for start in [*starts, settings.train.epochs]]
     with torch.device("meta"):
         network = models.build(settings.model.name, settings.model.num_classes, **settings.model.options)
-    flops = [total(count_complexity(network, int(side)).values()).flops for _, side in rows]
+    flops = [total(count_complexity(network, side).values()).flops for side in settings.data.train_sizes]
     return [end - start for start, end in pairwise(bounds)], flops

@@ -16,7 +16,7 @@ from distrain.evaluation.labels import match_classes
 from distrain.execution.memory_format import DEFAULT, MEMORY_FORMATS
 from distrain.execution.precision import Autocast
 from distrain.export.classifier import Classifier
-from distrain.export.load import PROGRAMS, load_any
+from distrain.export.load import load_any
 from distrain.export.model import Model
 from distrain.masking import mask_secrets
 from distrain.models import check_resolution
@@ -54,10 +54,10 @@ def open_teacher(config: Config, index: Index) -> Teacher | None:
         raise UserError(f"{where}: is a multi-label model, and a teacher needs one label per image")
     matching = match_classes(model.classes, index.classes, config.data.train, mask=True, cure=_CLASSES_CURE)
     if isinstance(model, Classifier):
-        sizes = [int(size) for _, size in config.data.size_schedule] or [config.data.image_size]
-        check_resolution(model.network, min(sizes))
-    with_file = source.endswith(PROGRAMS)
-    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest() if with_file else str(model.record["sha256"])
+        check_resolution(model.network, min(config.data.train_sizes))
+        digest = model.record["sha256"]
+    else:  # whose record has that of the weights it was exported from
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()
     return Teacher(model, tuple(matching.labels.tolist()), digest)
 
 

@@ -6,6 +6,8 @@ import torch
 from support.processes import train
 from torch import nn
 
+from distrain.checkpoint import committed, read, weights_digest
+from distrain.checkpoint.files import step_of
 from distrain.models import freeze
 from distrain.parallel.statistics import recompute_statistics
 
@@ -65,6 +67,12 @@ def precise(settings, tmp_path_factory):
     assert result.code == 0, result.output
     assert "warning" not in result.output.lower(), result.output
     return chosen, result
+
+
+def test_the_last_checkpoint_holds_the_statistics_that_were_validated(precise):
+    result = precise[1]
+    newest = max(committed(result.folder / "checkpoints"), key=step_of)
+    assert weights_digest(read(newest).tensors) == result.digest
 
 
 def test_training_is_as_without_and_validation_is_not(precise, tmp_path):
