@@ -1,5 +1,7 @@
 """evaluate.patience, data.limit and train.overfit_batches."""
 
+import json
+
 import pytest
 from support.processes import train
 
@@ -83,6 +85,14 @@ def test_a_run_ends_early_on_all_ranks_and_stays_ended(settings, tmp_path):
     assert max(again.series("train/loss")) == 25
     longer = train(tmp_path / "run", *chosen, "evaluate.patience=0", ranks=2)
     assert max(longer.series("train/loss")) == 51
+
+
+def test_a_run_that_has_rolled_back_ends_after_validations_that_took_place(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "decisions.json").write_text(json.dumps({"skipped_steps": [[10, 30]]}))
+    chosen = ("optimizer.lr=1e-9", "evaluate.every_epochs=0.5", "evaluate.patience=2")
+    ended = train(tmp_path / "run", *settings, *chosen)
+    assert max(ended.series("train/loss")) == 42  # validated after steps 8, 34 and 42, not after 17 and 25
 
 
 def test_overfitting_repeats_the_same_images_without_augmentation_and_validates_on_them(settings, tmp_path):
