@@ -35,8 +35,8 @@ class EarlyStopping:
     def _observe(self, step: int, quality: Quality) -> bool:
         with translated_errors(self._path.parent):
             bests = read_json(self._path, "delete it, and early stopping starts over", {"bests": list}).get("bests", [])
-            # Those after this step are of a time before a restart, and will come again. Others were at train.stop_epoch,
-            # which no other start has, or a rollback has undone them.
+            # Those after this step are of a time before a restart, and will recur. Others were at train.stop_epoch,
+            # as in no uninterrupted run, or a rollback has undone them.
             bests = [[at, value] for at, value in bests if at < step and at in self._validated]
             last, best = bests[-1] if bests else (0, -math.inf)
             if (value := self._value(quality)) > best:  # NaN is not
