@@ -8,7 +8,10 @@ from distrain.checkpoint import newest_step
 from distrain.errors import UserError
 from distrain.files import read_json, translated_errors, write_json
 
-_TYPES = {"loader": str, "memory_format": str, "recompute_level": int, "lane_splits": int, "skipped_steps": list}
+_TYPES = {
+    "loader": str, "dense_block": str, "memory_format": str, "recompute_level": int, "lane_splits": int,
+    "skipped_steps": list,
+}  # fmt: skip
 _CURE = "restore it; or write {} to it, and the run measures and decides again, which may change its results"
 
 

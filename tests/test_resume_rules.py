@@ -46,7 +46,8 @@ FREE = """
 run: name dir change
 data: train val loader max_bad threads prefetch
 download: cache cache_gb parallel retries retry_wait timeout
-train: tf32 memory_format recompute activation_gb compile graphs dry_run max_minutes stop_epoch deterministic
+train: tf32 dense_block memory_format recompute activation_gb compile graphs
+train: dry_run max_minutes stop_epoch deterministic
 parallel: strategy offload bucket_mb
 evaluate: every_epochs batch patience metric flip
 checkpoint: every_steps every_minutes keep keep_every_steps keep_best

@@ -26,6 +26,7 @@ from distrain.models.complexity import count_complexity, total
 _VARIANTS = {
     "strategy": [f"parallel.strategy={name}" for name in ("ddp", "zero0", "zero1", "zero2", "zero3")],
     "format": [f"train.memory_format={name}" for name in ("channels_last", "contiguous")],
+    "dense_block": [f"train.dense_block={name}" for name in ("plain", "fused")],
     "recompute": [f"train.recompute={name}" for name in ("none", "selective", "full")],
     "compile": ["train.compile=false", "train.compile=true"],
 }

@@ -172,6 +172,12 @@ class TrainConfig(Section):
     memory_format: Literal["auto", "channels_last", "contiguous"] = option(
         "auto", "auto: the faster one, measured once", on_resume="free"
     )
+    dense_block: Literal["auto", "fused", "plain"] = option(
+        "auto",
+        "fused: a dense block as one operation, in a quarter of the memory; plain: layer by layer; auto: the faster, "
+        "measured once",
+        on_resume="free",
+    )
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none", "activation checkpointing; auto: the least that fits activation_gb", on_resume="free"
     )

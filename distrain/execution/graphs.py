@@ -20,15 +20,15 @@ Compute = Callable[[Batch], tuple[torch.Tensor, ...]]
 _WARM_UP = 3  # runs before the capture, in which libraries allocate and choose algorithms
 
 
-def uses_graphs(config: Config, group: Group, info: Callable[[str], None]) -> bool:
+def uses_graphs(config: Config, group: Group, fused: bool, info: Callable[[str], None]) -> bool:
     """Whether to capture micro-batches, as train.graphs asks for. On a CPU there is nothing to capture, but gradients
-    are kept and exchanged in the same way. `info` is told why if not."""
+    are kept and exchanged in the same way. `fused`: whether dense blocks are. `info` is told why if not."""
     setting = config.train.graphs
     if setting == "off" or (setting == "auto" and group.device.type == "cpu"):
         return False
     obstacles = {
         f"parallel.strategy={config.parallel.strategy} keeps the gradients": config.parallel.strategy != "ddp",
-        "train.compile has its own kernels": config.train.compile,
+        "train.compile has its own kernels": config.train.compile and not fused,
         "parallel.batch_norm=sync exchanges statistics within a layer": config.parallel.batch_norm == "sync",
         "distill.teacher is an exported program": config.distill.teacher.endswith(PROGRAMS),
         "resilience.faults changes what is computed": bool(config.resilience.faults),

@@ -1,4 +1,4 @@
-"""Prepare a network for its device: memory format, recomputation, micro-batches that fit, compilation.
+"""Prepare a network for its device: dense blocks, memory format, recomputation, micro-batches that fit, compilation.
 
 What is measured is measured once in the life of a run and kept, because another choice rounds differently.
 """
@@ -16,11 +16,13 @@ from distrain.decisions import RunDecisions
 from distrain.errors import UserError
 from distrain.execution.compile import compile_regions
 from distrain.execution.fitting import fit_memory
+from distrain.execution.fusion import can_be_fused, find_faster_dense_block
 from distrain.execution.graphs import uses_graphs
 from distrain.execution.memory_format import DEFAULT, MEMORY_FORMATS, find_faster_format
 from distrain.execution.recomputation import blocks_of, find_least_level, recompute_level, set_level
 from distrain.execution.trial import example_images, forward_backward
 from distrain.models.freezing import FrozenBatchNorm2d
+from distrain.models.fusion import set_fused
 from distrain.parallel.group import Group
 from distrain.recipe.optimizers import build_optimizer, state_names
 
@@ -52,9 +54,17 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
     if config.parallel.batch_norm == "sync":
         _convert_to_sync_batch_norm(network, group)
 
+    fused = False
+    if can_be_fused(network):
+        kind = config.train.dense_block
+        if kind == "auto":
+            kind = decide("dense_block", partial(find_faster_dense_block, config, network, group.device, info))
+        fused = kind == "fused"
+        set_fused(network, fused, config.train.compile)
+
     name = config.train.memory_format
     if name == "auto":
-        name = decide("memory_format", partial(_choose_format, config, network, group.device, info))
+        name = decide("memory_format", partial(_choose_format, config, network, fused, group.device, info))
     memory_format = MEMORY_FORMATS[name]
     network.to(memory_format=memory_format)
 
@@ -79,14 +89,17 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
         splits = fit_memory(network, images, splits, group, trial_step, info)
         if group.is_main:
             decisions.set("lane_splits", splits)
-    if config.train.compile:
+    if config.train.compile and not fused:
         compile_regions(network)
-    return Execution(memory_format, splits, uses_graphs(config, group, info))
+    return Execution(memory_format, splits, uses_graphs(config, group, fused, info))
 
 
-def _choose_format(config: Config, network: nn.Module, device: torch.device, info: Callable[[str], None]) -> str:
-    if config.train.deterministic:  # what is timed may differ between two runs
-        info(f"train.memory_format=auto: {DEFAULT}, not measured because of train.deterministic")
+def _choose_format(
+    config: Config, network: nn.Module, fused: bool, device: torch.device, info: Callable[[str], None]
+) -> str:
+    if fused or config.train.deterministic:  # what is timed may differ between two runs
+        reason = "of train.deterministic" if config.train.deterministic else "fused dense blocks are"
+        info(f"train.memory_format=auto: {DEFAULT}, not measured because {reason}")
         return DEFAULT
     return find_faster_format(config, network, device, info)
 

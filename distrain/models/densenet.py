@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from distrain.errors import UserError
+from distrain.kernels.dense_block import LayerParameters, dense_block
 from distrain.models.complexity import ComplexityCounter
+from distrain.models.fusion import Fusible, fused_norm_relu_pool, normalizes_by_batch, update_running_statistics
 from distrain.models.layers import conv, global_avg_pool
 from distrain.models.options import check_choice, check_probability
 from distrain.models.recomputation import Block
@@ -111,6 +113,13 @@ class DenseLayer(Block):
             x = self.conv2(F.relu(self.norm2(self.dropout1(x)), inplace=True))
         return self.dropout(x)
 
+    def operands(self) -> LayerParameters:
+        """The parameters, for `dense_block`."""
+        first = self.norm1.weight, self.norm1.bias, self.conv1.weight
+        if self.has_bottleneck:
+            return LayerParameters(*first, self.norm2.weight, self.norm2.bias, self.conv2.weight)
+        return LayerParameters(*first)
+
     def count(self, counter: ComplexityCounter, size: int) -> int:
         size = counter.conv(self.conv1, counter.norm(self.norm1, size))
         if self.has_bottleneck:
@@ -118,24 +127,43 @@ class DenseLayer(Block):
         return size
 
 
-class DenseBlock(nn.ModuleList):
+class DenseBlock(Fusible, nn.ModuleList):
     """Consecutive dense layers: x_l = H_l([x_0, ..., x_l-1]) (equation 2)."""
 
     def __init__(self, width: int, depth: int, config: DenseNetConfig) -> None:
         super().__init__(DenseLayer(width + number * config.growth_rate, config) for number in range(depth))
+        self.dropout = config.dropout_elsewhere, config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = [layer for layer in self if isinstance(layer, DenseLayer)]
+        norms = [layer.norm1 for layer in layers] + [layer.norm2 for layer in layers if layer.has_bottleneck]
+        if self.is_fused and normalizes_by_batch(norms, x):
+            return self._compute_fused(x, layers, norms)
         maps = [x]
-        for layer in self:
+        for layer in layers:
             maps.append(layer(*maps))
         return torch.cat(maps, dim=1)
+
+    def _compute_fused(self, x: torch.Tensor, layers: list["DenseLayer"], norms: list[nn.BatchNorm2d]) -> torch.Tensor:
+        """Compute all layers in one operation. `norms`: those of the maps, layer by layer, then those inside layers."""
+        maps, statistics = dense_block(
+            x,
+            [layer.operands() for layer in layers],
+            norms[0].eps,
+            dropout=self.dropout,
+            keep_inner=[layer.recomputation != "full" for layer in layers],
+            compiled=self.is_compiled,
+        )
+        of_maps = [statistics.maps[:, : norm.num_features] for norm in norms[: len(layers)]]
+        update_running_statistics(norms, [*of_maps, *statistics.inner], count=x.numel() // x.shape[1])
+        return maps
 
     def count(self, counter: ComplexityCounter, size: int) -> int:
         return counter.sequential(self, size)
 
 
-class Transition(nn.Module):
-    """BN-ReLU-1x1 and 2x2 average pooling between two blocks."""
+class Transition(Fusible):
+    """BN-ReLU-1x1 and 2x2 average pooling between two blocks. Fused, it pools first: a 1x1 and an average commute."""
 
     def __init__(self, width_in: int, width_out: int, dropout: float) -> None:
         super().__init__()
@@ -145,13 +173,16 @@ class Transition(nn.Module):
         self.pool = nn.AvgPool2d(2, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_fused and not self.dropout.p and normalizes_by_batch([self.norm], x):
+            pooled: torch.Tensor = self.conv(fused_norm_relu_pool(x, self.norm, "average", self.is_compiled))
+            return pooled
         return self.pool(self.dropout(self.conv(F.relu(self.norm(x), inplace=True))))
 
     def count(self, counter: ComplexityCounter, size: int) -> int:
         return counter.average_pool(self.pool, counter.conv(self.conv, counter.norm(self.norm, size)))
 
 
-class ImageNetStem(nn.Module):
+class ImageNetStem(Fusible):
     """7x7 convolution of stride 2, BN, ReLU, 3x3 max pooling of stride 2."""
 
     def __init__(self, width: int) -> None:
@@ -161,7 +192,10 @@ class ImageNetStem(nn.Module):
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.pool(F.relu(self.norm(self.conv(x)), inplace=True))
+        x = self.conv(x)
+        if self.is_fused and normalizes_by_batch([self.norm], x):
+            return fused_norm_relu_pool(x, self.norm, "max", self.is_compiled)
+        return self.pool(F.relu(self.norm(x), inplace=True))
 
     def count(self, counter: ComplexityCounter, size: int) -> int:
         size = counter.norm(self.norm, counter.conv(self.conv, size))

@@ -9,7 +9,7 @@ from distrain.bench.checkpoint import timed
 from distrain.checkpoint import Checkpointer
 
 SMALL = ("model.name=densenet_bc_10_4", "model.num_classes=3", "data.image_size=8", "data.val_resize=8")
-STEP = ("batch.lanes=2", "batch.per_lane=4", "train.memory_format=contiguous")
+STEP = ("batch.lanes=2", "batch.per_lane=4", "train.memory_format=contiguous", "train.dense_block=plain")
 
 
 def bench(monkeypatch, *words: str) -> int:

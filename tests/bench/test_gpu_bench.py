@@ -121,7 +121,7 @@ def test_a_rehearsal_resumes_a_real_training_and_compares_with_other_libraries(r
     assert resumed["equal"]
     assert resumed["stopped_at"] < resumed["steps"]
     compared = lines["speed"]["results"]["regnety_400mf, batch 2, pass 1"]
-    assert list(compared) == ["torchvision", "timm", "distrain train.memory_format=contiguous"]
+    assert list(compared) == ["torchvision", "timm", "distrain train.memory_format=contiguous train.dense_block=fused"]
     assert compared["torchvision"]["vs_torchvision"] == 1
     assert all(len(one["rounds"]) == REHEARSAL.rounds for one in compared.values())
 

@@ -11,7 +11,14 @@ from distrain.bench.step_cli import UNUSED_SETTINGS
 from distrain.data.loading.loader import normalize
 
 SMALL = ("model.name=densenet_bc_10_4", "model.num_classes=3", "data.image_size=8", "data.val_resize=8")
-STEP = ("batch.lanes=2", "batch.per_lane=4", "train.memory_format=contiguous", "--steps", "2")
+STEP = (
+    "batch.lanes=2",
+    "batch.per_lane=4",
+    "train.memory_format=contiguous",
+    "train.dense_block=plain",
+    "--steps",
+    "2",
+)
 
 
 def bench(monkeypatch, *words: str) -> int:

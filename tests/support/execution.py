@@ -14,7 +14,7 @@ REQUIRED = ("run.name=run", "data.train=none", "data.val=none", "data.image_size
 
 def settings(folder: Path, *overrides: str) -> config.Config:
     """The configuration of NETWORK in a run in `folder`."""
-    small = ("batch.per_lane=4", "train.precision=fp32", "train.memory_format=contiguous")
+    small = ("batch.per_lane=4", "train.precision=fp32", "train.memory_format=contiguous", "train.dense_block=plain")
     return config.load(
         None, [*REQUIRED, *small, f"run.dir={folder}", f"model.name={NETWORK}", "model.num_classes=5", *overrides]
     )

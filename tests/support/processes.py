@@ -24,6 +24,7 @@ SMALL = (
     "model.name=densenet_bc_10_4",
     "train.precision=fp32",
     "train.memory_format=channels_last",
+    "train.dense_block=plain",
     "data.loader=torch",
     "data.threads=1",
     "optimizer.lr=0.05",

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from distrain import config, models
 from distrain.execution.graphs import uses_graphs
 from distrain.execution.precision import Autocast
+from distrain.models.fusion import set_fused
 from distrain.parallel.factory import open_strategy
 from distrain.parallel.group import Group
 from distrain.parallel.statistics import LaneStatistics
@@ -27,6 +28,7 @@ REQUIRED = [
     "data.val=none",
     "model.num_classes=5",
     "train.memory_format=contiguous",
+    "train.dense_block=plain",
 ]
 
 
@@ -47,7 +49,9 @@ def run_task(task: dict, group: Group) -> dict:
     saved = torch.load(task["load"]) if task.get("load") else None
     example = synthetic_batch(0, 0, per_lane)[0].to(group.device)
     executed = Autocast(network, settings.train.precision, torch.contiguous_format)
-    flat = uses_graphs(settings, group, print)
+    is_fused = settings.train.dense_block == "fused"
+    set_fused(network, is_fused)
+    flat = uses_graphs(settings, group, is_fused, print)
     strategy = open_strategy(settings, executed, group, settings.batch.lanes, example, saved, flat)
 
     losses, norms, applied = [], [], []

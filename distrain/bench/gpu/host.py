@@ -14,7 +14,7 @@ from distrain import config
 from distrain.bench import checkpoint
 from distrain.bench.gpu.candidates import line_of, open_variant
 from distrain.bench.gpu.images import build_shards
-from distrain.bench.gpu.setup import Setup
+from distrain.bench.gpu.setup import FIXED_CHOICES, Setup
 from distrain.bench.rounds import measure_interleaved, time_on_gpu, time_on_host
 from distrain.config import Config
 from distrain.data.jpeg import jpeg_decoder
@@ -32,7 +32,7 @@ def measure_decode(setup: Setup) -> None:
     decoder = "Pillow" if jpeg_decoder._codec is None else "nvImageCodec"
     setup.record.add("decoder", decoder, f"decoded by {decoder}")
     with Group() as group:
-        step = open_variant(setup, setup.scale.small, group, "train.memory_format=channels_last")
+        step = open_variant(setup, setup.scale.small, group, *FIXED_CHOICES)
         step()
         timer = time_on_gpu if setup.has_gpu else time_on_host
 
@@ -96,7 +96,7 @@ def decoding(settings: Config, threads: int) -> Iterator[list[int]]:
 def measure_checkpoint(setup: Setup) -> None:
     """Measure how long saving the state of a large network stalls training, the first time and later."""
     point = setup.scale.large
-    settings = setup.settings(point, "train.memory_format=channels_last")
+    settings = setup.settings(point, *FIXED_CHOICES)
     with Group() as group:
         size, seconds = checkpoint.measure(settings, Path(mkdtemp(dir=setup.folder)), setup.scale.rounds, group)
     step = median(seconds["step"][1:])

@@ -29,6 +29,10 @@ class Point(NamedTuple):
         return f"{self.network}, batch {self.batch}"
 
 
+FIXED_CHOICES = ("train.memory_format=channels_last", "train.dense_block=plain")
+"""For comparisons in which what is measured once must not differ."""
+
+
 class Pass(NamedTuple):
     """Variants of our settings to compare with the other libraries, and the points to compare them at."""
 
@@ -42,8 +46,12 @@ _POINTS = (_SMALL, Point("densenet121", 128), Point("regnety_400mf", 128), _LARG
 
 PASSES = (
     Pass(("", "train.graphs=off", "train.graphs=off train.memory_format=contiguous"), _POINTS),
+    Pass(
+        ("train.dense_block=plain", "train.dense_block=fused", "train.dense_block=fused train.compile=true"),
+        (_SMALL, Point("densenet121", 128), Point("densenet121", 256)),
+    ),
     # Compiling takes minutes for all points. These come last, so that the limit of the stage cuts off nothing else.
-    Pass(("train.compile=true",), (_LARGE, Point("regnety_400mf", 128), _SMALL)),
+    Pass(("train.compile=true train.dense_block=plain",), (_LARGE, Point("regnety_400mf", 128), _SMALL)),
 )
 """The stage `speed`."""
 
@@ -87,7 +95,10 @@ FULL = Scale(
 _TINY, _TINY_REGNET = Point("densenet_bc_22_12", 2), Point("regnety_400mf", 2)
 REHEARSAL = Scale(
     small=_TINY, large=Point("densenet_bc_22_12", 4), crowded=_TINY, profiled=(_TINY_REGNET,),
-    passes=(Pass(("train.memory_format=contiguous",), (_TINY, _TINY_REGNET)), Pass(("",), (_TINY,))),
+    passes=(
+        Pass(("train.memory_format=contiguous train.dense_block=fused",), (_TINY, _TINY_REGNET)),
+        Pass(("",), (_TINY,)),
+    ),
     image_size=32, classes=10, steps=1, rounds=2, train_steps=6, images=24, image_width=40, threads=(0, 1),
     copied_bytes=1 << 20,
 )  # fmt: skip

@@ -25,7 +25,7 @@ from distrain.bench.gpu.candidates import (
     open_variant,
     peers_of,
 )
-from distrain.bench.gpu.setup import NEEDS_GPU, Setup
+from distrain.bench.gpu.setup import FIXED_CHOICES, NEEDS_GPU, Setup
 from distrain.bench.rounds import synchronize
 from distrain.bench.step import distrain_candidate, peak, reset_peak
 from distrain.learner import Learner, build_network
@@ -33,7 +33,6 @@ from distrain.parallel.group import Group
 
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 RECOMPUTATIONS = ("none", "selective", "full")
-_FIXED_FORMAT = ("train.memory_format=channels_last",)
 _WARM_UP_STEPS = 2
 _WATCHED_STEPS = 5
 _FRACTION = 0.6  # of the memory that a step needs
@@ -69,7 +68,7 @@ def measure_recomputation(setup: Setup) -> None:
             setup.record.skip("peak memory", NEEDS_GPU)
         for point in (setup.scale.small, setup.scale.large):
             openers = {
-                mode: partial(open_variant, setup, point, group, *_FIXED_FORMAT, f"train.recompute={mode}")
+                mode: partial(open_variant, setup, point, group, *FIXED_CHOICES, f"train.recompute={mode}")
                 for mode in RECOMPUTATIONS
             }
             with setup.record.attempt(str(point)):
@@ -84,7 +83,7 @@ def measure_memory(setup: Setup) -> None:
     """Check that training fits itself to a GPU with less memory than a step needs, whichever the memory format."""
     point = setup.scale.crowded
     with Group() as group:
-        step = open_variant(setup, point, group, *_FIXED_FORMAT)
+        step = open_variant(setup, point, group, *FIXED_CHOICES)
         step()
         if not setup.has_gpu:
             setup.record.skip("recovery from too little memory", NEEDS_GPU)
@@ -109,7 +108,9 @@ def recover(setup: Setup, group: Group, memory_format: str, limit: int) -> dict[
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
         messages: list[str] = []
-        settings = setup.settings(setup.scale.crowded, f"train.memory_format={memory_format}")
+        settings = setup.settings(
+            setup.scale.crowded, f"train.memory_format={memory_format}", "train.dense_block=plain"
+        )
         learner = Learner(settings, group, build_network(settings, group.device), None, messages.append)
         step = distrain_candidate(learner, group.device)
         reset_peak(group.device)
@@ -135,7 +136,7 @@ def measure_waits(setup: Setup) -> None:
                 setup.record.skip(strategy, "DeepSpeed is not installed")
                 continue
             with setup.record.attempt(strategy):
-                overrides = (*_FIXED_FORMAT, f"parallel.strategy={strategy}", "batch.lanes=2", "train.graphs=off")
+                overrides = (*FIXED_CHOICES, f"parallel.strategy={strategy}", "batch.lanes=2", "train.graphs=off")
                 step = open_variant(setup, setup.scale.small, group, *overrides)
                 for _ in range(_WARM_UP_STEPS):
                     step()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distrain.bench.gpu.candidates import free
 from distrain.bench.gpu.images import build_shards
-from distrain.bench.gpu.setup import NEEDS_GPU, Setup
+from distrain.bench.gpu.setup import FIXED_CHOICES, NEEDS_GPU, Setup
 from distrain.bench.step import distrain_candidate
 from distrain.checkpoint import weights_digest
 from distrain.data.storage.index_file import load_index
@@ -79,7 +79,7 @@ def _settings(setup: Setup) -> list[str]:
     epochs = scale.train_steps * 2 * per_lane / len(load_index(str(setup.folder / "shards" / "train.parquet")))
     return [
         "batch.lanes=2", f"batch.per_lane={per_lane}", f"train.epochs={epochs}", "schedule.warmup_epochs=0",
-        "train.deterministic=true", "train.memory_format=channels_last", f"evaluate.batch={scale.small.batch}",
+        "train.deterministic=true", *FIXED_CHOICES, f"evaluate.batch={scale.small.batch}",
         "evaluate.every_epochs=1000", f"data.threads={min(8, os.cpu_count() or 1)}", "optimizer.lr=0.01",
         *setup.overrides,
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def measure_digests(setup: Setup) -> None:
             for mode in ("true", "false"):
                 name = f"{point}, train.deterministic={mode}"
                 with setup.record.attempt(name):
-                    settings = setup.settings(point, "train.memory_format=channels_last", f"train.deterministic={mode}")
+                    settings = setup.settings(point, *FIXED_CHOICES, f"train.deterministic={mode}")
                     digests = []
                     for _ in range(2):
                         learner = Learner(settings, group, build_network(settings, group.device), None, print)

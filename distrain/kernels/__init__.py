@@ -1,0 +1,1 @@
+"""Fused operations, each beside the same in plain PyTorch."""

@@ -1,0 +1,293 @@
+"""A dense block in one buffer, with the statistics of every feature map taken once.
+
+A dense layer l computes o_l = H_l([x_0, ..., x_l-1]) (Huang et al. 2017, equation 2), with H = BN-ReLU-1x1-BN-ReLU-3x3.
+Run layer by layer, each one concatenates, normalizes and stores all maps before it, which takes memory and time that
+grow with the square of the depth. Here all maps of a block lie in one buffer X, channels last, so that
+
+    layer l reads the columns X[:, :C_l], C_l = C_0 + l k, and writes its k maps to X[:, C_l:C_l+k].
+
+The mean and the variance of a map over the batch do not depend on which layer reads it; only gamma and beta do. So
+they are computed once, when the map is written. With the scale s and the shift t of `normalization`, layer l computes
+
+    a = max(0, X[:, :C_l] s1 + t1),   z = a W1^T,   y = max(0, z s2 + t2),   o = the 3x3 convolution of y by W2
+
+Neither a nor y is kept: both are computed again in the backward pass. Kept are X, z and vectors.
+
+Shapes: M = n h w rows, one per pixel; X [M, C], C = C_0 + L k; a [M, C_l]; z and y [M, b]; o [M, k]; W1 [b, C_l, 1, 1];
+W2 [k, b, 3, 3]. kernels/README.md draws the way of a map.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from distrain.kernels.normalization import (
+    Norm,
+    accumulate_direct,
+    exact_dtype,
+    images_of,
+    moments,
+    normalize_relu,
+    normalize_relu_backward,
+    rows_of,
+)
+
+_CACHED_BYTES = 4 << 20
+"""On a CPU, rows are processed in groups of about so many bytes, which remain in the cache between operations."""
+
+
+class LayerParameters(NamedTuple):
+    """The parameters of a dense layer; without a bottleneck the first convolution is the 3x3."""
+
+    gamma1: torch.Tensor
+    beta1: torch.Tensor
+    weight1: torch.Tensor
+    gamma2: torch.Tensor | None = None
+    beta2: torch.Tensor | None = None
+    weight2: torch.Tensor | None = None
+
+    def norm1(self, statistics: torch.Tensor, eps: float) -> Norm:
+        """The one of the maps."""
+        return Norm(statistics, self.gamma1, self.beta1, eps)
+
+    def norm2(self, statistics: torch.Tensor, eps: float) -> Norm:
+        """The one of z."""
+        assert self.gamma2 is not None
+        assert self.beta2 is not None
+        return Norm(statistics, self.gamma2, self.beta2, eps)
+
+
+class Statistics(NamedTuple):
+    """What running averages need."""
+
+    maps: torch.Tensor
+    """Mean and biased variance of every map of the block, [2, C]."""
+    inner: torch.Tensor
+    """The same of the output of every 1x1, [layers, 2, b]; empty without bottlenecks."""
+
+
+def dense_block(
+    x: torch.Tensor,
+    layers: Sequence[LayerParameters],
+    eps: float,
+    *,
+    dropout: tuple[float, float] = (0.0, 0.0),
+    keep_inner: Sequence[bool] | None = None,
+    compiled: bool = False,
+) -> tuple[torch.Tensor, Statistics]:
+    """All maps [n, C, h, w] of a dense block of `x` [n, C_0, h, w] in training mode, and their statistics.
+
+    `dropout`: probabilities after the 1x1 and after the 3x3. `keep_inner`: for each layer, whether to keep z for the
+    backward pass rather than computing it again; by default all do. `compiled`: whether passes over maps are compiled.
+    Computes in the dtype of autocast, if that is on, with statistics and sums in fp32 at least.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    flat = [
+        tensor.to(dtype) if name.startswith("weight") else tensor
+        for layer in layers
+        for name, tensor in zip(LayerParameters._fields, layer, strict=True)
+        if tensor is not None
+    ]
+    settings = _Settings(len(layers), eps, dropout, keep_inner or [True] * len(layers), compiled)
+    with torch.autocast(device, enabled=False):
+        maps, of_maps, inner = _DenseBlock.apply(x.to(dtype), settings, *flat)
+    return maps, Statistics(of_maps, inner)
+
+
+class _Settings(NamedTuple):
+    """What `dense_block` is given beside tensors."""
+
+    depth: int
+    eps: float
+    dropout: tuple[float, float]
+    keep_inner: Sequence[bool]
+    compiled: bool
+
+
+class _DenseBlock(torch.autograd.Function):
+    """The forward and backward pass of a dense block, as the documentation of this module derives them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, settings: _Settings, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        layers = _unflatten(parameters, settings.depth)
+        shape, width, growth = x.shape, x.shape[1], _outputs_of(layers[0])
+        total = width + settings.depth * growth
+        maps = x.new_empty((shape[0], *shape[2:], total)).permute(0, 3, 1, 2)
+        buffer = rows_of(maps)
+        of_maps = x.new_empty((2, total), dtype=exact_dtype(x.dtype))
+        of_inner: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+
+        def write(new: torch.Tensor, columns: slice) -> None:
+            buffer[:, columns] = new
+            of_maps[:, columns] = moments(new)
+
+        write(rows_of(x), slice(0, width))
+        for number, layer in enumerate(layers):
+            read = buffer[:, :width]
+            norm = layer.norm1(of_maps[:, :width], settings.eps)
+            if layer.weight2 is None:
+                y, weight = normalize_relu(read, norm, settings.compiled), layer.weight1
+            else:
+                z = _normalize_relu_multiply(read, norm, layer.weight1.flatten(1), settings.compiled)
+                z, noise = _drop(images_of(z, shape), settings.dropout[0])
+                of_inner.append(moments(z))
+                norm = layer.norm2(of_inner[-1], settings.eps)
+                y, weight = normalize_relu(z, norm, settings.compiled), layer.weight2
+                kept += [noise, z if settings.keep_inner[number] else z.new_empty(0)]
+            written, noise = _drop(F.conv2d(images_of(y, shape), weight, padding=1), settings.dropout[1])
+            kept.append(noise)
+            write(written, slice(width, width + growth))
+            width += growth
+        ctx.settings = settings
+        inner = torch.stack(of_inner) if of_inner else of_maps.new_empty(0)
+        ctx.save_for_backward(maps, of_maps, inner, *parameters, *kept)
+        ctx.mark_non_differentiable(of_maps, inner)
+        return maps, of_maps, inner
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """From the last layer to the first: take its own gradient, final as all its readers are done, and add to that
+        of the maps it reads."""
+        maps, of_maps, of_inner, *rest = ctx.saved_tensors
+        settings: _Settings = ctx.settings
+        count = len(ctx.needs_input_grad) - 2
+        layers, kept = _unflatten(rest[:count], settings.depth), rest[count:]
+        shape, width, growth = maps.shape, maps.shape[1], _outputs_of(layers[0])
+        of_layers: list[list[torch.Tensor]] = []
+        running = _Gradient(gradient, maps, of_maps, settings)
+        for number in reversed(range(settings.depth)):
+            layer, width = layers[number], width - growth
+            own = _undrop(running.final(slice(width, width + growth)), kept.pop(), settings.dropout[1])
+            own = images_of(own, shape)
+            norm = layer.norm1(of_maps[:, :width], settings.eps)
+            read = rows_of(maps)[:, :width]
+            if layer.weight2 is None:
+                y = normalize_relu(read, norm, settings.compiled)
+                of_y, of_weight1 = _convolution_backward(own, images_of(y, shape), layer.weight1)
+                of_layers.append([*running.add(rows_of(of_y), y, norm), of_weight1])
+                continue
+            weight = layer.weight1.flatten(1)
+            z, noise = kept.pop(), kept.pop()
+            if not z.numel():
+                z = _undrop(_normalize_relu_multiply(read, norm, weight, settings.compiled), noise, settings.dropout[0])
+            inner = layer.norm2(of_inner[number], settings.eps)
+            y = normalize_relu(z, inner, settings.compiled)
+            of_y, of_weight2 = _convolution_backward(own, images_of(y, shape), layer.weight2)
+            dz, *of_norm2 = normalize_relu_backward(rows_of(of_y), y, z, inner, settings.compiled)
+            *of_norm1, of_weight1 = running.add_product(_undrop(dz, noise, settings.dropout[0]), weight, norm)
+            of_layers.append([*of_norm1, of_weight1.view_as(layer.weight1), *of_norm2, of_weight2])
+        of_x = images_of(running.final(slice(0, width)), shape)
+        return of_x, None, *(one for of_layer in reversed(of_layers) for one in of_layer)
+
+
+class _Gradient:
+    """G [M, C], the gradient of all maps, as the layers that read them add to it.
+
+    Directly, a reader adds D s, where D is the gradient of its BN(X). Through mean and variance, which are functions of
+    the whole map, the gradient of a map gets (Ioffe and Szegedy 2015, section 3)
+
+        - r / M (c1 + x^ c2),   c1 = sum over readers of gamma sum(D),   c2 = sum over readers of gamma sum(D x^)
+
+    which is linear in c1 and c2 and therefore waits until all readers have added to them.
+    """
+
+    def __init__(self, gradient: torch.Tensor, maps: torch.Tensor, of_maps: torch.Tensor, settings: _Settings) -> None:
+        self._maps = rows_of(maps)
+        self._direct = rows_of(gradient.to(maps.dtype).clone(memory_format=torch.channels_last))
+        self._means, variances = of_maps.unbind()
+        self._inverse = (variances + settings.eps).rsqrt()
+        self._c1, self._c2 = torch.zeros_like(of_maps).unbind()
+        self._compiled = settings.compiled
+
+    def final(self, columns: slice) -> torch.Tensor:
+        """The whole gradient of these maps, [M, columns]."""
+        scale = -self._inverse[columns] / len(self._maps)
+        slope = scale * self._inverse[columns] * self._c2[columns]
+        offset = scale * self._c1[columns] - slope * self._means[columns]
+        maps = self._maps[:, columns]
+        return (self._direct[:, columns] + torch.addcmul(offset, maps.to(slope.dtype), slope)).to(maps.dtype)
+
+    def add(self, of_a: torch.Tensor, a: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what a reader's a = max(0, BN(X)) gives. Returns the gradients of gamma and beta."""
+        width = a.shape[1]
+        of_beta, of_gamma = accumulate_direct(
+            of_a, a, self._maps[:, :width], norm, self._direct[:, :width], self._compiled
+        )
+        self._c1[:width] += norm.gamma * of_beta
+        self._c2[:width] += norm.gamma * of_gamma
+        return of_gamma, of_beta
+
+    def add_product(
+        self, dz: torch.Tensor, weight: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Add what the gradient of a reader's z = a W^T gives. Returns the gradients of gamma, beta and W."""
+        width = weight.shape[1]
+        of_weight = torch.zeros_like(weight, dtype=norm.mean.dtype)
+        of_beta, of_gamma = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
+        for rows in _parts(self._maps[:, :width]):
+            x = self._maps[rows, :width]
+            x = x if self._compiled else x.contiguous()
+            a = normalize_relu(x, norm, self._compiled)
+            of_weight += dz[rows].T @ a
+            beta, gamma = accumulate_direct(dz[rows] @ weight, a, x, norm, self._direct[rows, :width], self._compiled)
+            of_beta += beta
+            of_gamma += gamma
+        self._c1[:width] += norm.gamma * of_beta
+        self._c2[:width] += norm.gamma * of_gamma
+        return of_gamma, of_beta, of_weight.to(weight.dtype)
+
+
+def _normalize_relu_multiply(x: torch.Tensor, norm: Norm, weight: torch.Tensor, compiled: bool) -> torch.Tensor:
+    """max(0, BN(x)) weight^T, [M, b], without keeping the first factor."""
+    z = x.new_empty((len(x), len(weight)))
+    for rows in _parts(x):
+        torch.mm(normalize_relu(x[rows], norm, compiled), weight.T, out=z[rows])
+    return z
+
+
+def _convolution_backward(
+    gradient: torch.Tensor, images: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the images and of the weight of a 3x3."""
+    of_images, of_weight, _ = torch.ops.aten.convolution_backward(
+        gradient, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
+    )
+    return of_images, of_weight
+
+
+def _parts(rows: torch.Tensor) -> list[slice]:
+    """Groups of rows that fit the cache; one group on a GPU."""
+    count = len(rows)
+    if rows.device.type == "cpu":
+        count = max(64, _CACHED_BYTES // (rows.shape[1] * rows.element_size()))
+    return [slice(start, start + count) for start in range(0, len(rows), count)]
+
+
+def _drop(images: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dropout, drawing what F.dropout draws for these images. Returns rows and which elements are kept, bool."""
+    if not probability:
+        return rows_of(images), images.new_empty(0, dtype=torch.bool)
+    noise = F.dropout(torch.ones_like(images), probability)
+    return rows_of(images * noise), rows_of(noise != 0)
+
+
+def _undrop(rows: torch.Tensor, kept: torch.Tensor, probability: float) -> torch.Tensor:
+    return rows * kept / (1 - probability) if probability else rows
+
+
+def _outputs_of(layer: LayerParameters) -> int:
+    """k: the maps that a layer adds."""
+    return len(layer.weight1 if layer.weight2 is None else layer.weight2)
+
+
+def _unflatten(parameters: Sequence[torch.Tensor], depth: int) -> list[LayerParameters]:
+    each = len(parameters) // depth
+    return [LayerParameters(*parameters[start : start + each]) for start in range(0, len(parameters), each)]
