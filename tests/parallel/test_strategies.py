@@ -56,6 +56,28 @@ def test_all_strategies_compute_the_same(fifteen_steps, family, optimizer, strat
     assert other.state.keys() == plain.state.keys()
 
 
+def test_fused_dense_blocks_train_the_same_under_every_strategy(tmp_path):
+    settings = ("batch.lanes=4", "batch.per_lane=8", *DENSENET, *OPTIMIZERS["sgd"])
+    fused = "train.dense_block=fused"
+    plain, *others = run_tasks(
+        [
+            task(tmp_path, "plain", *settings, last=6),
+            *(task(tmp_path, name, *settings, fused, f"parallel.strategy={name}", last=6) for name in STRATEGIES),
+            task(tmp_path, "flat", *settings, fused, "train.graphs=on", last=6),
+        ],
+        2,
+        tmp_path,
+    )
+    for other in others:
+        np.testing.assert_allclose(other.losses, plain.losses, rtol=1e-4)
+        weights, expected = (
+            {name: tensor for name, tensor in outcome.state.items() if name.startswith("model/")}
+            for outcome in (other, plain)
+        )
+        assert_equal_states(weights, expected, rtol=1e-4, atol=1e-5)
+    assert others[0].losses != plain.losses  # or nothing was fused
+
+
 HALF, END = 3, 5
 
 

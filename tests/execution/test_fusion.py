@@ -1,0 +1,101 @@
+"""Whether dense blocks are fused: as configured, or measured once."""
+
+import time
+
+import pytest
+import torch
+from support.execution import settings
+
+from distrain import models
+from distrain.decisions import RunDecisions
+from distrain.execution.fusion import find_faster_dense_block
+from distrain.execution.prepare import prepare
+from distrain.models.fusion import Fusible
+
+AUTO = "train.dense_block=auto"
+
+
+def kinds(network: torch.nn.Module) -> set[tuple[bool, bool]]:
+    """Whether the parts that can be are fused and compiled."""
+    return {(part.is_fused, part.is_compiled) for part in network.modules() if isinstance(part, Fusible)}
+
+
+@pytest.mark.parametrize(("kind", "is_fused"), [("fused", True), ("plain", False)])
+def test_dense_blocks_are_what_is_configured(network, group, tmp_path, kind, is_fused):
+    prepare(settings(tmp_path, f"train.dense_block={kind}"), network, group, pytest.fail)
+    assert kinds(network) == {(is_fused, False)}
+
+
+def test_the_faster_kind_is_measured_once_and_kept(network, group, tmp_path):
+    run, lines = settings(tmp_path, AUTO), []
+    prepare(run, network, group, lines.append)
+    chosen = RunDecisions(run.run.folder).get("dense_block", pytest.fail)
+    assert kinds(network) == {(chosen == "fused", False)}
+    (line,) = lines
+    assert line.startswith(f"train.dense_block=auto: chose {chosen} (plain ")
+    other = {"plain": "fused", "fused": "plain"}[chosen]
+    RunDecisions(run.run.folder).set("dense_block", other)
+    prepare(run, network, group, pytest.fail)
+    assert kinds(network) == {(other == "fused", False)}
+
+
+class Slow(Fusible):
+    """A classifier that takes 30 ms longer if it is fused, or if it is not."""
+
+    def __init__(self, when_fused: bool) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+        self._when_fused = when_fused
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.is_fused == self._when_fused:
+            time.sleep(0.03)
+        return self.conv(images).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("when_fused", "faster"), [(True, "plain"), (False, "fused")])
+def test_the_faster_kind_is_chosen(group, tmp_path, when_fused, faster):
+    assert find_faster_dense_block(settings(tmp_path, AUTO), Slow(when_fused), group.device, print) == faster
+
+
+class FitsOnly(Fusible):
+    """A classifier for which a simulated GPU has memory only if it is fused, or not even then."""
+
+    def __init__(self, fits: bool) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+        self._fits = fits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not (self.is_fused and self._fits):
+            raise torch.OutOfMemoryError
+        return self.conv(images).mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_blocks_are_fused_where_a_simulated_gpu_has_no_memory_for_plain_ones(group, tmp_path, fits):
+    assert find_faster_dense_block(settings(tmp_path, AUTO), FitsOnly(fits), group.device, print) == "fused"
+
+
+@pytest.mark.parametrize(
+    ("setting", "chosen", "found"),
+    [("train.deterministic=true", "plain", (False, False)), ("train.compile=true", "fused", (True, True))],
+)
+def test_nothing_is_measured_in_a_deterministic_or_a_compiled_run(network, group, tmp_path, setting, chosen, found):
+    lines: list[str] = []
+    prepare(settings(tmp_path, AUTO, setting), network, group, lines.append)
+    assert lines == [f"train.dense_block=auto: {chosen}, not measured because of {setting.removesuffix('=true')}"]
+    assert kinds(network) == {found}
+
+
+def test_the_images_of_fused_blocks_are_channels_last(network, group, tmp_path):
+    lines: list[str] = []
+    run = settings(tmp_path, "train.dense_block=fused", "train.memory_format=auto")
+    assert prepare(run, network, group, lines.append).memory_format == torch.channels_last
+    assert lines == ["train.memory_format=auto: channels_last, not measured because fused dense blocks are"]
+
+
+def test_a_regnet_has_no_dense_blocks_to_decide_on(group, tmp_path):
+    run = settings(tmp_path, AUTO, "model.name=regnety_200mf")
+    prepare(run, models.build("regnety_200mf", 5), group, pytest.fail)
+    assert RunDecisions(run.run.folder).get("dense_block", lambda: "") == ""
