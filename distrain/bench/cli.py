@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distrain.arguments import AnyOrder, check_writable
-from distrain.bench import checkpoint, step_cli
+from distrain.bench import checkpoint, models, step_cli
 from distrain.bench.gpu import cli as gpu
 from distrain.bench.loader import DALI, DECODE, WEBDATASET, bench_loaders
 from distrain.bench.rounds import ratio
@@ -20,7 +20,7 @@ from distrain.errors import EXIT_DONE, UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the commands loader, step, checkpoint and gpu."""
+    """Add the commands loader, step, models, checkpoint and gpu."""
     parser.description = (
         "Compare distrain with other libraries and upper bounds, interleaved in one run. Ratios are reproducible on "
         "similar machines; absolute rates depend on the machine and its load."
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loader.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     loader.set_defaults(run=_loader)
     step_cli.add_command(commands)
+    models.describe(commands.add_parser("models", help="compare networks with torchvision's and timm's"))
     checkpoint.add_command(commands)
     gpu.add_command(commands)
 
