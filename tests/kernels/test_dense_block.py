@@ -74,7 +74,9 @@ def assert_equal(found: Step, expected: Step, tolerance: float) -> None:
 @given(
     growth_rate=st.sampled_from([1, 12, 24, 32, 40, 48]),
     depths=st.lists(st.integers(1, 4), min_size=1, max_size=2),
-    stem_width=st.integers(1, 20),
+    stem_width=st.integers(
+        2, 20
+    ),  # with a single one, the layout of plain maps, which orders the draws of dropout, is open
     bottleneck=st.sampled_from([0, 1, 4]),
     dropout=st.sampled_from([0.0, 0.3]),
     placement=st.sampled_from(["paper", "torchvision"]),
