@@ -81,11 +81,23 @@ def test_blocks_are_fused_where_a_simulated_gpu_has_no_memory_for_plain_ones(gro
     ("setting", "chosen", "found"),
     [("train.deterministic=true", "plain", (False, False)), ("train.compile=true", "fused", (True, True))],
 )
-def test_nothing_is_measured_in_a_deterministic_or_a_compiled_run(network, group, tmp_path, setting, chosen, found):
+def test_nothing_is_measured_in_a_deterministic_or_a_compiled_run(
+    network, group, tmp_path, monkeypatch, setting, chosen, found
+):
+    monkeypatch.setattr(torch.nn.Module, "compile", pytest.fail)  # of whole blocks, which are plain then
     lines: list[str] = []
     prepare(settings(tmp_path, AUTO, setting), network, group, lines.append)
     assert lines == [f"train.dense_block=auto: {chosen}, not measured because of {setting.removesuffix('=true')}"]
     assert kinds(network) == {found}
+
+
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_compiled_passes_of_fused_blocks_can_be_captured_as_cuda_graphs(network, group, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _: None)
+    lines: list[str] = []
+    run = settings(tmp_path, f"train.dense_block={kind}", "train.compile=true", "train.graphs=on")
+    assert prepare(run, network, group, lines.append).graphs == (kind == "fused")
+    assert lines == {"fused": [], "plain": ["train.graphs=on: no CUDA graphs: train.compile has its own kernels"]}[kind]
 
 
 def test_the_images_of_fused_blocks_are_channels_last(network, group, tmp_path):

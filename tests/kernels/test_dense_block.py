@@ -224,9 +224,16 @@ def test_compiled_and_exported_networks_are_plain_ones():
     network = fused(densenet(torch.float32))
     images = torch.randn(2, 3, 32, 32)
     expected = take_step(network, images)
+    norms: list[torch.fx.Node] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        norms.extend(node for node in graph.graph.nodes if "batch_norm" in str(node.target))
+        return graph
+
     torch.compiler.reset()
-    compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend="eager")
+    compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend=backend)
     assert difference(compiled(images), expected.logits) <= 1e-5
+    assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     network.eval()
     program = torch.export.export(network, (images,))
     assert difference(program.module()(images), network(images)) <= 1e-5
