@@ -59,6 +59,8 @@ class Measured:
 
     rounds: list[float] = field(default_factory=list)
     """Images per second of each."""
+    vs_baseline: float | None = None
+    """The median ratio to BASELINE's in the same rounds."""
     saved_bytes: int | None = None
     """What a forward pass saves for the backward pass, per image, without weights."""
     peak_bytes: int | None = None
@@ -187,10 +189,19 @@ def _fits(step: Step, batch: int) -> bool:
     return True
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Measured]:
-    """Open the candidates one after the other, then time those that could be opened alternately."""
-    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
-    candidates = select(candidates_of(args.network, args.compiled), args.only)
+def rounds_of(candidates: Mapping[str, Candidate]) -> list[dict[str, Candidate]]:
+    """Which candidates to time together: those that open at once, then each that is compiled as a whole beside
+    BASELINE, so that what takes minutes delays nothing else."""
+    eager = {name: one for name, one in candidates.items() if not one.compiled}
+    baseline = {name: one for name, one in eager.items() if name == BASELINE}
+    compiled = [{**baseline, name: one} for name, one in candidates.items() if one.compiled]
+    return [eager, *compiled] if eager else compiled
+
+
+def measure(
+    candidates: Mapping[str, Candidate], args: argparse.Namespace, device: torch.device, end: float
+) -> dict[str, Measured]:
+    """Open the candidates one after the other until `end`, then time those that could be opened alternately."""
     found = {name: Measured() for name in candidates}
     steps: dict[str, Step] = {}
     for name, candidate in candidates.items():
@@ -216,6 +227,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Measure
     timer = time_on_gpu if device.type == "cuda" else time_on_host
     for rate in measure_interleaved({name: repeat(step) for name, step in steps.items()}, args.rounds, timer):
         found[rate.name].rounds = list(rate.rounds)
+    if BASELINE in steps:
+        for name in steps:
+            pairs = zip(found[name].rounds, found[BASELINE].rounds, strict=True)
+            found[name].vs_baseline = statistics.median(own / other for own, other in pairs)
     return found
 
 
@@ -262,7 +277,7 @@ def table_of(found: Mapping[str, Measured], batch: int, roofs: tuple[float, floa
         rows.append([
             name,
             f"{rate:,.1f} ({min(one.rounds):,.1f}-{max(one.rounds):,.1f})",
-            _ratio(one, found.get(BASELINE)),
+            "" if one.vs_baseline is None else f"{one.vs_baseline:.2f}",
             _show(one.saved_bytes, 2**20, "MiB"),
             _show(one.peak_bytes, 1e9, "GB"),
             _show(one.largest_batch, 1, ""),
@@ -280,12 +295,6 @@ def table_of(found: Mapping[str, Measured], batch: int, roofs: tuple[float, floa
         )
         for row in rows
     ]
-
-
-def _ratio(one: Measured, baseline: Measured | None) -> str:
-    if baseline is None or not baseline.rounds:
-        return ""
-    return f"{statistics.median(own / other for own, other in zip(one.rounds, baseline.rounds, strict=True)):.2f}"
 
 
 def _show(value: int | None, unit: float, name: str) -> str:
@@ -346,16 +355,22 @@ def run(args: argparse.Namespace) -> int:
         if file:
             check_writable(file, option)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    found = measure(args, device)
-    roofs = ceilings(_DTYPES[args.precision] or torch.float32, device)
+    end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     work = f"{args.network}, {args.batch} images of {args.size} pixels, {args.precision}"
     title = f"{work}, {where}, torch {torch.__version__}"
+    roofs = ceilings(_DTYPES[args.precision] or torch.float32, device)
+    found: dict[str, Measured] = {}
+    for together in rounds_of(select(candidates_of(args.network, args.compiled), args.only)):
+        for name, one in measure(together, args, device, end).items():
+            found.setdefault(name, one)
+        _release()
+        if args.json:  # so far: compiling what follows may take longer than this machine is there
+            results = {name: asdict(one) for name, one in found.items()}
+            content = {"title": title, "ceilings": roofs, "candidates": results}
+            args.json.write_text(json.dumps(content, indent=1) + "\n")
     limits = f"a copy moves {roofs[0] / 1e9:,.0f} GB/s, a matrix product reaches {roofs[1] / 1e12:,.2f} TFLOPS"
     print("\n".join([title, limits, *table_of(found, args.batch, roofs)]))
-    if args.json:
-        results = {name: asdict(one) for name, one in found.items()}
-        args.json.write_text(json.dumps({"title": title, "ceilings": roofs, "candidates": results}, indent=1) + "\n")
     if args.plot:
         plot_bytes_by_depth(args.plot)
     return EXIT_DONE

@@ -152,8 +152,8 @@ class Zero:
 
 
 def _gather_fused_blocks_whole(network: nn.Module) -> None:
-    """Have stage 3 gather all weights of a fused block before it runs: it reads them itself, without calling the
-    layers whose calls would gather them."""
+    """Have stage 3 gather all weights of a fused block at once: it reads them itself, without calling its layers, and
+    each would be gathered alone when it is read."""
     from deepspeed.utils import set_z3_leaf_modules
 
     if kinds := {type(module) for module in network.modules() if isinstance(module, Fusible) and module.is_fused}:
