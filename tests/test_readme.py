@@ -92,7 +92,7 @@ def is_accepted(monkeypatch, *overrides: str) -> bool:
 def test_the_settings_of_strategy_precision_and_memory_exist(monkeypatch):
     table = TEXT[TEXT.index("## Strategy, precision") : TEXT.index("compares them with")]
     overrides = re.findall(r"`((?:parallel|train)\.[a-z_]+=[^`]*)`", table)
-    assert len(overrides) == 7
+    assert len(overrides) == 8
     for override in overrides:
         assert is_accepted(monkeypatch, override, *EXTRA.get(override, []))
 
@@ -111,6 +111,12 @@ def test_the_benchmark_of_steps_runs():
     words = readme_command("python -m distrain bench step model.name=regnety_400mf")
     small = ["--rounds", "1", "--steps", "1", "data.image_size=32", "batch.lanes=2", "batch.per_lane=2"]
     assert "bare PyTorch loop" in run([*(word for word in words if word != "--memory"), *small])
+
+
+def test_the_benchmark_of_networks_runs():
+    words = readme_command("python -m distrain bench models densenet121")
+    small = ["--batch", "2", "--size", "32", "--rounds", "1", "--only", "distrain plain,distrain fused"]
+    assert "distrain fused" in run([*words, *small])
 
 
 def test_the_options_of_the_table_exist(monkeypatch):

@@ -314,7 +314,7 @@ write if none is kept in a cache, which exceeds 100 % of what a copy reaches whe
 the share of the flops that a large matrix product reaches.
 
 examples:
-  python -m distrain bench models densenet121 --batch 8                      two minutes on two cores
+  python -m distrain bench models densenet121 --batch 8                      a minute or two on two cores
   python -m distrain bench models densenet121 --batch 256 --compiled --largest --minutes 6 --json d121.json
   python -m distrain.bench.models densenet121     where only PyTorch and torchvision are installed
 """

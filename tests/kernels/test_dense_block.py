@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class Step:
 def densenet(dtype: torch.dtype = torch.float64, **options) -> nn.Module:
     """A DenseNet in training mode whose scales and shifts differ from their initial 1 and 0."""
     torch.manual_seed(0)
-    network = build("densenet", 5, **{**OPTIONS, **options}).to(dtype, memory_format=torch.channels_last)
+    network = build("densenet", 5, **{**OPTIONS, **options}).to(dtype).to(memory_format=torch.channels_last)
     for parameter in network.parameters():
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1, 0.5)
@@ -59,8 +60,8 @@ def error(found: Step, expected: Step) -> float:
         ((found.gradients[name].double() - gradient.double()).square().sum(), gradient.double().square().sum())
         for name, gradient in expected.gradients.items()
     ]
-    difference, size = (sum(column) for column in zip(*squares, strict=True))
-    return float((difference / size).sqrt())
+    errors, sizes = (sum(column) for column in zip(*squares, strict=True))
+    return float((errors / sizes).sqrt())
 
 
 def assert_equal(found: Step, expected: Step, tolerance: float) -> None:
@@ -188,7 +189,7 @@ def test_densenet121_saves_a_third_of_what_torchvisions_saves(precision):
     assert saved(network) <= ours / 1.5
 
 
-def calls_of(network: nn.Module) -> list[str]:
+def calls_of(network: Any) -> list[str]:
     """Which blocks are computed layer by layer, found by a hook of their first layers."""
     calls: list[str] = []
     for name, block in network.blocks.named_children():
