@@ -80,10 +80,10 @@ def candidates_of(network: str, compiled: bool) -> dict[str, Candidate]:
     """Ours and the peers that have this network and are installed. `compiled`: also whole networks under torch.compile,
     which takes minutes each."""
 
-    def ours(is_fused: bool, is_compiled: bool = False) -> Callable[[], nn.Module]:
+    def ours(is_fused: bool, is_compiled: bool = False, uses_triton: bool = False) -> Callable[[], nn.Module]:
         def build() -> nn.Module:
             built = models.build(network)
-            set_fused(built, is_fused, is_compiled)
+            set_fused(built, is_fused, is_compiled, uses_triton)
             return built
 
         return build
@@ -94,6 +94,11 @@ def candidates_of(network: str, compiled: bool) -> dict[str, Candidate]:
         found["distrain fused, passes compiled"] = Candidate(
             ours(is_fused=True, is_compiled=True), has_compiled_parts=True
         )
+        if torch.cuda.is_available():
+            found["distrain triton"] = Candidate(ours(is_fused=True, uses_triton=True), has_compiled_parts=True)
+            found["distrain triton, passes compiled"] = Candidate(
+                ours(is_fused=True, is_compiled=True, uses_triton=True), has_compiled_parts=True
+            )
     theirs, timms = PEERS.get(network, ("", ""))
     if theirs:
         found |= _of_torchvision(theirs, compiled)

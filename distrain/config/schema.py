@@ -172,10 +172,10 @@ class TrainConfig(Section):
     memory_format: Literal["auto", "channels_last", "contiguous"] = option(
         "auto", "auto: the faster one, measured once", on_resume="free"
     )
-    dense_block: Literal["auto", "fused", "plain"] = option(
+    dense_block: Literal["auto", "fused", "triton", "plain"] = option(
         "auto",
-        "fused: a dense block as one operation, in a quarter of the memory; plain: layer by layer; auto: the faster, "
-        "measured once",
+        "fused: a dense block as one operation, in a quarter of the memory; triton: likewise, with kernels for GPUs; "
+        "plain: layer by layer; auto: the fastest, measured once",
         on_resume="free",
     )
     recompute: Literal["none", "selective", "full", "auto"] = option(

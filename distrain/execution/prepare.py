@@ -16,7 +16,7 @@ from distrain.decisions import RunDecisions
 from distrain.errors import UserError
 from distrain.execution.compile import compile_regions
 from distrain.execution.fitting import fit_memory
-from distrain.execution.fusion import can_be_fused, find_faster_dense_block
+from distrain.execution.fusion import can_be_fused, find_fastest_dense_block
 from distrain.execution.graphs import uses_graphs
 from distrain.execution.memory_format import DEFAULT, MEMORY_FORMATS, find_faster_format
 from distrain.execution.recomputation import blocks_of, find_least_level, recompute_level, set_level
@@ -58,9 +58,11 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
     if can_be_fused(network):
         kind = config.train.dense_block
         if kind == "auto":
-            kind = decide("dense_block", partial(find_faster_dense_block, config, network, group.device, info))
-        fused = kind == "fused"
-        set_fused(network, fused, config.train.compile)
+            kind = decide("dense_block", partial(find_fastest_dense_block, config, network, group.device, info))
+        if kind == "triton" and group.device.type == "cpu":
+            raise UserError("train.dense_block=triton needs a GPU: set train.dense_block=fused")
+        fused = kind != "plain"
+        set_fused(network, fused, config.train.compile, uses_triton=kind == "triton")
 
     name = config.train.memory_format
     if name == "auto":

@@ -34,9 +34,7 @@ from distrain.kernels.normalization import (
     normalize_relu_backward,
     rows_of,
 )
-
-_CACHED_BYTES = 4 << 20
-"""On a CPU, rows are processed in groups of about so many bytes, which remain in the cache between operations."""
+from distrain.kernels.products import normalize_relu_multiply, normalize_relu_multiply_backward
 
 
 class LayerParameters(NamedTuple):
@@ -77,11 +75,13 @@ def dense_block(
     dropout: tuple[float, float] = (0.0, 0.0),
     keep_inner: Sequence[bool] | None = None,
     compiled: bool = False,
+    triton: bool = False,
 ) -> tuple[torch.Tensor, Statistics]:
     """All maps [n, C, h, w] of a dense block of `x` [n, C_0, h, w] in training mode, and their statistics.
 
     `dropout`: probabilities after the 1x1 and after the 3x3. `keep_inner`: for each layer, whether to keep z for the
     backward pass rather than computing it again; by default all do. `compiled`: whether passes over maps are compiled.
+    `triton`: whether 1x1 convolutions are the kernels of `products`, where they apply.
     Computes in the dtype of autocast, if that is on, with statistics and sums in fp32 at least.
     """
     device = x.device.type
@@ -92,7 +92,7 @@ def dense_block(
         for name, tensor in zip(LayerParameters._fields, layer, strict=True)
         if tensor is not None
     ]
-    settings = _Settings(len(layers), eps, dropout, keep_inner or [True] * len(layers), compiled)
+    settings = _Settings(len(layers), eps, dropout, keep_inner or [True] * len(layers), compiled, triton)
     with torch.autocast(device, enabled=False):
         maps, of_maps, inner = _DenseBlock.apply(x.to(dtype), settings, *flat)
     return maps, Statistics(of_maps, inner)
@@ -106,6 +106,12 @@ class _Settings(NamedTuple):
     dropout: tuple[float, float]
     keep_inner: Sequence[bool]
     compiled: bool
+    triton: bool
+
+    @property
+    def passes(self) -> tuple[bool, bool]:
+        """Whether they are compiled, and Triton's."""
+        return self.compiled, self.triton
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -135,9 +141,9 @@ class _DenseBlock(torch.autograd.Function):
             if layer.weight2 is None:
                 y, weight = normalize_relu(read, norm, settings.compiled), layer.weight1
             else:
-                z = _normalize_relu_multiply(read, norm, layer.weight1.flatten(1), settings.compiled)
+                z, of_z = normalize_relu_multiply(read, norm, layer.weight1.flatten(1), *settings.passes)
                 z, noise = _drop(images_of(z, shape), settings.dropout[0])
-                of_inner.append(moments(z))
+                of_inner.append(moments(z) if settings.dropout[0] else of_z)
                 norm = layer.norm2(of_inner[-1], settings.eps)
                 y, weight = normalize_relu(z, norm, settings.compiled), layer.weight2
                 kept += [noise, z if settings.keep_inner[number] else z.new_empty(0)]
@@ -177,7 +183,8 @@ class _DenseBlock(torch.autograd.Function):
             weight = layer.weight1.flatten(1)
             z, noise = kept.pop(), kept.pop()
             if not z.numel():
-                z = _undrop(_normalize_relu_multiply(read, norm, weight, settings.compiled), noise, settings.dropout[0])
+                z = normalize_relu_multiply(read, norm, weight, *settings.passes)[0]
+                z = _undrop(z, noise, settings.dropout[0])
             inner = layer.norm2(of_inner[number], settings.eps)
             y = normalize_relu(z, inner, settings.compiled)
             of_y, of_weight2 = _convolution_backward(own, images_of(y, shape), layer.weight2)
@@ -205,7 +212,7 @@ class _Gradient:
         self._means, variances = of_maps.unbind()
         self._inverse = (variances + settings.eps).rsqrt()
         self._c1, self._c2 = torch.zeros_like(of_maps).unbind()
-        self._compiled = settings.compiled
+        self._settings = settings
 
     def final(self, columns: slice) -> torch.Tensor:
         """The whole gradient of these maps, [M, columns]."""
@@ -218,39 +225,28 @@ class _Gradient:
     def add(self, of_a: torch.Tensor, a: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
         """Add what a reader's a = max(0, BN(X)) gives. Returns the gradients of gamma and beta."""
         width = a.shape[1]
-        of_beta, of_gamma = accumulate_direct(
-            of_a, a, self._maps[:, :width], norm, self._direct[:, :width], self._compiled
-        )
-        self._c1[:width] += norm.gamma * of_beta
-        self._c2[:width] += norm.gamma * of_gamma
-        return of_gamma, of_beta
+        x, total = self._maps[:, :width], self._direct[:, :width]
+        of_beta, of_gamma = accumulate_direct(of_a, a, x, norm, total, self._settings.compiled)
+        return self._add_statistics(norm, of_beta, of_gamma)
 
     def add_product(
         self, dz: torch.Tensor, weight: torch.Tensor, norm: Norm
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Add what the gradient of a reader's z = a W^T gives. Returns the gradients of gamma, beta and W."""
         width = weight.shape[1]
-        of_weight = torch.zeros_like(weight, dtype=norm.mean.dtype)
-        of_beta, of_gamma = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
-        for rows in _parts(self._maps[:, :width]):
-            x = self._maps[rows, :width]
-            x = x if self._compiled else x.contiguous()
-            a = normalize_relu(x, norm, self._compiled)
-            of_weight += dz[rows].T @ a
-            beta, gamma = accumulate_direct(dz[rows] @ weight, a, x, norm, self._direct[rows, :width], self._compiled)
-            of_beta += beta
-            of_gamma += gamma
+        x, total = self._maps[:, :width], self._direct[:, :width]
+        of_weight, of_beta, of_gamma = normalize_relu_multiply_backward(
+            dz, x, norm, weight, total, *self._settings.passes
+        )
+        return *self._add_statistics(norm, of_beta, of_gamma), of_weight.to(weight.dtype)
+
+    def _add_statistics(
+        self, norm: Norm, of_beta: torch.Tensor, of_gamma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = len(of_beta)
         self._c1[:width] += norm.gamma * of_beta
         self._c2[:width] += norm.gamma * of_gamma
-        return of_gamma, of_beta, of_weight.to(weight.dtype)
-
-
-def _normalize_relu_multiply(x: torch.Tensor, norm: Norm, weight: torch.Tensor, compiled: bool) -> torch.Tensor:
-    """max(0, BN(x)) weight^T, [M, b], without keeping the first factor."""
-    z = x.new_empty((len(x), len(weight)))
-    for rows in _parts(x):
-        torch.mm(normalize_relu(x[rows], norm, compiled), weight.T, out=z[rows])
-    return z
+        return of_gamma, of_beta
 
 
 def _convolution_backward(
@@ -261,14 +257,6 @@ def _convolution_backward(
         gradient, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
     )
     return of_images, of_weight
-
-
-def _parts(rows: torch.Tensor) -> list[slice]:
-    """Groups of rows that fit the cache; one group on a GPU."""
-    count = len(rows)
-    if rows.device.type == "cpu":
-        count = max(64, _CACHED_BYTES // (rows.shape[1] * rows.element_size()))
-    return [slice(start, start + count) for start in range(0, len(rows), count)]
 
 
 def _drop(images: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:

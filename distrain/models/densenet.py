@@ -153,6 +153,7 @@ class DenseBlock(Fusible, nn.ModuleList):
             dropout=self.dropout,
             keep_inner=[layer.recomputation != "full" for layer in layers],
             compiled=self.is_compiled,
+            triton=self.uses_triton,
         )
         of_maps = [statistics.maps[:, : norm.num_features] for norm in norms[: len(layers)]]
         update_running_statistics(norms, [*of_maps, *statistics.inner], count=x.numel() // x.shape[1])

@@ -15,13 +15,15 @@ class Fusible(nn.Module):
     """Whether to use it where it applies."""
     is_compiled = False
     """Whether the elementwise passes of a fused operation are compiled."""
+    uses_triton = False
+    """Whether its 1x1 convolutions are Triton kernels, where they apply."""
 
 
-def set_fused(network: nn.Module, is_fused: bool, is_compiled: bool = False) -> None:
+def set_fused(network: nn.Module, is_fused: bool, is_compiled: bool = False, uses_triton: bool = False) -> None:
     """Choose between fused and layer-by-layer computation of the blocks of `network`: the same up to rounding."""
     for module in network.modules():
         if isinstance(module, Fusible):
-            module.is_fused, module.is_compiled = is_fused, is_compiled
+            module.is_fused, module.is_compiled, module.uses_triton = is_fused, is_compiled, uses_triton
 
 
 def normalizes_by_batch(norms: Sequence[nn.Module], x: torch.Tensor) -> bool:

@@ -8,7 +8,8 @@ from support.execution import settings
 
 from distrain import models
 from distrain.decisions import RunDecisions
-from distrain.execution.fusion import find_faster_dense_block
+from distrain.errors import UserError
+from distrain.execution.fusion import find_fastest_dense_block
 from distrain.execution.prepare import prepare
 from distrain.models.fusion import Fusible
 
@@ -24,6 +25,11 @@ def kinds(network: torch.nn.Module) -> set[tuple[bool, bool]]:
 def test_dense_blocks_are_what_is_configured(network, group, tmp_path, kind, is_fused):
     prepare(settings(tmp_path, f"train.dense_block={kind}"), network, group, pytest.fail)
     assert kinds(network) == {(is_fused, False)}
+
+
+def test_kernels_for_gpus_are_refused_on_a_cpu(network, group, tmp_path):
+    with pytest.raises(UserError, match=r"dense_block=triton needs a GPU: set train\.dense_block=fused"):
+        prepare(settings(tmp_path, "train.dense_block=triton"), network, group, print)
 
 
 def test_the_faster_kind_is_measured_once_and_kept(network, group, tmp_path):
@@ -55,7 +61,7 @@ class Slow(Fusible):
 
 @pytest.mark.parametrize(("when_fused", "faster"), [(True, "plain"), (False, "fused")])
 def test_the_faster_kind_is_chosen(group, tmp_path, when_fused, faster):
-    assert find_faster_dense_block(settings(tmp_path, AUTO), Slow(when_fused), group.device, print) == faster
+    assert find_fastest_dense_block(settings(tmp_path, AUTO), Slow(when_fused), group.device, print) == faster
 
 
 class FitsOnly(Fusible):
@@ -74,7 +80,7 @@ class FitsOnly(Fusible):
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_blocks_are_fused_where_a_simulated_gpu_has_no_memory_for_plain_ones(group, tmp_path, fits):
-    assert find_faster_dense_block(settings(tmp_path, AUTO), FitsOnly(fits), group.device, print) == "fused"
+    assert find_fastest_dense_block(settings(tmp_path, AUTO), FitsOnly(fits), group.device, print) == "fused"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from support.comparing import difference, gradients_of
 from torch import nn
 
 from distrain.bench.network_costs import saved_bytes
-from distrain.kernels import dense_block
+from distrain.kernels import products
 from distrain.models import build, freeze, set_recomputation
 from distrain.models.fusion import set_fused
 from distrain.parallel.group import Group
@@ -100,7 +100,7 @@ def test_a_fused_network_computes_the_same_in_fp64(
     expected = take_step(network, batch)
     set_recomputation(network, "full" if recomputed else "none")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense_block, "_CACHED_BYTES", cached)
+        patch.setattr(products, "_CACHED_BYTES", cached)
         assert_equal(take_step(fused(network), batch), expected, 1e-10)
 
 

@@ -47,7 +47,13 @@ _POINTS = (_SMALL, Point("densenet121", 128), Point("regnety_400mf", 128), _LARG
 PASSES = (
     Pass(("", "train.graphs=off", "train.graphs=off train.memory_format=contiguous"), _POINTS),
     Pass(
-        ("train.dense_block=plain", "train.dense_block=fused", "train.dense_block=fused train.compile=true"),
+        (
+            "train.dense_block=plain",
+            "train.dense_block=fused",
+            "train.dense_block=fused train.compile=true",
+            "train.dense_block=triton",
+            "train.dense_block=triton train.compile=true",
+        ),
         (_SMALL, Point("densenet121", 128), Point("densenet121", 256)),
     ),
     # Compiling takes minutes for all points. These come last, so that the limit of the stage cuts off nothing else.
