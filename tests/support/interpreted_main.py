@@ -1,4 +1,4 @@
-"""Runs Triton kernels under its interpreter, beside fp64: `python -m support.interpreted_main`, with TRITON_INTERPRET=1.
+"""Runs Triton kernels under the interpreter, beside fp64: `python -m support.interpreted_main`, TRITON_INTERPRET=1.
 
 Writes JSON: for each case its errors, relative to the largest value. Memory is filled with NaN before it is written.
 The interpreter's bf16 is wrong (Triton 3.6 to 3.8), so that only fp32 and fp16 are computed.
