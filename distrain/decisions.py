@@ -32,6 +32,9 @@ class RunDecisions:
             self.set(name, decide())
         return self._read()[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._read()
+
     def set(self, name: str, value: Any) -> None:
         """Make or replace a decision."""
         decisions = {**self._read(), name: value}

@@ -8,6 +8,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,16 @@ from torch import nn
 
 from distrain import models
 from distrain.arguments import check_writable, positive
-from distrain.bench.network_costs import ceilings, count_kernels, count_traffic, plot_bytes_by_depth, saved_bytes
-from distrain.bench.rounds import measure_interleaved, time_on_gpu, time_on_host
-from distrain.errors import EXIT_DONE, UserError, nearest
+from distrain.bench.network_costs import (
+    ceilings,
+    count_kernels,
+    count_traffic,
+    largest_batch,
+    plot_bytes_by_depth,
+    saved_bytes,
+)
+from distrain.bench.rounds import measure_interleaved, ratio, time_on_gpu, time_on_host
+from distrain.errors import EXIT_DONE, EXIT_USER, UserError, nearest
 from distrain.models.densenet import DenseNetConfig
 from distrain.models.fusion import set_fused
 
@@ -38,7 +46,6 @@ PEERS = {  # the names of our networks in torchvision and in timm
 }
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 _FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-_LARGEST = 4096  # images, beyond which no larger batch is tried
 
 
 @dataclass
@@ -157,6 +164,18 @@ class Step:
         self.images = images.contiguous(memory_format=self.memory_format)
         self._labels = torch.arange(batch, device=self._device) % 1000
 
+    def fits(self, batch: int) -> bool:
+        """Whether a batch of so many images fits the memory of the GPU."""
+        try:
+            self.set_batch(batch)
+            self()
+            torch.cuda.synchronize()
+        except RuntimeError:  # also cuDNN's, which has its own words for too little memory
+            return False
+        finally:
+            _release()
+        return True
+
     def __call__(self) -> int:
         F.cross_entropy(self.forward().float(), self._labels).backward()
         self._optimizer.step()
@@ -168,30 +187,6 @@ class Step:
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             logits: torch.Tensor = self.network(self.images)
         return logits
-
-
-def largest_batch(step: Step, start: int) -> int:
-    """The images of the largest batch, to a precision of an eighth, with which a step fits the memory of the GPU."""
-    low, high = 0, start
-    while high <= _LARGEST and _fits(step, high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if _fits(step, middle) else (low, middle)
-    step.set_batch(start)
-    return low
-
-
-def _fits(step: Step, batch: int) -> bool:
-    try:
-        step.set_batch(batch)
-        step()
-        torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        _release()
-    return True
 
 
 def rounds_of(candidates: Mapping[str, Candidate]) -> list[dict[str, Candidate]]:
@@ -230,12 +225,12 @@ def measure(
         return lambda: sum(step() for _ in range(args.steps))
 
     timer = time_on_gpu if device.type == "cuda" else time_on_host
-    for rate in measure_interleaved({name: repeat(step) for name, step in steps.items()}, args.rounds, timer):
+    rates = measure_interleaved({name: repeat(step) for name, step in steps.items()}, args.rounds, timer)
+    for rate in rates:
         found[rate.name].rounds = list(rate.rounds)
     if BASELINE in steps:
         for name in steps:
-            pairs = zip(found[name].rounds, found[BASELINE].rounds, strict=True)
-            found[name].vs_baseline = statistics.median(own / other for own, other in pairs)
+            found[name].vs_baseline = ratio(rates, name, BASELINE)
     return found
 
 
@@ -248,7 +243,8 @@ def _measure_on_gpu(step: Step, args: argparse.Namespace, found: Measured) -> No
     step()
     found.peak_bytes = torch.cuda.max_memory_allocated() - held + own
     if args.largest:
-        found.largest_batch = largest_batch(step, args.batch)
+        found.largest_batch = largest_batch(step.fits, args.batch)
+        step.set_batch(args.batch)
 
 
 def _release() -> None:
@@ -359,6 +355,8 @@ def run(args: argparse.Namespace) -> int:
     for option, file in (("--json", args.json), ("--plot", args.plot)):
         if file:
             check_writable(file, option)
+    if args.plot and not find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: install it, or leave --plot out")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     end = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -388,7 +386,8 @@ def main() -> None:
     try:
         raise SystemExit(run(parser.parse_args()))
     except UserError as error:
-        raise SystemExit(f"distrain: {error}") from None
+        print(f"distrain: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER) from None
 
 
 if __name__ == "__main__":

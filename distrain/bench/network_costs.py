@@ -5,7 +5,6 @@ Like `models`, it imports PyTorch and, for a plot, matplotlib.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from distrain.bench.rounds import measure_interleaved, time_on_gpu, time_on_host
-from distrain.errors import UserError
 from distrain.models.densenet import DenseBlock, DenseNetConfig
 from distrain.models.fusion import set_fused
 
+_LARGEST = 4096  # images
 _DEPTHS = (4, 8, 12, 16, 20, 24)
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], network: nn.Module) -> int:
-    """The bytes that a forward pass saves for the backward pass, without parameters and buffers."""
+    """The bytes of the tensors that a forward pass saves for the backward pass, without parameters and buffers.
+
+    Autocast's copies of weights count; the inputs of torch's checkpoints, which hold them in another way, do not.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     sizes: dict[int, int] = {}
 
@@ -75,6 +77,20 @@ def count_kernels(step: Callable[[], object]) -> int:
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ())
 
 
+def largest_batch(fits: Callable[[int], bool], start: int) -> int:
+    """The largest number of images that `fits`, to a precision of an eighth; at most the first power of two times
+    `start` above _LARGEST is tried."""
+    low, high = 0, start
+    while fits(high):
+        low, high = high, 2 * high
+        if low > _LARGEST:
+            return low
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def ceilings(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
     """What this device reaches in large operations: bytes per second of a copy, and flops of a matrix product."""
     is_gpu = device.type == "cuda"
@@ -107,9 +123,7 @@ def bytes_by_depth() -> Iterator[tuple[str, list[int]]]:
 
 
 def plot_bytes_by_depth(file: Path) -> None:
-    """Plot `bytes_by_depth` as PNG, SVG or PDF. Raises UserError if matplotlib is missing."""
-    if not find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: install it, or leave --plot out")
+    """Plot `bytes_by_depth` as PNG, SVG or PDF. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")

@@ -174,8 +174,9 @@ class TrainConfig(Section):
     )
     dense_block: Literal["auto", "fused", "triton", "plain"] = option(
         "auto",
-        "fused: a dense block as one operation, in a quarter of the memory; triton: likewise, with kernels for GPUs; "
-        "plain: layer by layer; auto: the fastest, measured once",
+        "fused: a dense block as one operation, in a quarter of the memory, and stem and transitions likewise; triton: "
+        "with kernels for GPUs; plain: layer by layer; auto: on CPUs the faster of fused and plain, measured once; "
+        "plain on GPUs and with train.deterministic or train.compile",
         on_resume="free",
     )
     recompute: Literal["none", "selective", "full", "auto"] = option(
@@ -187,7 +188,11 @@ class TrainConfig(Section):
     freeze: list[str] = option(
         [], "parts that are not trained, by name or glob, such as [stem, stages.0] or ['*', '!head']"
     )
-    compile: bool = option(False, "compile the network's blocks with torch.compile", on_resume="free")
+    compile: bool = option(
+        False,
+        "compile the network's blocks with torch.compile; of fused dense blocks, the passes between convolutions",
+        on_resume="free",
+    )
     graphs: Literal["auto", "on", "off"] = option(
         "auto", "capture micro-batches as CUDA graphs; auto: on GPUs of one node", on_resume="free"
     )

@@ -15,8 +15,8 @@ from distrain.config import Config
 from distrain.decisions import RunDecisions
 from distrain.errors import UserError
 from distrain.execution.compile import compile_regions
+from distrain.execution.dense_blocks import choose_dense_block, has_dense_blocks
 from distrain.execution.fitting import fit_memory
-from distrain.execution.fusion import can_be_fused, find_fastest_dense_block
 from distrain.execution.graphs import uses_graphs
 from distrain.execution.memory_format import DEFAULT, MEMORY_FORMATS, find_faster_format
 from distrain.execution.recomputation import blocks_of, find_least_level, recompute_level, set_level
@@ -54,15 +54,15 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
     if config.parallel.batch_norm == "sync":
         _convert_to_sync_batch_norm(network, group)
 
-    fused = False
-    if can_be_fused(network):
-        kind = config.train.dense_block
-        if kind == "auto":
-            kind = decide("dense_block", partial(find_fastest_dense_block, config, network, group.device, info))
-        if kind == "triton" and group.device.type == "cpu":
-            raise UserError("train.dense_block=triton needs a GPU: set train.dense_block=fused")
-        fused = kind != "plain"
-        set_fused(network, fused, config.train.compile, uses_triton=kind == "triton")
+    kind: str = config.train.dense_block if has_dense_blocks(network) else "plain"
+    if kind == "auto":
+        started = group.is_main and "lane_splits" in decisions  # by an earlier release, whose blocks were plain
+        choose = partial(choose_dense_block, config, network, group.device, info)
+        kind = decide("dense_block", (lambda: "plain") if started else choose)
+    if kind == "triton" and group.device.type == "cpu":
+        raise UserError("train.dense_block=triton needs a GPU: set train.dense_block=fused")
+    fused, uses_triton = kind != "plain", kind == "triton"
+    set_fused(network, fused, uses_triton=uses_triton)
 
     name = config.train.memory_format
     if name == "auto":
@@ -91,7 +91,9 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
         splits = fit_memory(network, images, splits, group, trial_step, info)
         if group.is_main:
             decisions.set("lane_splits", splits)
-    if config.train.compile and not fused:
+    if config.train.compile and fused:  # not before, as what measures memory cannot look into compiled code
+        set_fused(network, fused, is_compiled=True, uses_triton=uses_triton)
+    elif config.train.compile:
         compile_regions(network)
     return Execution(memory_format, splits, uses_graphs(config, group, fused, info))
 

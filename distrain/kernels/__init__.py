@@ -1,1 +1,1 @@
-"""Fused operations, each beside the same in plain PyTorch."""
+"""Fused operations of DenseNets: see README.md."""

@@ -11,7 +11,8 @@ they are computed once, when the map is written. With the scale s and the shift 
 
     a = max(0, X[:, :C_l] s1 + t1),   z = a W1^T,   y = max(0, z s2 + t2),   o = the 3x3 convolution of y by W2
 
-Neither a nor y is kept: both are computed again in the backward pass. Kept are X, z and vectors.
+Neither a nor y is kept: both are computed again in the backward pass. Kept are X, z, which elements dropout keeps, and
+vectors.
 
 Shapes: M = n h w rows, one per pixel; X [M, C], C = C_0 + L k; a [M, C_l]; z and y [M, b]; o [M, k]; W1 [b, C_l, 1, 1];
 W2 [k, b, 3, 3]. kernels/README.md draws the way of a map.
@@ -171,7 +172,7 @@ class _DenseBlock(torch.autograd.Function):
         running = _Gradient(gradient, maps, of_maps, settings)
         for number in reversed(range(settings.depth)):
             layer, width = layers[number], width - growth
-            own = _undrop(running.final(slice(width, width + growth)), kept.pop(), settings.dropout[1])
+            own = _scale_kept(running.final(slice(width, width + growth)), kept.pop(), settings.dropout[1])
             own = images_of(own, shape)
             norm = layer.norm1(of_maps[:, :width], settings.eps)
             read = rows_of(maps)[:, :width]
@@ -184,13 +185,15 @@ class _DenseBlock(torch.autograd.Function):
             z, noise = kept.pop(), kept.pop()
             if not z.numel():
                 z = normalize_relu_multiply(read, norm, weight, *settings.passes)[0]
-                z = _undrop(z, noise, settings.dropout[0])
+                z = _scale_kept(z, noise, settings.dropout[0])
             inner = layer.norm2(of_inner[number], settings.eps)
             y = normalize_relu(z, inner, settings.compiled)
             of_y, of_weight2 = _convolution_backward(own, images_of(y, shape), layer.weight2)
             dz, *of_norm2 = normalize_relu_backward(rows_of(of_y), y, z, inner, settings.compiled)
-            *of_norm1, of_weight1 = running.add_product(_undrop(dz, noise, settings.dropout[0]), weight, norm)
-            of_layers.append([*of_norm1, of_weight1.view_as(layer.weight1), *of_norm2, of_weight2])
+            *of_norm1, of_weight1 = running.add_product(_scale_kept(dz, noise, settings.dropout[0]), weight, norm)
+            # A view, but with the strides of the weight, by which DDP has laid out its buckets.
+            of_weight1 = of_weight1.as_strided(layer.weight1.shape, layer.weight1.stride())
+            of_layers.append([*of_norm1, of_weight1, *of_norm2, of_weight2])
         of_x = images_of(running.final(slice(0, width)), shape)
         return of_x, None, *(one for of_layer in reversed(of_layers) for one in of_layer)
 
@@ -263,11 +266,12 @@ def _drop(images: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch
     """Dropout, drawing what F.dropout draws for these images. Returns rows and which elements are kept, bool."""
     if not probability:
         return rows_of(images), images.new_empty(0, dtype=torch.bool)
-    noise = F.dropout(torch.ones_like(images), probability)
-    return rows_of(images * noise), rows_of(noise != 0)
+    kept = rows_of(F.dropout(torch.ones_like(images), probability) != 0)
+    return _scale_kept(rows_of(images), kept, probability), kept
 
 
-def _undrop(rows: torch.Tensor, kept: torch.Tensor, probability: float) -> torch.Tensor:
+def _scale_kept(rows: torch.Tensor, kept: torch.Tensor, probability: float) -> torch.Tensor:
+    """What dropout leaves of rows, or of their gradient."""
     return rows * kept / (1 - probability) if probability else rows
 
 

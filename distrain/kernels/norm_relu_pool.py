@@ -1,4 +1,4 @@
-"""BN, ReLU and pooling as one operation that keeps its input only.
+"""BN, ReLU and pooling as one operation that keeps its input, and of a maximum where it is.
 
 That is what follows the convolution of an ImageNet stem, and what a transition does to the maps of a block. In the
 paper the 1x1 of a transition comes before the pooling; being linear, it commutes with an average, and after it it reads

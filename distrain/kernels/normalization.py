@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-_MAX_GRAPHS = 64  # of one function, for the dtypes and layouts of all blocks
+from distrain.kernels.compilation import allow_many_graphs
 
 
 class Norm(NamedTuple):
@@ -45,7 +45,8 @@ class Norm(NamedTuple):
 def normalize_relu(x: torch.Tensor, norm: Norm, compiled: bool) -> torch.Tensor:
     """a = max(0, BN(x)), [M, columns], rounded once."""
     if compiled:
-        a: torch.Tensor = _compiled(_scale_shift_relu)(x, norm.scale, norm.beta - norm.mean * norm.scale)
+        scale = norm.scale
+        a: torch.Tensor = _compiled(_scale_shift_relu)(x, scale, norm.beta - norm.mean * scale)
         return a
     normalized = torch.ops.aten.native_batch_norm(
         as_line(x.contiguous()), norm.gamma, norm.beta, *norm.statistics, False, 0.0, norm.eps
@@ -64,11 +65,15 @@ def accumulate_direct(
         of_beta, of_gamma = _compiled(_accumulate_direct)(of_a, a, x, total, norm.scale, norm.mean, norm.inverse)
         return of_beta, of_gamma
     d = torch.ops.aten.threshold_backward(of_a, a, 0)
+    needs_direct = not x.is_cuda  # where it comes in another memory format
     direct, of_gamma, of_beta = torch.ops.aten.native_batch_norm_backward(
-        as_line(d), as_line(x.contiguous()), norm.gamma, *norm.statistics, None, None, False, norm.eps,
-        [True, True, True],
+        as_line(d), as_line(x.contiguous()), norm.gamma, *norm.statistics, norm.mean, norm.inverse, False, norm.eps,
+        [needs_direct, True, True],
     )  # fmt: skip
-    total.add_(rows_of(direct))
+    if needs_direct:
+        total.add_(rows_of(direct))
+    else:
+        total.addcmul_(d, norm.scale)
     return of_beta, of_gamma
 
 
@@ -116,13 +121,16 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Sizes of a parameter would be constants of the compiled code, and each grad mode would have its own.
-    return lambda *tensors: _compile(function)(*(tensor.detach() for tensor in tensors))
+    def call(*tensors: torch.Tensor) -> Any:
+        allow_many_graphs()
+        # Sizes of a parameter would be constants of the compiled code, and each grad mode would have its own.
+        return _compile(function)(*(tensor.detach() for tensor in tensors))
+
+    return call
 
 
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MAX_GRAPHS)
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 

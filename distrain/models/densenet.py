@@ -1,7 +1,7 @@
 """DenseNet: every layer reads the feature maps of all preceding layers (Huang et al., CVPR 2017)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,10 +132,10 @@ class DenseBlock(Fusible, nn.ModuleList):
 
     def __init__(self, width: int, depth: int, config: DenseNetConfig) -> None:
         super().__init__(DenseLayer(width + number * config.growth_rate, config) for number in range(depth))
-        self.dropout = config.dropout_elsewhere, config.dropout
+        self.dropout_probabilities = config.dropout_elsewhere, config.dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layers = [layer for layer in self if isinstance(layer, DenseLayer)]
+        layers = cast(list[DenseLayer], list(self))
         norms = [layer.norm1 for layer in layers] + [layer.norm2 for layer in layers if layer.has_bottleneck]
         if self.is_fused and normalizes_by_batch(norms, x):
             return self._compute_fused(x, layers, norms)
@@ -144,13 +144,13 @@ class DenseBlock(Fusible, nn.ModuleList):
             maps.append(layer(*maps))
         return torch.cat(maps, dim=1)
 
-    def _compute_fused(self, x: torch.Tensor, layers: list["DenseLayer"], norms: list[nn.BatchNorm2d]) -> torch.Tensor:
+    def _compute_fused(self, x: torch.Tensor, layers: list[DenseLayer], norms: list[nn.BatchNorm2d]) -> torch.Tensor:
         """Compute all layers in one operation. `norms`: those of the maps, layer by layer, then those inside layers."""
         maps, statistics = dense_block(
             x,
             [layer.operands() for layer in layers],
             norms[0].eps,
-            dropout=self.dropout,
+            dropout=self.dropout_probabilities,
             keep_inner=[layer.recomputation != "full" for layer in layers],
             compiled=self.is_compiled,
             triton=self.uses_triton,

@@ -34,7 +34,14 @@ def normalizes_by_batch(norms: Sequence[nn.Module], x: torch.Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.numel() > x.shape[1]
-        and all(isinstance(norm, nn.BatchNorm2d) and norm.training and norm.momentum is not None for norm in norms)
+        and all(
+            isinstance(norm, nn.BatchNorm2d)
+            and norm.training
+            and norm.affine
+            and norm.track_running_stats
+            and norm.momentum is not None
+            for norm in norms
+        )
         and len({getattr(norm, "eps", None) for norm in norms}) == 1
     )
 

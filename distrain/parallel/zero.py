@@ -16,7 +16,6 @@ from torch import nn
 
 from distrain.config import Config
 from distrain.execution.precision import Autocast, LossScale
-from distrain.models.fusion import Fusible
 from distrain.parallel import deepspeed_state
 from distrain.parallel.environment import read_environment
 from distrain.parallel.group import Group
@@ -46,8 +45,6 @@ class Zero:
             module.load_state_dict(model_state(saved))
             self._scale.load(saved)
         module.to(memory_format=torch.contiguous_format)  # DeepSpeed flattens weights as views
-        if self._stage == 3:
-            _gather_fused_blocks_whole(module)
         self._engine = _open_engine(network, build_optimizer(module, config.optimizer), self._settings(config), group)
         if self._stage:
             self._zero = self._engine.optimizer
@@ -149,15 +146,6 @@ class Zero:
                     deepspeed_state.write_optimizer_state(self._zero, parameter, key, value, rank, world)
                 else:
                     self._optimizer.state[parameter][key].copy_(value)
-
-
-def _gather_fused_blocks_whole(network: nn.Module) -> None:
-    """Have stage 3 gather all weights of a fused block at once: it reads them itself, without calling its layers, and
-    each would be gathered alone when it is read."""
-    from deepspeed.utils import set_z3_leaf_modules
-
-    if kinds := {type(module) for module in network.modules() if isinstance(module, Fusible) and module.is_fused}:
-        set_z3_leaf_modules(network, list(kinds))
 
 
 def _open_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], group: Group) -> Any:

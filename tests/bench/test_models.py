@@ -11,7 +11,7 @@ from support.processes import environment
 
 from distrain.__main__ import main
 from distrain.bench import models
-from distrain.bench.network_costs import bytes_by_depth, count_traffic, saved_bytes
+from distrain.bench.network_costs import bytes_by_depth, count_traffic, largest_batch, saved_bytes
 
 TINY = ("--size", "32", "--batch", "2", "--rounds", "2")
 
@@ -81,18 +81,20 @@ def test_it_needs_only_pytorch_and_torchvision(tmp_path):
     """As on a machine with a GPU that has no more. NumPy, which distrain.models imports, comes with torchvision."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name in ('omegaconf', 'rich', 'psutil', 'yaml', 'pyarrow', 'timm', 'mlflow', 'matplotlib'):\n"
-        "            raise ModuleNotFoundError(name=name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
+        "for name in ('omegaconf', 'rich', 'psutil', 'yaml', 'pyarrow', 'timm', 'mlflow', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
     )
     words = [sys.executable, "-m", "distrain.bench.models", "densenet_bc_10_4", *TINY, "--only", "distrain fused"]
     variables = environment()
     variables["PYTHONPATH"] = f"{tmp_path}:{variables.get('PYTHONPATH', '')}"
-    found = subprocess.run([*words[:-1], "distrain plain"], capture_output=True, text=True, env=variables, timeout=120)
+    found = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=120)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[-1].startswith("distrain plain")
+    assert found.stdout.splitlines()[-1].startswith("distrain fused")
+    refused = subprocess.run(
+        [*words, "--plot", str(tmp_path / "no.png")], capture_output=True, text=True, env=variables
+    )
+    assert refused.returncode == 78
+    assert refused.stderr.splitlines()[-1] == "distrain: --plot needs matplotlib: install it, or leave --plot out"
 
 
 def test_memory_grows_linearly_with_the_depth_of_a_fused_block_and_faster_with_that_of_a_plain_one():
@@ -100,6 +102,11 @@ def test_memory_grows_linearly_with_the_depth_of_a_fused_block_and_faster_with_t
     added = {kind: [after - before for before, after in pairwise(sizes)] for kind, sizes in by_kind.items()}
     assert added["fused"] == pytest.approx([added["fused"][0]] * 5, rel=0.02)
     assert added["plain"][-1] > 2 * added["plain"][0]
+
+
+@pytest.mark.parametrize(("limit", "found"), [(0, 0), (1, 1), (7, 7), (100, 96), (5000, 4608), (1 << 20, 8192)])
+def test_the_largest_batch_is_found_to_an_eighth(limit, found):
+    assert largest_batch(lambda batch: batch <= limit, 4) == found
 
 
 def test_costs_are_counted():

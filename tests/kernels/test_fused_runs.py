@@ -43,5 +43,32 @@ def test_a_killed_run_ends_in_the_same_bits_and_on_the_plain_curve(settings, pla
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_run_changes_to_plain_blocks_and_back(settings, plain, ranks, tmp_path):
     for kind, step in ((FUSED, 6), (PLAIN, 14)):
-        train(tmp_path / "run", *settings, kind, f"resilience.faults=[sigkill@train.step:{step}/0]", ranks=ranks)
-    np.testing.assert_allclose(losses(train(tmp_path / "run", *settings, FUSED, ranks=ranks)), losses(plain), rtol=2e-4)
+        fault = f"resilience.faults=[sigkill@train.step:{step}/0]"
+        killed = train(tmp_path / "run", *settings, kind, fault, ranks=ranks)
+        assert killed.code not in (0, 78), killed.output
+    finished = train(tmp_path / "run", *settings, FUSED, ranks=ranks)
+    assert "resuming at step" in finished.output
+    np.testing.assert_allclose(losses(finished), losses(plain), rtol=2e-4)
+    assert finished.digest != plain.digest
+
+
+WIDE = (
+    "model.options={depths: [2], growth_rate: 48, stem_width: 600, stem: imagenet}"  # DeepSpeed keeps small ones whole
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), ("train.freeze=[stem]",)], ids=["trained", "frozen stem"])
+def test_the_weights_of_fused_blocks_are_gathered_under_zero3(settings, words, tmp_path):
+    chosen = (
+        *settings,
+        "model.name=densenet",
+        WIDE,
+        "train.epochs=0.5",
+        "data.image_size=32",
+        "data.val_resize=32",
+        *words,
+    )
+    plain = train(tmp_path / "plain", *chosen)
+    fused = train(tmp_path / "fused", *chosen, FUSED, "parallel.strategy=zero3", ranks=2)
+    np.testing.assert_allclose(losses(fused), losses(plain), rtol=2e-4)

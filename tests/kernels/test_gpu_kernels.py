@@ -5,10 +5,7 @@ import copy
 import pytest
 import torch
 from support.comparing import gradients_of
-from support.execution import settings
 
-from distrain.decisions import RunDecisions
-from distrain.execution.prepare import prepare
 from distrain.models import build
 from distrain.models.fusion import set_fused
 
@@ -38,10 +35,3 @@ def test_a_fused_network_is_as_exact_as_a_plain_one_on_a_gpu(group, growth_rate,
         assert (found - exact).norm() <= 2 * (expected - exact).norm(), half
         again = gradients(copy.deepcopy(fused), images, half)
         assert torch.equal(again, found) or not uses_triton
-
-
-def test_the_fastest_kind_is_chosen_on_a_gpu(group, tmp_path):
-    run, lines = settings(tmp_path, "train.dense_block=auto", "train.precision=bf16"), []
-    prepare(run, build("densenet121", 5).to(group.device), group, lines.append)
-    assert RunDecisions(run.run.folder).get("dense_block", pytest.fail) in ("plain", "fused", "triton")
-    assert all(f"{kind} " in lines[0] for kind in ("plain", "fused", "triton"))

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: about fused blocks, and on a GPU, which is simulated by its name."""
+"""What DeepSpeed is told on a GPU, which is simulated by its name."""
 
 import sys
 from types import SimpleNamespace
@@ -7,9 +7,7 @@ import pytest
 import torch
 from support.execution import settings
 
-from distrain.models import build
-from distrain.models.fusion import set_fused
-from distrain.parallel.zero import Zero, _gather_fused_blocks_whole, import_deepspeed
+from distrain.parallel.zero import Zero, import_deepspeed
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
@@ -35,15 +33,3 @@ def test_operations_that_a_simulated_gpu_does_not_need_are_not_probed(device, mo
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace(__compatible_ops__=table)))
     import_deepspeed(torch.device(device))
     assert table.touched == (device == "cpu")
-
-
-def test_the_weights_of_fused_blocks_are_gathered_at_once():
-    import_deepspeed(torch.device("cpu"))
-    from deepspeed.utils import get_z3_leaf_modules
-
-    network = build("densenet_bc_10_4", 5)
-    _gather_fused_blocks_whole(network)
-    assert get_z3_leaf_modules(network) == []
-    set_fused(network, is_fused=True)
-    _gather_fused_blocks_whole(network)
-    assert set(get_z3_leaf_modules(network)) == {*network.blocks, *network.transitions}

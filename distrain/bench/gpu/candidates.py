@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distrain.bench.gpu.setup import Point, Setup
+from distrain.bench.models import PEERS as PEER_NAMES
 from distrain.bench.rounds import measure_interleaved, time_on_gpu, time_on_host
 from distrain.bench.step import bare_candidate, distrain_candidate, peak, reset_peak
 from distrain.learner import Learner, build_network
@@ -21,12 +22,6 @@ OURS = "distrain"
 PEERS = (TORCHVISION, TIMM)
 
 _WARM_UP_STEPS = 2
-_NAMES = {  # of torchvision and of timm
-    "densenet121": ("densenet121", "densenet121"),
-    "regnety_400mf": ("regnet_y_400mf", "regnety_004"),
-    "regnety_16gf": ("regnet_y_16gf", "regnety_160"),
-}
-
 Step = Callable[[], int]
 """Trains one step and returns its number of images."""
 
@@ -44,7 +39,7 @@ def peers_of(setup: Setup, point: Point, libraries: Sequence[str] = PEERS) -> li
     """Those of `libraries` that have this network and are installed; notes the others as not measured."""
     found = []
     for library in libraries:
-        if point.network not in _NAMES:
+        if point.network not in PEER_NAMES:
             setup.record.skip(f"{library}, {point}", f"it has no {point.network}")
         elif find_spec(library) is None:
             setup.record.skip(f"{library}, {point}", f"{library} is not installed")
@@ -63,11 +58,11 @@ def _build(library: str, network: str, classes: int) -> nn.Module:
     if library == TORCHVISION:
         from torchvision.models import get_model
 
-        built: nn.Module = get_model(_NAMES[network][0], weights=None, num_classes=classes)
+        built: nn.Module = get_model(PEER_NAMES[network][0], weights=None, num_classes=classes)
         return built
     import timm
 
-    built = timm.create_model(_NAMES[network][1], pretrained=False, num_classes=classes)
+    built = timm.create_model(PEER_NAMES[network][1], pretrained=False, num_classes=classes)
     return built
 
 

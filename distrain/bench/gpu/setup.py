@@ -56,7 +56,8 @@ PASSES = (
         ),
         (_SMALL, Point("densenet121", 128), Point("densenet121", 256)),
     ),
-    # Compiling takes minutes for all points. These come last, so that the limit of the stage cuts off nothing else.
+    # Compiling whole networks takes minutes for all points. These come last, so that the limit of the stage cuts off
+    # nothing else.
     Pass(("train.compile=true train.dense_block=plain",), (_LARGE, Point("regnety_400mf", 128), _SMALL)),
 )
 """The stage `speed`."""

@@ -9,7 +9,7 @@ from support.execution import settings
 from distrain import models
 from distrain.decisions import RunDecisions
 from distrain.errors import UserError
-from distrain.execution.fusion import find_fastest_dense_block
+from distrain.execution.dense_blocks import choose_dense_block
 from distrain.execution.prepare import prepare
 from distrain.models.fusion import Fusible
 
@@ -61,40 +61,39 @@ class Slow(Fusible):
 
 @pytest.mark.parametrize(("when_fused", "faster"), [(True, "plain"), (False, "fused")])
 def test_the_faster_kind_is_chosen(group, tmp_path, when_fused, faster):
-    assert find_fastest_dense_block(settings(tmp_path, AUTO), Slow(when_fused), group.device, print) == faster
-
-
-class FitsOnly(Fusible):
-    """A classifier for which a simulated GPU has memory only if it is fused, or not even then."""
-
-    def __init__(self, fits: bool) -> None:
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 5, 3)
-        self._fits = fits
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not (self.is_fused and self._fits):
-            raise torch.OutOfMemoryError
-        return self.conv(images).mean(dim=(2, 3))
-
-
-@pytest.mark.parametrize("fits", [True, False])
-def test_blocks_are_fused_where_a_simulated_gpu_has_no_memory_for_plain_ones(group, tmp_path, fits):
-    assert find_fastest_dense_block(settings(tmp_path, AUTO), FitsOnly(fits), group.device, print) == "fused"
+    assert choose_dense_block(settings(tmp_path, AUTO), Slow(when_fused), group.device, print) == faster
 
 
 @pytest.mark.parametrize(
-    ("setting", "chosen", "found"),
-    [("train.deterministic=true", "plain", (False, False)), ("train.compile=true", "fused", (True, True))],
+    ("setting", "device", "reason"),
+    [
+        ("train.deterministic=true", "cpu", "of train.deterministic"),
+        ("train.compile=true", "cpu", "of train.compile"),
+        ("train.precision=bf16", "cuda", "fused dense blocks have not been tried on a GPU yet"),
+    ],
 )
-def test_nothing_is_measured_in_a_deterministic_or_a_compiled_run(
-    network, group, tmp_path, monkeypatch, setting, chosen, found
+def test_blocks_are_plain_where_nothing_is_measured_such_as_on_a_simulated_gpu(
+    network, tmp_path, setting, device, reason
 ):
-    monkeypatch.setattr(torch.nn.Module, "compile", pytest.fail)  # of whole blocks, which are plain then
     lines: list[str] = []
-    prepare(settings(tmp_path, AUTO, setting), network, group, lines.append)
-    assert lines == [f"train.dense_block=auto: {chosen}, not measured because of {setting.removesuffix('=true')}"]
-    assert kinds(network) == {found}
+    assert choose_dense_block(settings(tmp_path, AUTO, setting), network, torch.device(device), lines.append) == "plain"
+    assert lines == [f"train.dense_block=auto: plain, not measured because {reason}"]
+
+
+def test_a_run_that_an_earlier_release_has_started_keeps_its_plain_blocks(network, group, tmp_path):
+    run = settings(tmp_path, AUTO)
+    RunDecisions(run.run.folder).set("lane_splits", 1)
+    prepare(run, network, group, pytest.fail)
+    assert kinds(network) == {(False, False)}
+    assert RunDecisions(run.run.folder).get("dense_block", pytest.fail) == "plain"
+
+
+@pytest.mark.parametrize("recompute", ["none", "auto"])
+def test_passes_of_fused_blocks_are_compiled_and_not_whole_blocks(network, group, tmp_path, monkeypatch, recompute):
+    monkeypatch.setattr(torch.nn.Module, "compile", pytest.fail)
+    words = ("train.dense_block=fused", "train.compile=true", f"train.recompute={recompute}", "train.activation_gb=1")
+    prepare(settings(tmp_path, *words), network, group, print)
+    assert kinds(network) == {(True, True)}
 
 
 @pytest.mark.parametrize("kind", ["fused", "plain"])
