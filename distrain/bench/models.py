@@ -36,7 +36,7 @@ from distrain.models.densenet import DenseNetConfig
 from distrain.models.fusion import set_fused
 
 BASELINE = "torchvision"
-PEERS = {  # the names of our networks in torchvision and in timm
+PEER_NAMES = {  # the names of our networks in torchvision and in timm
     "densenet121": ("densenet121", "densenet121"),
     "densenet161": ("densenet161", "densenet161"),
     "densenet169": ("densenet169", "densenet169"),
@@ -106,7 +106,7 @@ def candidates_of(network: str, compiled: bool) -> dict[str, Candidate]:
             found["distrain triton, passes compiled"] = Candidate(
                 ours(is_fused=True, is_compiled=True, uses_triton=True), has_compiled_parts=True
             )
-    theirs, timms = PEERS.get(network, ("", ""))
+    theirs, timms = PEER_NAMES.get(network, ("", ""))
     if theirs:
         found |= _of_torchvision(theirs, compiled)
     if timms and find_spec("timm"):
@@ -315,7 +315,7 @@ write if none is kept in a cache, which exceeds 100 % of what a copy reaches whe
 the share of the flops that a large matrix product reaches.
 
 examples:
-  python -m distrain bench models densenet121 --batch 8                      a minute or two on two cores
+  python -m distrain bench models densenet121 --batch 8
   python -m distrain bench models densenet121 --batch 256 --compiled --largest --minutes 6 --json d121.json
   python -m distrain.bench.models densenet121     where only PyTorch and torchvision are installed
 """
@@ -325,7 +325,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     """Add description and arguments to a parser."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("network", help=f"such as {', '.join(PEERS)}, or any of `python -m distrain models`")
+    parser.add_argument("network", help=f"such as {', '.join(PEER_NAMES)}, or any of `python -m distrain models`")
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="images per step (default 32)")
     parser.add_argument("--size", type=positive, default=224, metavar="PIXELS", help="of an image (default 224)")
     parser.add_argument("--precision", choices=list(_DTYPES), default="bf16", help="autocast (default bf16)")

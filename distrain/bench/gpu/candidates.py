@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distrain.bench.gpu.setup import Point, Setup
-from distrain.bench.models import PEERS as PEER_NAMES
+from distrain.bench.models import PEER_NAMES
 from distrain.bench.rounds import measure_interleaved, time_on_gpu, time_on_host
 from distrain.bench.step import bare_candidate, distrain_candidate, peak, reset_peak
 from distrain.learner import Learner, build_network
