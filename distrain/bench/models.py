@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from distrain.bench.network_costs import (
 )
 from distrain.bench.rounds import measure_interleaved, ratio, time_on_gpu, time_on_host
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError, nearest
+from distrain.kernels.choice import KERNELS, TORCH, Kernels
 from distrain.models.densenet import DenseNetConfig
 from distrain.models.fusion import set_fused
 
@@ -87,24 +89,21 @@ def candidates_of(network: str, compiled: bool) -> dict[str, Candidate]:
     """Ours and the peers that have this network and are installed. `compiled`: also whole networks under torch.compile,
     which takes minutes each."""
 
-    def ours(is_fused: bool, is_compiled: bool = False, uses_triton: bool = False) -> Callable[[], nn.Module]:
-        def build() -> nn.Module:
-            built = models.build(network)
-            set_fused(built, is_fused, is_compiled, uses_triton)
-            return built
+    def plain() -> nn.Module:
+        return models.build(network)
 
-        return build
+    def fused(kernels: Kernels) -> nn.Module:
+        built = models.build(network)
+        set_fused(built, True, kernels)
+        return built
 
-    found = {"distrain plain": Candidate(ours(is_fused=False))}
+    found = {"distrain plain": Candidate(plain)}
     if isinstance(models.network_config(network), DenseNetConfig):
-        found["distrain fused"] = Candidate(ours(is_fused=True))
-        found["distrain fused, passes compiled"] = Candidate(
-            ours(is_fused=True, is_compiled=True), has_compiled_parts=True
-        )
-        if torch.cuda.is_available():
-            found["distrain triton"] = Candidate(ours(is_fused=True, uses_triton=True), has_compiled_parts=True)
-            found["distrain triton, passes compiled"] = Candidate(
-                ours(is_fused=True, is_compiled=True, uses_triton=True), has_compiled_parts=True
+        for kind, kernels in KERNELS.items() if torch.cuda.is_available() else [("fused", TORCH)]:
+            found[f"distrain {kind}"] = Candidate(partial(fused, kernels), has_compiled_parts=kernels != TORCH)
+            compiled_passes = kernels._replace(compiled_passes=True)
+            found[f"distrain {kind}, passes compiled"] = Candidate(
+                partial(fused, compiled_passes), has_compiled_parts=True
             )
     theirs, timms = PEER_NAMES.get(network, ("", ""))
     if theirs:
@@ -113,7 +112,7 @@ def candidates_of(network: str, compiled: bool) -> dict[str, Candidate]:
         found["timm"] = Candidate(lambda: _of_timm(timms), "contiguous")
         found["timm channels_last"] = Candidate(lambda: _of_timm(timms))
     if compiled:
-        found["distrain plain, compiled"] = Candidate(ours(is_fused=False), compiled="default", has_compiled_parts=True)
+        found["distrain plain, compiled"] = Candidate(plain, compiled="default", has_compiled_parts=True)
     return found
 
 

@@ -172,11 +172,12 @@ class TrainConfig(Section):
     memory_format: Literal["auto", "channels_last", "contiguous"] = option(
         "auto", "auto: the faster one, measured once", on_resume="free"
     )
-    dense_block: Literal["auto", "fused", "triton", "plain"] = option(
+    dense_block: Literal["auto", "fused", "triton_1x1", "triton", "plain"] = option(
         "auto",
-        "fused: a dense block as one operation, in a quarter of the memory, and stem and transitions likewise; triton: "
-        "with kernels for GPUs; plain: layer by layer; auto: on CPUs the faster of fused and plain, measured once; "
-        "plain on GPUs and with train.deterministic or train.compile",
+        "fused: a dense block as one operation, in a quarter of the memory, and stem and transitions likewise; "
+        "triton_1x1: on GPUs, its 1x1 convolutions by kernels of our own; triton: all of its convolutions; plain: "
+        "layer by layer; auto: on CPUs the faster of fused and plain, measured once; plain on GPUs and with "
+        "train.deterministic or train.compile",
         on_resume="free",
     )
     recompute: Literal["none", "selective", "full", "auto"] = option(

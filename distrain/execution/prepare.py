@@ -21,6 +21,7 @@ from distrain.execution.graphs import uses_graphs
 from distrain.execution.memory_format import DEFAULT, MEMORY_FORMATS, find_faster_format
 from distrain.execution.recomputation import blocks_of, find_least_level, recompute_level, set_level
 from distrain.execution.trial import example_images, forward_backward
+from distrain.kernels.choice import KERNELS, TORCH
 from distrain.models.freezing import FrozenBatchNorm2d
 from distrain.models.fusion import set_fused
 from distrain.parallel.group import Group
@@ -59,10 +60,10 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
         started = group.is_main and "lane_splits" in decisions  # by an earlier release, whose blocks were plain
         choose = partial(choose_dense_block, config, network, group.device, info)
         kind = decide("dense_block", (lambda: "plain") if started else choose)
-    if kind == "triton" and group.device.type == "cpu":
-        raise UserError("train.dense_block=triton needs a GPU: set train.dense_block=fused")
-    fused, uses_triton = kind != "plain", kind == "triton"
-    set_fused(network, fused, uses_triton=uses_triton)
+    if kind.startswith("triton") and group.device.type == "cpu":
+        raise UserError(f"train.dense_block={kind} needs a GPU: set train.dense_block=fused")
+    fused, kernels = kind != "plain", KERNELS.get(kind, TORCH)
+    set_fused(network, fused, kernels)
 
     name = config.train.memory_format
     if name == "auto":
@@ -92,7 +93,7 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
         if group.is_main:
             decisions.set("lane_splits", splits)
     if config.train.compile and fused:  # not before, as what measures memory cannot look into compiled code
-        set_fused(network, fused, is_compiled=True, uses_triton=uses_triton)
+        set_fused(network, fused, kernels._replace(compiled_passes=True))
     elif config.train.compile:
         compile_regions(network)
     return Execution(memory_format, splits, uses_graphs(config, group, fused, info))

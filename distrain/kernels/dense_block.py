@@ -25,6 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from distrain.kernels.choice import TORCH, Kernels
+from distrain.kernels.convolutions import (
+    convolve,
+    convolve_backward,
+    normalize_relu_convolve,
+    normalize_relu_convolve_backward,
+)
 from distrain.kernels.normalization import (
     Norm,
     accumulate_direct,
@@ -32,7 +39,6 @@ from distrain.kernels.normalization import (
     images_of,
     moments,
     normalize_relu,
-    normalize_relu_backward,
     rows_of,
 )
 from distrain.kernels.products import normalize_relu_multiply, normalize_relu_multiply_backward
@@ -75,14 +81,12 @@ def dense_block(
     *,
     dropout: tuple[float, float] = (0.0, 0.0),
     keep_inner: Sequence[bool] | None = None,
-    compiled: bool = False,
-    triton: bool = False,
+    kernels: Kernels = TORCH,
 ) -> tuple[torch.Tensor, Statistics]:
     """All maps [n, C, h, w] of a dense block of `x` [n, C_0, h, w] in training mode, and their statistics.
 
     `dropout`: probabilities after the 1x1 and after the 3x3. `keep_inner`: for each layer, whether to keep z for the
-    backward pass rather than computing it again; by default all do. `compiled`: whether passes over maps are compiled.
-    `triton`: whether 1x1 convolutions are the kernels of `products`, where they apply.
+    backward pass rather than computing it again; by default all do.
     Computes in the dtype of autocast, if that is on, with statistics and sums in fp32 at least.
     """
     device = x.device.type
@@ -93,7 +97,7 @@ def dense_block(
         for name, tensor in zip(LayerParameters._fields, layer, strict=True)
         if tensor is not None
     ]
-    settings = _Settings(len(layers), eps, dropout, keep_inner or [True] * len(layers), compiled, triton)
+    settings = _Settings(len(layers), eps, dropout, keep_inner or [True] * len(layers), kernels)
     with torch.autocast(device, enabled=False):
         maps, of_maps, inner = _DenseBlock.apply(x.to(dtype), settings, *flat)
     return maps, Statistics(of_maps, inner)
@@ -106,13 +110,7 @@ class _Settings(NamedTuple):
     eps: float
     dropout: tuple[float, float]
     keep_inner: Sequence[bool]
-    compiled: bool
-    triton: bool
-
-    @property
-    def passes(self) -> tuple[bool, bool]:
-        """Whether they are compiled, and Triton's."""
-        return self.compiled, self.triton
+    kernels: Kernels
 
 
 class _DenseBlock(torch.autograd.Function):
@@ -122,7 +120,7 @@ class _DenseBlock(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, settings: _Settings, *parameters: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        layers = _unflatten(parameters, settings.depth)
+        layers, kernels = _unflatten(parameters, settings.depth), settings.kernels
         shape, width, growth = x.shape, x.shape[1], _outputs_of(layers[0])
         total = width + settings.depth * growth
         maps = x.new_empty((shape[0], *shape[2:], total)).permute(0, 3, 1, 2)
@@ -131,26 +129,30 @@ class _DenseBlock(torch.autograd.Function):
         of_inner: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
 
-        def write(new: torch.Tensor, columns: slice) -> None:
+        def write(new: torch.Tensor, of_new: torch.Tensor, columns: slice) -> None:
             buffer[:, columns] = new
-            of_maps[:, columns] = moments(new)
+            of_maps[:, columns] = of_new
 
-        write(rows_of(x), slice(0, width))
+        write(rows_of(x), moments(rows_of(x)), slice(0, width))
         for number, layer in enumerate(layers):
             read = buffer[:, :width]
             norm = layer.norm1(of_maps[:, :width], settings.eps)
             if layer.weight2 is None:
-                y, weight = normalize_relu(read, norm, settings.compiled), layer.weight1
+                y = normalize_relu(read, norm, kernels.compiled_passes)
+                written = rows_of(convolve(y, layer.weight1, shape))
+                of_written = moments(written)
             else:
-                z, of_z = normalize_relu_multiply(read, norm, layer.weight1.flatten(1), *settings.passes)
+                z, of_z = normalize_relu_multiply(read, norm, layer.weight1.flatten(1), kernels)
                 z, noise = _drop(images_of(z, shape), settings.dropout[0])
                 of_inner.append(moments(z) if settings.dropout[0] else of_z)
                 norm = layer.norm2(of_inner[-1], settings.eps)
-                y, weight = normalize_relu(z, norm, settings.compiled), layer.weight2
                 kept += [noise, z if settings.keep_inner[number] else z.new_empty(0)]
-            written, noise = _drop(F.conv2d(images_of(y, shape), weight, padding=1), settings.dropout[1])
-            kept.append(noise)
-            write(written, slice(width, width + growth))
+                written, of_written = normalize_relu_convolve(z, norm, layer.weight2, shape, kernels)
+            if settings.dropout[1]:
+                written, noise = _drop(images_of(written, shape), settings.dropout[1])
+                of_written = moments(written)
+                kept.append(noise)
+            write(written, of_written, slice(width, width + growth))
             width += growth
         ctx.settings = settings
         inner = torch.stack(of_inner) if of_inner else of_maps.new_empty(0)
@@ -165,31 +167,31 @@ class _DenseBlock(torch.autograd.Function):
         of the maps it reads."""
         maps, of_maps, of_inner, *rest = ctx.saved_tensors
         settings: _Settings = ctx.settings
+        kernels = settings.kernels
         count = len(ctx.needs_input_grad) - 2
         layers, kept = _unflatten(rest[:count], settings.depth), rest[count:]
         shape, width, growth = maps.shape, maps.shape[1], _outputs_of(layers[0])
         of_layers: list[list[torch.Tensor]] = []
-        running = _Gradient(gradient, maps, of_maps, settings)
+        running = _Gradient(gradient, maps, of_maps, settings.eps, kernels)
         for number in reversed(range(settings.depth)):
             layer, width = layers[number], width - growth
-            own = _scale_kept(running.final(slice(width, width + growth)), kept.pop(), settings.dropout[1])
-            own = images_of(own, shape)
+            own = running.final(slice(width, width + growth))
+            if settings.dropout[1]:
+                own = _scale_kept(own, kept.pop(), settings.dropout[1])
             norm = layer.norm1(of_maps[:, :width], settings.eps)
             read = rows_of(maps)[:, :width]
             if layer.weight2 is None:
-                y = normalize_relu(read, norm, settings.compiled)
-                of_y, of_weight1 = _convolution_backward(own, images_of(y, shape), layer.weight1)
-                of_layers.append([*running.add(rows_of(of_y), y, norm), of_weight1])
+                y = normalize_relu(read, norm, kernels.compiled_passes)
+                of_y, of_weight1 = convolve_backward(own, y, layer.weight1, shape)
+                of_layers.append([*running.add(of_y, y, norm), of_weight1])
                 continue
             weight = layer.weight1.flatten(1)
             z, noise = kept.pop(), kept.pop()
             if not z.numel():
-                z = normalize_relu_multiply(read, norm, weight, *settings.passes)[0]
+                z = normalize_relu_multiply(read, norm, weight, kernels)[0]
                 z = _scale_kept(z, noise, settings.dropout[0])
             inner = layer.norm2(of_inner[number], settings.eps)
-            y = normalize_relu(z, inner, settings.compiled)
-            of_y, of_weight2 = _convolution_backward(own, images_of(y, shape), layer.weight2)
-            dz, *of_norm2 = normalize_relu_backward(rows_of(of_y), y, z, inner, settings.compiled)
+            dz, *of_norm2, of_weight2 = normalize_relu_convolve_backward(own, z, inner, layer.weight2, shape, kernels)
             *of_norm1, of_weight1 = running.add_product(_scale_kept(dz, noise, settings.dropout[0]), weight, norm)
             # A view, but with the strides of the weight, by which DDP has laid out its buckets.
             of_weight1 = of_weight1.as_strided(layer.weight1.shape, layer.weight1.stride())
@@ -209,13 +211,15 @@ class _Gradient:
     which is linear in c1 and c2 and therefore waits until all readers have added to them.
     """
 
-    def __init__(self, gradient: torch.Tensor, maps: torch.Tensor, of_maps: torch.Tensor, settings: _Settings) -> None:
+    def __init__(
+        self, gradient: torch.Tensor, maps: torch.Tensor, of_maps: torch.Tensor, eps: float, kernels: Kernels
+    ) -> None:
         self._maps = rows_of(maps)
         self._direct = rows_of(gradient.to(maps.dtype).clone(memory_format=torch.channels_last))
         self._means, variances = of_maps.unbind()
-        self._inverse = (variances + settings.eps).rsqrt()
+        self._inverse = (variances + eps).rsqrt()
         self._c1, self._c2 = torch.zeros_like(of_maps).unbind()
-        self._settings = settings
+        self._kernels = kernels
 
     def final(self, columns: slice) -> torch.Tensor:
         """The whole gradient of these maps, [M, columns]."""
@@ -229,7 +233,7 @@ class _Gradient:
         """Add what a reader's a = max(0, BN(X)) gives. Returns the gradients of gamma and beta."""
         width = a.shape[1]
         x, total = self._maps[:, :width], self._direct[:, :width]
-        of_beta, of_gamma = accumulate_direct(of_a, a, x, norm, total, self._settings.compiled)
+        of_beta, of_gamma = accumulate_direct(of_a, a, x, norm, total, self._kernels.compiled_passes)
         return self._add_statistics(norm, of_beta, of_gamma)
 
     def add_product(
@@ -238,9 +242,7 @@ class _Gradient:
         """Add what the gradient of a reader's z = a W^T gives. Returns the gradients of gamma, beta and W."""
         width = weight.shape[1]
         x, total = self._maps[:, :width], self._direct[:, :width]
-        of_weight, of_beta, of_gamma = normalize_relu_multiply_backward(
-            dz, x, norm, weight, total, *self._settings.passes
-        )
+        of_weight, of_beta, of_gamma = normalize_relu_multiply_backward(dz, x, norm, weight, total, self._kernels)
         return *self._add_statistics(norm, of_beta, of_gamma), of_weight.to(weight.dtype)
 
     def _add_statistics(
@@ -250,16 +252,6 @@ class _Gradient:
         self._c1[:width] += norm.gamma * of_beta
         self._c2[:width] += norm.gamma * of_gamma
         return of_gamma, of_beta
-
-
-def _convolution_backward(
-    gradient: torch.Tensor, images: torch.Tensor, weight: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the images and of the weight of a 3x3."""
-    of_images, of_weight, _ = torch.ops.aten.convolution_backward(
-        gradient, images, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    return of_images, of_weight
 
 
 def _drop(images: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
+from distrain.kernels.choice import Kernels
 from distrain.kernels.normalization import Norm, accumulate_direct, exact_dtype, moments, normalize_relu
 
 _CACHED_BYTES = 4 << 20
@@ -14,16 +15,16 @@ _CACHED_BYTES = 4 << 20
 
 
 def normalize_relu_multiply(
-    x: torch.Tensor, norm: Norm, weight: torch.Tensor, compiled: bool, triton: bool
+    x: torch.Tensor, norm: Norm, weight: torch.Tensor, kernels: Kernels
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z = max(0, BN(x)) weight^T, [M, b], without keeping the first factor, and mean and variance of z, [2, b]."""
-    if triton and can_use_triton(x, len(weight)):
+    if kernels.triton_1x1 and can_use_triton(x, len(weight)):
         from distrain.kernels import triton_products  # takes a GPU's compiler along
 
         return triton_products.normalize_relu_multiply(x, norm, weight)
     z = x.new_empty((len(x), len(weight)))
     for rows in _parts(x):
-        torch.mm(normalize_relu(x[rows], norm, compiled), weight.T, out=z[rows])
+        torch.mm(normalize_relu(x[rows], norm, kernels.compiled_passes), weight.T, out=z[rows])
     return z, moments(z)
 
 
@@ -33,17 +34,17 @@ def normalize_relu_multiply_backward(
     norm: Norm,
     weight: torch.Tensor,
     total: torch.Tensor,
-    compiled: bool,
-    triton: bool,
+    kernels: Kernels,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of weight [b, C], beta and gamma [C] from that of z, [M, b], for constant statistics of x.
 
     Adds that of x to `total`, [M, C]. x and `total` may be columns of wider buffers.
     """
-    if triton and can_use_triton(x, len(weight)):
+    if kernels.triton_1x1 and can_use_triton(x, len(weight)):
         from distrain.kernels import triton_products
 
         return triton_products.normalize_relu_multiply_backward(dz, x, norm, weight, total)
+    compiled = kernels.compiled_passes
     of_weight = torch.zeros_like(weight, dtype=exact_dtype(weight.dtype))
     of_beta, of_gamma = torch.zeros_like(norm.mean), torch.zeros_like(norm.mean)
     for rows in _parts(x):

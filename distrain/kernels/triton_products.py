@@ -17,8 +17,8 @@ from distrain.kernels.normalization import Norm
 
 FORWARD = {"block_m": 128, "block_n": 64, "block_k": 64, "num_warps": 8, "num_stages": 3}
 BACKWARD = {"block_m": 64, "block_n": 64, "num_warps": 8, "num_stages": 2}
-_EIGHTH = 8
-_PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100
+EIGHTH = 8
+PROGRAMS = 528  # four for each of the 132 multiprocessors of an H100
 
 
 def normalize_relu_multiply(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,8 +30,8 @@ def normalize_relu_multiply(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -
     partial = torch.empty((tiles, 2, inner), dtype=torch.float32, device=x.device)
     scale = norm.scale
     _forward[(triton.cdiv(inner, FORWARD["block_n"]), tiles)](
-        x, scale, norm.beta - norm.mean * scale, weight, z, partial, rows, columns // _EIGHTH, x.stride(0) // _EIGHTH,
-        inner, precision=_precision(x), **FORWARD,
+        x, scale, norm.beta - norm.mean * scale, weight, z, partial, rows, columns // EIGHTH, x.stride(0) // EIGHTH,
+        inner, precision=precision_of(x), **FORWARD,
     )  # fmt: skip
     return z, merge_moments(partial, rows, FORWARD["block_m"])
 
@@ -55,20 +55,21 @@ def normalize_relu_multiply_backward(
     inner = len(weight)
     tiles = triton.cdiv(columns, BACKWARD["block_n"])
     blocks = triton.cdiv(rows, BACKWARD["block_m"])
-    chunks = min(blocks, max(1, _PROGRAMS // tiles))
+    chunks = min(blocks, max(1, PROGRAMS // tiles))
     of_weight = torch.empty((chunks, inner, columns), dtype=torch.float32, device=x.device)
     sums = torch.empty((chunks, 2, columns), dtype=torch.float32, device=x.device)
     scale, inverse = norm.scale, norm.inverse
     _backward[(tiles, chunks)](
         dz, x, scale, norm.beta - norm.mean * scale, norm.mean, inverse, weight, total, of_weight, sums,
-        rows, columns // _EIGHTH, x.stride(0) // _EIGHTH, total.stride(0) // _EIGHTH, triton.cdiv(blocks, chunks),
-        inner, triton.next_power_of_2(inner), precision=_precision(x), **BACKWARD,
+        rows, columns // EIGHTH, x.stride(0) // EIGHTH, total.stride(0) // EIGHTH, triton.cdiv(blocks, chunks),
+        inner, triton.next_power_of_2(inner), precision=precision_of(x), **BACKWARD,
     )  # fmt: skip
     of_beta, of_gamma = sums.sum(0)
     return of_weight.sum(0), of_beta, of_gamma
 
 
-def _precision(x: torch.Tensor) -> str:
+def precision_of(x: torch.Tensor) -> str:
+    """Of the products of `x` for `tl.dot`."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 

@@ -152,8 +152,7 @@ class DenseBlock(Fusible, nn.ModuleList):
             norms[0].eps,
             dropout=self.dropout_probabilities,
             keep_inner=[layer.recomputation != "full" for layer in layers],
-            compiled=self.is_compiled,
-            triton=self.uses_triton,
+            kernels=self.kernels,
         )
         of_maps = [statistics.maps[:, : norm.num_features] for norm in norms[: len(layers)]]
         update_running_statistics(norms, [*of_maps, *statistics.inner], count=x.numel() // x.shape[1])
@@ -175,8 +174,8 @@ class Transition(Fusible):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.is_fused and not self.dropout.p and normalizes_by_batch([self.norm], x):
-            pooled: torch.Tensor = self.conv(fused_norm_relu_pool(x, self.norm, "average", self.is_compiled))
-            return pooled
+            pooled = fused_norm_relu_pool(x, self.norm, "average", self.kernels.compiled_passes)
+            return cast(torch.Tensor, self.conv(pooled))
         return self.pool(self.dropout(self.conv(F.relu(self.norm(x), inplace=True))))
 
     def count(self, counter: ComplexityCounter, size: int) -> int:
@@ -195,7 +194,7 @@ class ImageNetStem(Fusible):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         if self.is_fused and normalizes_by_batch([self.norm], x):
-            return fused_norm_relu_pool(x, self.norm, "max", self.is_compiled)
+            return fused_norm_relu_pool(x, self.norm, "max", self.kernels.compiled_passes)
         return self.pool(F.relu(self.norm(x), inplace=True))
 
     def count(self, counter: ComplexityCounter, size: int) -> int:

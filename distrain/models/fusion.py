@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from distrain.kernels.choice import TORCH, Kernels
 from distrain.kernels.norm_relu_pool import Pool, norm_relu_pool
 
 
@@ -13,17 +14,15 @@ class Fusible(nn.Module):
 
     is_fused = False
     """Whether to use it where it applies."""
-    is_compiled = False
-    """Whether the elementwise passes of a fused operation are compiled."""
-    uses_triton = False
-    """Whether its 1x1 convolutions are Triton kernels, where they apply."""
+    kernels = TORCH
+    """What it is computed by."""
 
 
-def set_fused(network: nn.Module, is_fused: bool, is_compiled: bool = False, uses_triton: bool = False) -> None:
+def set_fused(network: nn.Module, is_fused: bool, kernels: Kernels = TORCH) -> None:
     """Choose between fused and layer-by-layer computation of the blocks of `network`: the same up to rounding."""
     for module in network.modules():
         if isinstance(module, Fusible):
-            module.is_fused, module.is_compiled, module.uses_triton = is_fused, is_compiled, uses_triton
+            module.is_fused, module.kernels = is_fused, kernels
 
 
 def normalizes_by_batch(norms: Sequence[nn.Module], x: torch.Tensor) -> bool:

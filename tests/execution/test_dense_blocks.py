@@ -18,7 +18,7 @@ AUTO = "train.dense_block=auto"
 
 def kinds(network: torch.nn.Module) -> set[tuple[bool, bool]]:
     """Whether the parts that can be are fused and compiled."""
-    return {(part.is_fused, part.is_compiled) for part in network.modules() if isinstance(part, Fusible)}
+    return {(part.is_fused, part.kernels.compiled_passes) for part in network.modules() if isinstance(part, Fusible)}
 
 
 @pytest.mark.parametrize(("kind", "is_fused"), [("fused", True), ("plain", False)])

@@ -13,6 +13,7 @@ from torch import nn
 
 from distrain.bench.network_costs import saved_bytes
 from distrain.kernels import products
+from distrain.kernels.choice import Kernels
 from distrain.models import build, freeze, set_recomputation
 from distrain.models.fusion import set_fused
 from distrain.parallel.group import Group
@@ -50,7 +51,7 @@ def take_step(network: nn.Module, images: torch.Tensor, precision: torch.dtype |
 
 def fused(network: nn.Module, compiled: bool = False) -> nn.Module:
     network = copy.deepcopy(network)
-    set_fused(network, True, compiled)
+    set_fused(network, True, Kernels(compiled_passes=compiled))
     return network
 
 

@@ -11,16 +11,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distrain.kernels import triton_products as kernels
+from distrain.kernels import triton_convolutions, triton_products
 
 H100 = GPUTarget("cuda", 90, 32)
-WIDTHS = (48, 96, 128, 160, 192)  # of z for k = 12, 24, 32, 40 and 48
-FLOATS = {"scale", "shift", "mean", "inverse", "partial", "of_weight", "sums"}
-MAPS = {"x", "weight", "z", "dz", "total"}
+GROWTHS = (12, 24, 32, 40, 48)
+FLOATS = {"scale", "shift", "mean", "inverse", "partial", "of_weight", "sums", "of_taps", "slope", "offset"}
+MAPS = {"x", "weight", "z", "dz", "total", "gradient", "o", "d"}
 
 
 def compile_kernel(function: Any, dtype: str, settings: dict[str, Any]) -> dict[str, Any]:
-    options = {name: settings[name] for name in ("num_warps", "num_stages")}
+    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
     constants = {name: value for name, value in settings.items() if name not in options}
     names = function.arg_names
     signature = dict.fromkeys(names, "i32")
@@ -40,7 +40,7 @@ def compile_kernel(function: Any, dtype: str, settings: dict[str, Any]) -> dict[
         words = [ptxas, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         report = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     return {
-        "kernel": function.fn.__name__,
+        "kernel": f"{function.fn.__module__.rpartition('.')[2]}.{function.fn.__name__}",
         "dtype": dtype,
         "settings": settings,
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
@@ -53,11 +53,20 @@ def compile_kernel(function: Any, dtype: str, settings: dict[str, Any]) -> dict[
 def main() -> None:
     found = []
     for dtype in ("bf16", "fp16"):
-        for inner in WIDTHS:
-            settings = {"inner": inner, "precision": "tf32"}
-            found.append(compile_kernel(kernels._forward, dtype, {**settings, **kernels.FORWARD}))
+        found.append(compile_kernel(triton_convolutions._add_statistics, dtype, triton_convolutions.STATISTICS))
+        for growth in GROWTHS:
+            inner = 4 * growth
+            product = {"inner": inner, "precision": "tf32"}
             padded = {"padded": triton.next_power_of_2(inner)}
-            found.append(compile_kernel(kernels._backward, dtype, {**settings, **padded, **kernels.BACKWARD}))
+            convolution = {"growth": growth, "padded": triton_convolutions.padded(growth), "precision": "tf32"}
+            for kernel, settings in (
+                (triton_products._forward, product | triton_products.FORWARD),
+                (triton_products._backward, product | padded | triton_products.BACKWARD),
+                (triton_convolutions._forward, convolution | triton_convolutions.FORWARD),
+                (triton_convolutions._backward, convolution | triton_convolutions.BACKWARD),
+                (triton_convolutions._backward_weight, convolution | triton_convolutions.WEIGHT),
+            ):
+                found.append(compile_kernel(kernel, dtype, settings))
     print(json.dumps({"triton": str(Path(triton.__file__)), "kernels": found}))
 
 

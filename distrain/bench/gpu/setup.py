@@ -51,6 +51,7 @@ PASSES = (
             "train.dense_block=plain",
             "train.dense_block=fused",
             "train.dense_block=fused train.compile=true",
+            "train.dense_block=triton_1x1",
             "train.dense_block=triton",
             "train.dense_block=triton train.compile=true",
         ),
