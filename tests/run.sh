@@ -9,5 +9,5 @@ prepare_environment dev
 if [ $# -eq 0 ]; then
     set -- -m "not slow"
 fi
-# Most tests wait for processes that they started, so two workers keep two cores busy.
-exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30 "$@"
+# Most tests wait for processes that they started, so three workers keep two cores busy.
+exec python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 30 "$@"

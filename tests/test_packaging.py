@@ -69,7 +69,7 @@ def run(installed: Path, folder: Path, *words: str) -> str:
     variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
     variables |= {"OMP_NUM_THREADS": "1", "PATH": f"{installed}:{os.environ['PATH']}"}
     done = subprocess.run(
-        [installed / words[0], *words[1:]], cwd=folder, env=variables, capture_output=True, text=True, timeout=200
+        [installed / words[0], *words[1:]], cwd=folder, env=variables, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

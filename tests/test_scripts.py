@@ -86,7 +86,7 @@ def test_the_tracking_server_answers_under_the_host_name_that_the_trainer_uses(t
         [BIN / command[0], *command[1:]], cwd=tmp_path, env=environment, start_new_session=True
     ) as server:
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 400
             while not is_listening(int(port)):
                 assert time.monotonic() < deadline
                 time.sleep(0.5)

@@ -10,7 +10,8 @@ from distrain.config import TrainConfig
 def configure_numerics(train: TrainConfig) -> None:
     """Set them as configured. Called before the process group is created, since NCCL chooses its algorithms then: in
     deterministic mode it leaves out those that are not."""
-    torch.use_deterministic_algorithms(train.deterministic)
+    if train.deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(train.deterministic)
     # It would cost a pass over every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if train.deterministic:  # cuBLAS reads it when its first handle is created

@@ -17,7 +17,7 @@ _SSHD = "/usr/sbin/sshd"
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not Path(_SSHD).exists(), reason="needs openssh-server"),
 ]
 
@@ -85,7 +85,7 @@ def test_three_hosts_train_one_run_and_restart_after_a_crash(cluster, settings, 
 
 def test_with_min_nodes_the_run_continues_without_a_lost_host(cluster, settings, tmp_path):
     words = ("ssh", "--no-doctor", "--hosts", "n1,n2,n3", "--min-nodes", "2", f"run.dir={tmp_path}", "run.name=run")
-    settings = (*settings, "train.epochs=30")  # so that the host is lost in the middle of the run
+    settings = (*settings, "train.epochs=20")  # so that the host is lost in the middle of the run
     command = [SCRIPT, "exec", sys.executable, "-m", "launch", *words, *settings]
     variables = {**environment(), "MC_DIR": str(cluster.folder)}
     with subprocess.Popen(
@@ -97,7 +97,7 @@ def test_with_min_nodes_the_run_continues_without_a_lost_host(cluster, settings,
                 cluster.kill("n3")
                 break
         output = job.stdout.read()
-        assert job.wait(timeout=200) == 0, output
+        assert job.wait(timeout=600) == 0, output
     assert "launch: starting again on n1, n2\n" in output
     attempts = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
     assert len(attempts) == 2
@@ -116,14 +116,14 @@ def test_a_sweep_is_finished_by_the_other_host_when_one_is_lost(cluster, setting
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
     ) as job:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 400
         while not any(out.glob("runs/*/checkpoints/step-*")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         cluster.kill("n2")
         assert job.stdout is not None
         output = job.stdout.read()
-        assert job.wait(timeout=200) == 0, output
+        assert job.wait(timeout=600) == 0, output
     assert "n1:0 small-" in output
     assert [member.status for member in Sweep.open(out).current()] == ["done"] * 4
     for run in (out / "runs").glob("small-*"):

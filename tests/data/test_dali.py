@@ -54,7 +54,7 @@ def test_the_decoder_is_told_how_to_round(configure, train_index, monkeypatch, d
 
 def test_two_batches_are_decoded_at_a_time(configure, train_index, monkeypatch):
     """Each waits until another is being decoded too."""
-    run, together = configure("data.threads=2"), Barrier(2, timeout=60)
+    run, together = configure("data.threads=2"), Barrier(2, timeout=240)
     decode = DaliLoader._run_pipeline
 
     def run_pipeline(self, feeds):

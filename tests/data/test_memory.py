@@ -68,7 +68,7 @@ def test_resident_memory_is_flat_over_twenty_epochs(photos, tmp_path, loader):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert loading.returncode == 0, loading.stderr
     resident = json.loads(loading.stdout)

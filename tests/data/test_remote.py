@@ -147,7 +147,7 @@ def test_prefetched_shards_are_downloaded_before_they_are_read(server, open_remo
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -35,7 +35,7 @@ def test_numerics_are_set_before_the_process_group_which_chooses_algorithms_by_t
 ):
     settings = (*SMALL, *on_dataset, f"train.deterministic={deterministic}", f"run.dir={tmp_path}", "run.name=run")
     done = subprocess.run(
-        [sys.executable, "-c", PROBE, *settings], capture_output=True, text=True, env=environment(), timeout=100
+        [sys.executable, "-c", PROBE, *settings], capture_output=True, text=True, env=environment(), timeout=400
     )
     assert done.stdout.strip() == expected, done.stderr
 

@@ -25,7 +25,7 @@ def found() -> dict:
     """What support/interpreted_main.py has found."""
     program = [sys.executable, "-m", "support.interpreted_main"]
     variables = {**environment(), "TRITON_INTERPRET": "1"}
-    process = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=200, cwd=SUPPORT.parent)
+    process = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=600, cwd=SUPPORT.parent)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout)
 
@@ -82,7 +82,7 @@ def compiled(triton: Path | None) -> list[dict]:
     if triton:
         variables["PYTHONPATH"] = os.pathsep.join([str(triton), variables.get("PYTHONPATH", "")])
     program = [sys.executable, str(SUPPORT / "compile_kernels_main.py")]
-    process = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=280)
+    process = subprocess.run(program, capture_output=True, text=True, env=variables, timeout=800)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     if triton:

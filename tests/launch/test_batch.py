@@ -49,7 +49,7 @@ class Batch:
             "NODES": "2 n[1-2]", **variables,
         }  # fmt: skip
         script = f"echo $$ >'{self._folder}/pid'; . '{REPOSITORY}/launch/batch.sh'"
-        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=240)
         self.output = done.stdout + done.stderr
         return done.returncode
 

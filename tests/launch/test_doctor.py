@@ -64,9 +64,9 @@ def test_a_run_folder_on_the_disk_of_each_host_is_found_before_training(on_datas
         command = [sys.executable, "-m", "launch.check", *SMALL, *on_dataset, "run.dir=runs", "run.name=run"]
         options = {"cwd": own, "env": rank_variables(number, port), "text": True}
         hosts.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options))
-    output = hosts[0].communicate(timeout=120)[0]
+    output = hosts[0].communicate(timeout=400)[0]
     assert "unhealthy: n1: run.dir is not shared: a file that n0 writes to the run's folder is not there" in output
-    assert [host.wait(timeout=60) for host in hosts] == [78, 78]
+    assert [host.wait(timeout=240) for host in hosts] == [78, 78]
     assert not list(tmp_path.glob("*/runs/run/.doctor-*"))
 
 
@@ -87,7 +87,7 @@ def test_a_host_that_does_not_answer_is_named_and_not_waited_for(on_dataset, tmp
         for number, state in enumerate(("answers", "hangs"))
     )  # fmt: skip
     try:
-        output = answering.communicate(timeout=120)[0]
+        output = answering.communicate(timeout=400)[0]
     finally:
         hanging.kill()
         hanging.communicate()

@@ -89,7 +89,7 @@ def test_jobs_together_end_with_the_code_that_says_how_to_continue(monkeypatch, 
 
 
 def waits_for(condition) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

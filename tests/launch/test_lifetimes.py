@@ -111,7 +111,7 @@ def start(on_dataset, tmp_path) -> Iterator[Callable[[str], Agent]]:
 
 
 def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -75,7 +75,7 @@ def test_a_node_that_can_write_neither_logs_nor_output_trains_to_its_end(on_data
     words = ["--ranks", "1", "--logs", str(small_disk / "logs"), "--", *SMALL, *on_dataset, *short]
     command = [sys.executable, "-m", "launch", "node", *words, f"run.dir={tmp_path}", "run.name=run"]
     with Path("/dev/full").open("wb") as full:
-        assert subprocess.run(command, env=environment(), stdout=full, stderr=full, timeout=200).returncode == 0
+        assert subprocess.run(command, env=environment(), stdout=full, stderr=full, timeout=600).returncode == 0
     assert read_metrics(tmp_path / "run")[-1]["step"] == 5
 
 

@@ -1,6 +1,7 @@
 """The same weights give the same outputs and gradients as in torchvision and timm, in fp32."""
 
 import gc
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -37,10 +38,13 @@ CASES = [
 ]
 
 
-def cases(slow_above: float) -> list:
-    """Return all of CASES, with those of more multiply-adds marked as slow."""
-    marks = {name: [pytest.mark.slow] * (PUBLISHED[name].cost.flops > slow_above) for name, _ in CASES}
-    return [pytest.param(case, id=f"{case[1]}-{case[0]}", marks=marks[case[0]]) for case in CASES]
+def cases(slow_above: float, up_to: float = math.inf) -> list:
+    """Return CASES of up to `up_to` multiply-adds, with those of more than `slow_above` marked as slow."""
+    flops = {name: PUBLISHED[name].cost.flops for name, _ in CASES}
+    marks = {name: [pytest.mark.slow] * (flops[name] > slow_above) for name in flops}
+    return [
+        pytest.param(case, id=f"{case[1]}-{case[0]}", marks=marks[case[0]]) for case in CASES if flops[case[0]] <= up_to
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ def test_logits_and_gradients_equal_those_of_the_other_library(pair, training, r
 
 
 @pytest.mark.parametrize(("training", "resolution"), [(False, 75), (True, 96)], ids=["eval-75", "train-96"])
-@pytest.mark.parametrize("pair", cases(slow_above=3e9), indirect=True)
+@pytest.mark.parametrize("pair", cases(slow_above=3e9, up_to=20e9), indirect=True)
 def test_they_are_equal_at_other_resolutions(pair, training, resolution):
     compare(*pair, training, resolution)
 

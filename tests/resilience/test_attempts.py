@@ -123,7 +123,7 @@ def test_a_frozen_node_is_named_by_the_next_one_and_a_suspended_job_is_not(setti
         process.resume()
     training.wait_for_step(1 + max(entry["step"] for entry in read_metrics(training.folder)))
     second.suspend()
-    first.wait(timeout=60)
+    first.wait(timeout=240)
     second.kill()
     ended = training.wait()
     assert [line.partition(" (process")[0] for line in ended.lines] == [f"rank 1 on {socket.gethostname()}"]

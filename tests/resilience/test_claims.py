@@ -43,7 +43,7 @@ def test_of_starts_at_the_same_moment_one_claims_the_run_and_the_others_are_refu
     starts = [fork.Process(target=_claim_and_wait, args=(tmp_path, start, outcomes, release)) for _ in range(4)]
     for process in starts:
         process.start()
-    results = [outcomes.get(timeout=60) for _ in starts]
+    results = [outcomes.get(timeout=240) for _ in starts]
     release.set()
     for process in starts:
         process.join(60)

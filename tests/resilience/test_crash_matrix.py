@@ -36,18 +36,18 @@ def settings(on_dataset) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("ranks", "faults"),
-    [(2, TRAINING), (2, VALIDATION), (2, CHECKPOINTING), (3, CHECKPOINTING)],
-    ids=["training", "validation", "checkpointing", "checkpointing-on-3"],
+    [(2, TRAINING), (2, VALIDATION), (3, CHECKPOINTING)],
+    ids=["training", "validation", "checkpointing"],
 )
 def test_no_fault_changes_a_bit(settings, tmp_path, ranks, faults):
     expected = train(tmp_path / "uninterrupted", *settings, ranks=ranks)
     assert expected.code == 0, expected.output
     planned = f"resilience.faults=[{','.join(faults)}]"
     training = Training(tmp_path / "run", *settings, planned, ranks=ranks, rendezvous=RESTARTING)
-    result = training.wait(timeout=500)
+    result = training.wait(timeout=1500)
     assert result.code == 0, result.output
     assert result.digest == expected.digest
     assert result.series("train/loss") == expected.series("train/loss")

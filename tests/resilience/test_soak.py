@@ -109,7 +109,7 @@ def test_a_run_too_short_for_its_faults_is_one_line(monkeypatch, capsys, on_data
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_survives_random_faults_bit_for_bit(on_dataset, tmp_path):
     """The command from README, on a small network and small images."""
     command = readme_command("python -m distrain soak")

@@ -35,7 +35,7 @@ def test_a_stop_file_that_cannot_be_looked_for_just_now_is_found_later(tmp_path)
         (tmp_path / "stop").touch()
         files.disturb(Disturbance(("stat",), errno.EIO, 1.0))
         assert not stop
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while not stop:
             assert time.monotonic() < deadline
 
@@ -58,7 +58,7 @@ def test_control_c_twice_exits_at_once(tmp_path):
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    time.sleep(60)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], timeout=50, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], timeout=200, cwd=tmp_path)
     assert done.returncode == 128 + signal.SIGINT
 
 

@@ -106,7 +106,7 @@ class Training:
                 [*host, *start, *program, *arguments], stdout=log, stderr=subprocess.STDOUT, env=environment()
             )
 
-    def wait(self, timeout: float = 120) -> Result:
+    def wait(self, timeout: float = 400) -> Result:
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ class Training:
             raise AssertionError(f"still running after {timeout} s:\n{self.output}") from None
         return Result(code, self.output, self.folder)
 
-    def wait_for_step(self, step: int, timeout: float = 90) -> None:
+    def wait_for_step(self, step: int, timeout: float = 300) -> None:
         """Return once this or an earlier start has reported this step or a later one."""
         deadline = time.monotonic() + timeout
         while True:

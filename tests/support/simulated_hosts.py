@@ -77,7 +77,7 @@ class Cluster:
     def restarts(self, job: str) -> int:
         return int(self._field(job, "Restarts"))
 
-    def wait_for(self, job: str, *states: str, timeout: float = 280) -> str:
+    def wait_for(self, job: str, *states: str, timeout: float = 800) -> str:
         """Return once the job is in one of these states."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:

@@ -40,7 +40,7 @@ def run_tasks(tasks: list[dict], ranks: int, folder: Path) -> list[Outcome]:
     program = str(Path(__file__).with_name("strategies_main.py"))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     process = subprocess.run(
-        [sys.executable, *torchrun, program, str(file)], capture_output=True, text=True, env=environment(), timeout=250
+        [sys.executable, *torchrun, program, str(file)], capture_output=True, text=True, env=environment(), timeout=800
     )
     assert process.returncode == 0, process.stdout + process.stderr
     results = json.loads(file.with_suffix(".results").read_text())

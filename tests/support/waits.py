@@ -21,7 +21,7 @@ def count_waits(folder: Path, *settings: str) -> dict[tuple[str, str], int]:
     """How often the host would wait for a GPU, by module and function, in four steps of which one saves."""
     done = subprocess.run(
         [sys.executable, PROGRAM, *settings, f"run.dir={folder}", "run.name=run"],
-        capture_output=True, text=True, env=environment(), timeout=250,
+        capture_output=True, text=True, env=environment(), timeout=800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return {(module, function): times for module, function, times in json.loads(done.stdout.splitlines()[-1])}

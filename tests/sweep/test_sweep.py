@@ -53,7 +53,7 @@ class Command:
 
     def run(self, *words: str, launcher: tuple[str, ...] = ()) -> tuple[int, str]:
         process = self.start(*words, launcher=launcher)
-        output = process.communicate(timeout=200)[0]
+        output = process.communicate(timeout=600)[0]
         return process.returncode, output
 
 
@@ -68,7 +68,7 @@ def command(on_dataset, tmp_path_factory) -> Command:
     command = Command(tmp_path_factory.mktemp("sweep"), on_dataset)
     for wanted in (1, 3):
         process = command.start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while len(list(command.folder.glob("runs/*/checkpoints/step-*"))) < 2 * wanted:
             assert process.poll() is None
             assert time.monotonic() < deadline

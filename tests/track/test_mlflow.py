@@ -148,7 +148,7 @@ def test_a_server_answers_what_predict_says_without_the_libraries_of_training(ru
     words = ("models", "serve", "-m", f"runs:/{run.info.run_id}/model", "--env-manager", "local", "--port", str(port))
     server = subprocess.Popen([tool, *words], start_new_session=True, env=environment, cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not reachable(port):
             assert time.monotonic() < deadline
             assert server.poll() is None
@@ -235,7 +235,7 @@ def test_a_run_that_stopped_or_failed_is_shown_as_that(client, restarted, on_dat
     settings = config.load(None, [*LONGER, *on_dataset, *where, uri])
     with pytest.raises(type(error)):
         end_with(error, settings)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 400
     while (shown := statuses(client, status)) in ([], ["RUNNING"]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert shown == [status]
@@ -296,7 +296,7 @@ def test_the_command_shown_at_the_end_serves_the_run(restarted):
     server = subprocess.Popen([tool, *words, "--port", str(port), "--workers", "1"], start_new_session=True)
     try:
         client = MlflowClient(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 400
         while not reachable(port):
             assert time.monotonic() < deadline
             assert server.poll() is None

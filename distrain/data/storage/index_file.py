@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 
@@ -31,10 +32,14 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
         # which imports pandas.
         table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(_read_bytes(path, download))).read()
         header = json.loads(table.schema.metadata[b"distrain"])
-        columns = {name: table[name].to_numpy().astype(kind) for name, kind in COLUMNS.items() if name != "label"}
+        columns = {
+            name: _numbers(table[name].combine_chunks()).astype(kind)
+            for name, kind in COLUMNS.items()
+            if name != "label"
+        }
         column = table["label"].combine_chunks()
         is_list = pyarrow.types.is_list(column.type)
-        labels = (column.flatten() if is_list else column).to_numpy().astype(COLUMNS["label"])
+        labels = _numbers(column.flatten() if is_list else column).astype(COLUMNS["label"])
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not an index written by `python -m distrain shards`") from error
     if header["format"] != _FORMAT:
@@ -43,7 +48,7 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
         )
     if not len(table):
         raise UserError(f"{path}: the index has no samples")
-    counts = column.value_lengths().to_numpy().astype(np.int64) if is_list else np.ones(len(table), np.int64)
+    counts = _numbers(column.value_lengths()).astype(np.int64) if is_list else np.ones(len(table), np.int64)
     outside = np.flatnonzero((labels < 0) | (labels >= len(header["classes"])))
     if len(outside):
         sample = int(np.searchsorted(np.cumsum(counts), outside[0], side="right"))
@@ -54,6 +59,11 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
     label = pad_labels(labels, counts) if is_list else labels
     shards = tuple(Shard(*shard) for shard in header["shards"])
     return Index(path.rpartition("/")[0] or ".", shards, tuple(header["classes"]), label=label, **columns)
+
+
+def _numbers(column: Any) -> np.ndarray:
+    """The numbers of an array of pyarrow, whose own conversion takes pandas along."""
+    return np.from_dlpack(column)
 
 
 def save_index(index: Index, path: str | Path) -> None:
