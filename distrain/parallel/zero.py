@@ -6,9 +6,11 @@ the weights.
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,6 +23,14 @@ from distrain.parallel.environment import read_environment
 from distrain.parallel.group import Group
 from distrain.parallel.strategy import State, Update, model_state, optimizer_state
 from distrain.recipe.optimizers import build_optimizer, init_state, set_lr, update_clipped
+
+_UNUSED = {
+    "deepspeed.autotuning.autotuner": "Autotuner",  # imports MLflow
+    "deepspeed.runtime.zero.muon.muon_optimizer": "MuonWithAuxAdam",
+    "deepspeed.runtime.zero.muon.original_muon": "muon_update",  # imports torch's compiler
+}
+"""Parts of DeepSpeed that it imports at every start, for seconds, though nothing here uses them; and what it looks for
+in them."""
 
 
 class Zero:
@@ -164,6 +174,10 @@ def import_deepspeed(device: torch.device) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # It calls collectives by deprecated names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for module, name in _UNUSED.items():
+        empty = ModuleType(module)
+        setattr(empty, name, type(name, (), {}))
+        sys.modules.setdefault(module, empty)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

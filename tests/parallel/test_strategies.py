@@ -101,46 +101,52 @@ def resumable(strategy: str) -> tuple[str, ...]:
     return f"parallel.strategy={strategy}", *lanes, *DENSENET, *OPTIMIZERS["adamw" if strategy == "zero2" else "sgd"]
 
 
-def changes(ranks: int) -> list[tuple[str, str]]:
-    """Strategies before and after a restart: all pairs on two ranks; on others each with itself and with the next."""
-    pairs = list(itertools.product(STRATEGIES, STRATEGIES))
-    following = dict(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
-    return pairs if ranks == 2 else [(one, other) for one, other in pairs if other in (one, following[one])]
+Pair = tuple[str, str]
+PAIRS = list(itertools.product(STRATEGIES, STRATEGIES))
+FOLLOWING = dict(zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True))
+NEIGHBORS = [(before, after) for before, after in PAIRS if after in (before, FOLLOWING[before])]
 
 
-@pytest.fixture(scope="module")
-def resumed(request, uninterrupted, tmp_path_factory) -> tuple[int, dict[tuple[str, str], Outcome]]:
-    """Half-way states, resumed by other strategies."""
-    ranks, (saved, _), folder = request.param, uninterrupted, tmp_path_factory.mktemp("resumed")
-    cases = changes(ranks)
+def resume(pairs: list[Pair], ranks: int, saved: Path, folder: Path) -> dict[Pair, Outcome]:
+    """Half-way states of the first strategy of each pair, resumed by the second."""
     tasks = [
         task(
             folder, f"{before}-{after}", *resumable(before), f"parallel.strategy={after}", first=HALF, last=END,
             load=str(saved / f"{before}-half.pt"),
         )
-        for before, after in cases
+        for before, after in pairs
     ]  # fmt: skip
-    return ranks, dict(zip(cases, run_tasks(tasks, ranks, folder), strict=True))
+    return dict(zip(pairs, run_tasks(tasks, ranks, folder), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("resumed", "before", "after"),
-    [
-        pytest.param(ranks, *change, marks=[pytest.mark.slow] * (ranks != 2))
-        for ranks in (1, 2, 3)
-        for change in changes(ranks)
-    ],
-    indirect=["resumed"],
-)
-def test_a_state_resumes_under_every_strategy_on_any_number_of_ranks(uninterrupted, resumed, before, after):
-    expected = uninterrupted[1][before]
-    ranks, outcomes = resumed
-    found = outcomes[before, after]
+def assert_continued(found: Outcome, expected: Outcome) -> None:
     np.testing.assert_allclose(found.losses, expected.losses[HALF:], rtol=1e-5)
     assert_equal_states(found.state, expected.state, rtol=1e-4, atol=1e-5)
-    if (ranks, before) == (2, after):
+
+
+@pytest.fixture(scope="module")
+def resumed_on_two(uninterrupted, tmp_path_factory) -> dict[Pair, Outcome]:
+    return resume(PAIRS, 2, uninterrupted[0], tmp_path_factory.mktemp("resumed"))
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_a_state_resumes_under_every_strategy(uninterrupted, resumed_on_two, before, after):
+    found, expected = resumed_on_two[before, after], uninterrupted[1][before]
+    assert_continued(found, expected)
+    if before == after:
         assert found.losses == expected.losses[HALF:]
         assert_equal_states(found.state, expected.state, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def resumed_on_other_ranks(request, uninterrupted, tmp_path_factory) -> dict[Pair, Outcome]:
+    return resume(NEIGHBORS, request.param, uninterrupted[0], tmp_path_factory.mktemp("resumed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), NEIGHBORS)
+def test_a_state_resumes_on_other_numbers_of_ranks(uninterrupted, resumed_on_other_ranks, before, after):
+    assert_continued(resumed_on_other_ranks[before, after], uninterrupted[1][before])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])

@@ -1,11 +1,14 @@
 """What DeepSpeed is told on a GPU, which is simulated by its name."""
 
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.execution import settings
+from support.processes import environment
 
 from distrain.parallel.zero import Zero, import_deepspeed
 
@@ -33,3 +36,24 @@ def test_operations_that_a_simulated_gpu_does_not_need_are_not_probed(device, mo
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(ops=SimpleNamespace(__compatible_ops__=table)))
     import_deepspeed(torch.device(device))
     assert table.touched == (device == "cpu")
+
+
+def test_a_start_imports_neither_mlflow_nor_the_compiler_of_torch():
+    """As DeepSpeed does, for parts of it that are not used: it takes seconds."""
+    program = """
+import sys
+from support.strategies import DENSENET, STRATEGIES
+from support.strategies_main import run_task
+from distrain.parallel.group import Group
+
+with Group() as group:
+    for strategy in STRATEGIES:
+        settings = (f"parallel.strategy={strategy}", *DENSENET, "batch.lanes=1", "batch.per_lane=2")
+        run_task({"settings": settings, "first": 0, "last": 1}, group)
+assert "deepspeed" in sys.modules
+print([name for name in ("mlflow", "torch._inductor.compile_fx") if name in sys.modules])
+"""
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
