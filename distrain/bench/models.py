@@ -5,7 +5,6 @@ It imports PyTorch, torchvision and, if they are there, timm and matplotlib, and
 """
 
 import argparse
-import gc
 import json
 import statistics
 import sys
@@ -31,7 +30,7 @@ from distrain.bench.network_costs import (
     plot_bytes_by_depth,
     saved_bytes,
 )
-from distrain.bench.rounds import measure_interleaved, ratio, time_on_gpu, time_on_host
+from distrain.bench.rounds import free, measure_interleaved, ratio, time_on_gpu, time_on_host
 from distrain.errors import EXIT_DONE, EXIT_USER, UserError, nearest
 from distrain.kernels.choice import KERNELS, TORCH, Kernels
 from distrain.models.densenet import DenseNetConfig
@@ -172,7 +171,7 @@ class Step:
         except RuntimeError:  # also cuDNN's, which has its own words for too little memory
             return False
         finally:
-            _release()
+            free(self._device)
         return True
 
     def __call__(self) -> int:
@@ -244,11 +243,6 @@ def _measure_on_gpu(step: Step, args: argparse.Namespace, found: Measured) -> No
     if args.largest:
         found.largest_batch = largest_batch(step.fits, args.batch)
         step.set_batch(args.batch)
-
-
-def _release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def select(candidates: Mapping[str, Candidate], only: str) -> dict[str, Candidate]:
@@ -366,7 +360,7 @@ def run(args: argparse.Namespace) -> int:
     for together in rounds_of(select(candidates_of(args.network, args.compiled), args.only)):
         for name, one in measure(together, args, device, end).items():
             found.setdefault(name, one)
-        _release()
+        free(device)
         if args.json:  # so far: compiling what follows may take longer than this machine is there
             results = {name: asdict(one) for name, one in found.items()}
             content = {"title": title, "ceilings": roofs, "candidates": results}

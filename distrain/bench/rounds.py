@@ -1,5 +1,6 @@
 """Interleaved measurement of several candidates."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -69,3 +70,10 @@ def ratio(rates: list[Rate], name: str, baseline: str) -> float:
     """Return the median over the rounds of a candidate's rate divided by the baseline's in the same round."""
     by_name = {rate.name: rate.rounds for rate in rates}
     return statistics.median(a / b for a, b in zip(by_name[name], by_name[baseline], strict=True))
+
+
+def free(device: torch.device) -> None:
+    """Return what no tensor uses to the device, once their owners are gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,6 +1,5 @@
 """Candidates of a comparison: distrain in variants, and bare PyTorch loops with networks of torchvision and timm."""
 
-import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from torch import nn
 
 from distrain.bench.gpu.setup import Point, Setup
 from distrain.bench.models import PEER_NAMES
-from distrain.bench.rounds import measure_interleaved, time_on_gpu, time_on_host
+from distrain.bench.rounds import free, measure_interleaved, time_on_gpu, time_on_host
 from distrain.bench.step import bare_candidate, distrain_candidate, peak, reset_peak
 from distrain.learner import Learner, build_network
 from distrain.parallel.group import Group
@@ -81,7 +80,7 @@ def compare(setup: Setup, openers: Mapping[str, Callable[[], Step]], device: tor
             for _ in range(_WARM_UP_STEPS):
                 images = step()
             steps[name], held[name] = step, allocated(device) - before
-        gc.collect()
+        free(device)
     timer = time_on_gpu if device.type == "cuda" else time_on_host
     work = {name: _repeat(step, setup.scale.steps) for name, step in steps.items()}
     found = {}
@@ -119,13 +118,6 @@ def line_of(title: str, measured: Mapping[str, Any], baseline: str) -> str:
 def allocated(device: torch.device) -> int:
     """The bytes of all tensors on a GPU; 0 on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def free(device: torch.device) -> None:
-    """Return what no tensor uses to the device, once their owners are gone."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _repeat(step: Step, steps: int) -> Step:

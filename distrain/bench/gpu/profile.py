@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from distrain.bench.gpu.candidates import TORCHVISION, Step, free, open_peer, open_variant, peers_of
+from distrain.bench.gpu.candidates import TORCHVISION, Step, open_peer, open_variant, peers_of
 from distrain.bench.gpu.setup import NEEDS_GPU, Setup
-from distrain.bench.rounds import synchronize
+from distrain.bench.rounds import free, synchronize
 from distrain.parallel.group import Group
 
 _TOP = 10

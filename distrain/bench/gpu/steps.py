@@ -19,14 +19,13 @@ from distrain.bench.gpu.candidates import (
     TORCHVISION,
     add_ratios,
     compare,
-    free,
     line_of,
     open_peer,
     open_variant,
     peers_of,
 )
 from distrain.bench.gpu.setup import FIXED_CHOICES, NEEDS_GPU, Setup
-from distrain.bench.rounds import synchronize
+from distrain.bench.rounds import free, synchronize
 from distrain.bench.step import distrain_candidate, peak, reset_peak
 from distrain.learner import Learner, build_network
 from distrain.parallel.group import Group

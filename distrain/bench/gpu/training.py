@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distrain.bench.gpu.candidates import free
 from distrain.bench.gpu.images import build_shards
 from distrain.bench.gpu.setup import FIXED_CHOICES, NEEDS_GPU, Setup
+from distrain.bench.rounds import free
 from distrain.bench.step import distrain_candidate
 from distrain.checkpoint import weights_digest
 from distrain.data.storage.index_file import load_index
