@@ -59,6 +59,7 @@ def normalize_relu_convolve_backward(
     growth = len(weight)
     tiles = triton.cdiv(rows, BACKWARD["block_m"])
     blocks = triton.cdiv(inner, BACKWARD["block_n"])
+    gradient = gradient.contiguous()
     d = torch.empty_like(z)
     partial = torch.empty((tiles, 2, inner), dtype=torch.float32, device=z.device)
     scale, inverse = norm.scale, norm.inverse
