@@ -215,7 +215,7 @@ def measure(
             if device.type == "cuda":
                 _measure_on_gpu(step, args, found[name])
             steps[name] = step
-        except (RuntimeError, ImportError) as error:  # also torch's of compilation, and OutOfMemoryError
+        except Exception as error:  # whatever a library or its compiler raises: the others are measured all the same
             found[name].error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         print(f"{name}: {found[name].error or 'opened'}", flush=True)
 

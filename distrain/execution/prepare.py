@@ -6,6 +6,7 @@ What is measured is measured once in the life of a run and kept, because another
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -60,9 +61,10 @@ def prepare(config: Config, network: nn.Module, group: Group, info: Callable[[st
         started = group.is_main and "lane_splits" in decisions  # by an earlier release, whose blocks were plain
         choose = partial(choose_dense_block, config, network, group.device, info)
         kind = decide("dense_block", (lambda: "plain") if started else choose)
-    if kind.startswith("triton") and group.device.type == "cpu":
-        raise UserError(f"train.dense_block={kind} needs a GPU: set train.dense_block=fused")
-    fused, kernels = kind != "plain", KERNELS.get(kind, TORCH)
+    if kind.startswith("triton"):
+        _require_triton(config, group.device)
+    fused = kind != "plain"
+    kernels = KERNELS[kind] if fused else TORCH
     set_fused(network, fused, kernels)
 
     name = config.train.memory_format
@@ -130,3 +132,15 @@ def _convert_to_sync_batch_norm(network: nn.Module, group: Group) -> None:
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d) and not isinstance(child, FrozenBatchNorm2d):
                 setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+
+
+def _require_triton(config: Config, device: torch.device) -> None:
+    """Raises UserError where no dense block could be computed by Triton kernels."""
+    reasons = {
+        "a GPU": device.type == "cpu",
+        "train.precision=bf16 or fp16": config.train.precision == "fp32",
+        "Triton, which is not installed": find_spec("triton") is None,
+        "a GPU of compute capability 8.0": device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0),
+    }
+    if missing := next((text for text, applies in reasons.items() if applies), ""):
+        raise UserError(f"train.dense_block={config.train.dense_block} needs {missing}: set train.dense_block=fused")

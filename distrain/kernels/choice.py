@@ -1,4 +1,4 @@
-"""By what the parts of a fused operation are computed."""
+"""Which kernels compute the parts of a fused operation."""
 
 from typing import NamedTuple
 

@@ -24,7 +24,7 @@ def normalize_relu_convolve(
     `shape`: [n, any, h, w], the shape of the images.
     """
     if kernels.triton_3x3 and can_use_triton(z, len(weight)):
-        from distrain.kernels import triton_convolutions  # takes a GPU's compiler along
+        from distrain.kernels import triton_convolutions  # pulls in a GPU's compiler
 
         return triton_convolutions.normalize_relu_convolve(z, norm, weight, shape)
     o = rows_of(convolve(normalize_relu(z, norm, kernels.compiled_passes), weight, shape))

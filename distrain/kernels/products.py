@@ -19,7 +19,7 @@ def normalize_relu_multiply(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """z = max(0, BN(x)) weight^T, [M, b], without keeping the first factor, and mean and variance of z, [2, b]."""
     if kernels.triton_1x1 and can_use_triton(x, len(weight)):
-        from distrain.kernels import triton_products  # takes a GPU's compiler along
+        from distrain.kernels import triton_products  # pulls in a GPU's compiler
 
         return triton_products.normalize_relu_multiply(x, norm, weight)
     z = x.new_empty((len(x), len(weight)))

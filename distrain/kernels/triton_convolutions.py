@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from distrain.kernels.normalization import Norm
-from distrain.kernels.triton_products import EIGHTH, PROGRAMS, merge_moments, precision_of
+from distrain.kernels.triton_products import EIGHTH, PROGRAMS, merge_moments, precision_of, relu
 
 FORWARD = {"block_m": 128, "block_k": 32, "num_warps": 8, "num_stages": 2}
 BACKWARD = {"block_m": 128, "block_n": 64, "num_warps": 4, "num_stages": 2}
@@ -63,7 +63,7 @@ def normalize_relu_convolve_backward(
     d = torch.empty_like(z)
     partial = torch.empty((tiles, 2, inner), dtype=torch.float32, device=z.device)
     scale, inverse = norm.scale, norm.inverse
-    _backward[(blocks, tiles)](
+    _backward[(blocks * tiles,)](  # one axis: only the first is unlimited
         gradient, z, scale, norm.beta - norm.mean * scale, norm.mean, inverse, _by_tap(weight), d, partial, rows,
         shape[2], shape[3], inner // EIGHTH, growth=growth, padded=padded(growth), precision=precision_of(z),
         **BACKWARD,
@@ -133,7 +133,7 @@ def _forward(
             is_inside = is_pixel & (row + i >= 0) & (row + i < height)
             is_loaded = is_inside[:, None] & is_inner[None, :]
             loaded = tl.load(z + (p + i * width)[:, None].to(tl.int64) * inner + k[None, :], mask=is_loaded, other=0.0)
-            y = tl.where(is_loaded, tl.maximum(loaded.to(tl.float32) * s[None, :] + t[None, :], 0.0), 0.0)
+            y = tl.where(is_loaded, relu(loaded.to(tl.float32) * s[None, :] + t[None, :]), 0.0)
             y = y.to(loaded.dtype)
             w = weight + 3 * tap_row * inner * padded + k[:, None] * padded + n[None, :]
             tap = inner * padded
@@ -163,9 +163,10 @@ def _backward(
 ):  # fmt: skip
     """A tile of D, the gradient of BN(z), and its sums: y reached the pixel at (-i, -j) by tap (i, j)."""
     inner = inner_8 * 8
-    tile = tl.program_id(1)
+    blocks_n = tl.cdiv(inner, block_n)
+    tile = tl.program_id(0) // blocks_n
     p = tile * block_m + tl.arange(0, block_m)
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    n = tl.program_id(0) % blocks_n * block_n + tl.arange(0, block_n)
     g = tl.arange(0, padded)
     is_pixel = p < rows
     row = (p // width) % height
@@ -189,7 +190,7 @@ def _backward(
     place = p[:, None].to(tl.int64) * inner + n[None, :]
     loaded = tl.load(z + place, mask=is_stored, other=0.0)
     exact = loaded.to(tl.float32)
-    y = tl.maximum(exact * s[None, :] + t[None, :], 0.0).to(loaded.dtype)
+    y = relu(exact * s[None, :] + t[None, :]).to(loaded.dtype)
     rounded = tl.where(y > 0, sums, 0.0).to(loaded.dtype)
     tl.store(d + place, rounded, mask=is_stored)
     values = rounded.to(tl.float32)
@@ -202,7 +203,7 @@ def _backward(
 def _add_statistics(d, z, scale, slope, offset, count_8, inner, block: tl.constexpr):
     """D -> D s + z slope + offset, in place: the gradient of z."""
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    is_inside = place < count_8 * 8
+    is_inside = place < count_8.to(tl.int64) * 8
     column = place % inner
     of_d = tl.load(d + place, mask=is_inside, other=0.0)
     of_z = tl.load(z + place, mask=is_inside, other=0.0)
@@ -241,7 +242,7 @@ def _backward_weight(
         is_inside = (p < rows) & (row >= i) & (row - i < height)
         is_loaded = is_inside[:, None] & is_inner[None, :]
         loaded = tl.load(z + p[:, None].to(tl.int64) * inner + n[None, :], mask=is_loaded, other=0.0)
-        y = tl.maximum(loaded.to(tl.float32) * s[None, :] + t[None, :], 0.0).to(loaded.dtype)
+        y = relu(loaded.to(tl.float32) * s[None, :] + t[None, :]).to(loaded.dtype)
         y = tl.trans(y)
         place = gradient + (p - i * width)[:, None].to(tl.int64) * growth + g[None, :]
         is_before = (is_inside & (column < width - 1))[:, None] & is_map  # j = -1: y is left of the pixel of o

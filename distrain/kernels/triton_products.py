@@ -29,7 +29,7 @@ def normalize_relu_multiply(x: torch.Tensor, norm: Norm, weight: torch.Tensor) -
     z = x.new_empty((rows, inner))
     partial = torch.empty((tiles, 2, inner), dtype=torch.float32, device=x.device)
     scale = norm.scale
-    _forward[(triton.cdiv(inner, FORWARD["block_n"]), tiles)](
+    _forward[(triton.cdiv(inner, FORWARD["block_n"]) * tiles,)](  # one axis: only the first is unlimited
         x, scale, norm.beta - norm.mean * scale, weight, z, partial, rows, columns // EIGHTH, x.stride(0) // EIGHTH,
         inner, precision=precision_of(x), **FORWARD,
     )  # fmt: skip
@@ -74,6 +74,11 @@ def precision_of(x: torch.Tensor) -> str:
 
 
 @triton.jit
+def relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's, so that the loss shows a NaN
+
+
+@triton.jit
 def _forward(
     x, scale, shift, weight, z, partial, rows, columns_8, stride_8,
     inner: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr, precision: tl.constexpr,
@@ -82,9 +87,10 @@ def _forward(
     memory."""
     columns = columns_8 * 8
     stride = (stride_8 * 8).to(tl.int64)
-    tile = tl.program_id(1)
+    blocks_n = tl.cdiv(inner, block_n)
+    tile = tl.program_id(0) // blocks_n
     m = tile * block_m + tl.arange(0, block_m)
-    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    n = tl.program_id(0) % blocks_n * block_n + tl.arange(0, block_n)
     is_row = m < rows
     is_inner = n < inner
     sums = tl.zeros((block_m, block_n), tl.float32)
@@ -94,7 +100,7 @@ def _forward(
         maps = tl.load(x + m[:, None] * stride + k[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0)
         s = tl.load(scale + k, mask=is_column, other=0.0)
         t = tl.load(shift + k, mask=is_column, other=0.0)
-        a = tl.maximum(maps.to(tl.float32) * s[None, :] + t[None, :], 0.0).to(maps.dtype)
+        a = relu(maps.to(tl.float32) * s[None, :] + t[None, :]).to(maps.dtype)
         w = tl.load(weight + n[None, :] * columns + k[:, None], mask=is_inner[None, :] & is_column[:, None], other=0.0)
         sums = tl.dot(a, w, sums, input_precision=precision)
     rounded = sums.to(z.dtype.element_ty)
@@ -139,7 +145,7 @@ def _backward(
         g = tl.load(dz + row[:, None].to(tl.int64) * inner + b[None, :], mask=is_loaded, other=0.0)
         maps = tl.load(x + row[:, None] * stride + n[None, :], mask=is_inside, other=0.0)
         exact = maps.to(tl.float32)
-        a = tl.maximum(exact * s[None, :] + t[None, :], 0.0).to(maps.dtype)
+        a = relu(exact * s[None, :] + t[None, :]).to(maps.dtype)
         d = tl.where(a > 0, tl.dot(g, w, input_precision=precision), 0.0)
         place = total + row[:, None] * total_stride + n[None, :]
         before = tl.load(place, mask=is_inside, other=0.0).to(tl.float32)

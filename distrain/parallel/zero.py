@@ -10,7 +10,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from typing import Any
 
 import torch
@@ -175,7 +176,7 @@ def import_deepspeed(device: torch.device) -> Any:
     # It calls collectives by deprecated names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     for module, name in _UNUSED.items():
-        empty = ModuleType(module)
+        empty = module_from_spec(ModuleSpec(module, loader=None))
         setattr(empty, name, type(name, (), {}))
         sys.modules.setdefault(module, empty)
     with warnings.catch_warnings():

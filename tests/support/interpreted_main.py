@@ -25,8 +25,12 @@ OPERATIONS = {
 }
 # Rows, columns, columns of the buffer, width of z: whole tiles and parts of them.
 SHAPES = ((128, 64, 64, 64), (200, 40, 64, 48), (129, 72, 128, 128), (64, 8, 16, 16), (300, 136, 160, 192))
-# Images, their height and width, width of z, maps: rows shorter and longer than a tile, odd sizes, one row.
-IMAGES = ((2, 7, 5, 48, 12), (1, 9, 16, 32, 32), (3, 4, 4, 64, 16), (1, 1, 70, 16, 4), (2, 3, 130, 16, 40))
+# Images, their height and width, width of z, maps: rows shorter and longer than a tile, odd sizes, one row, one column,
+# one pixel, several blocks of columns.
+IMAGES = (
+    (2, 7, 5, 80, 12), (1, 9, 16, 32, 32), (3, 4, 4, 64, 16), (1, 1, 70, 16, 4), (2, 3, 130, 16, 40), (5, 1, 1, 16, 4),
+    (2, 70, 1, 144, 8),
+)  # fmt: skip
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -68,7 +72,7 @@ def convolutions_of(dtype: torch.dtype, count: int, height: int, width: int, inn
     statistics = torch.stack((z.float().mean(0), z.float().var(0, unbiased=False)))
     norm = Norm(statistics, torch.rand(inner) + 0.5, torch.randn(inner), 1e-5)
     weight = (torch.randn(growth, inner, 3, 3) / (9 * inner) ** 0.5).to(dtype).to(memory_format=torch.channels_last)
-    gradient = torch.randn(rows, growth).to(dtype)
+    gradient = torch.randn(rows, growth + 4).to(dtype)[:, :growth]
     y = normalize_relu(z, norm, compiled=False)
     exact_y, exact_weight = y.double(), weight.double()
     of_y, of_weight = convolutions.convolve_backward(gradient.double(), exact_y, exact_weight, shape)
@@ -130,6 +134,7 @@ def network_of(recomputation: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.manual_seed(0)
+    triton_products.PROGRAMS = triton_convolutions.PROGRAMS = 6  # so that each takes several tiles of rows
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     found: dict[str, Any] = {
         str(dtype): {

@@ -40,7 +40,7 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
         column = table["label"].combine_chunks()
         is_list = pyarrow.types.is_list(column.type)
         labels = _numbers(column.flatten() if is_list else column).astype(COLUMNS["label"])
-    except (pyarrow.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (pyarrow.ArrowException, BufferError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not an index written by `python -m distrain shards`") from error
     if header["format"] != _FORMAT:
         raise UserError(
@@ -62,7 +62,7 @@ def load_index(path: str, download: DownloadConfig | None = None) -> Index:
 
 
 def _numbers(column: Any) -> np.ndarray:
-    """The numbers of an array of pyarrow, whose own conversion takes pandas along."""
+    """The numbers of an array of pyarrow, whose own conversion imports pandas."""
     return np.from_dlpack(column)
 
 
