@@ -35,11 +35,11 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     for source, layer in [*read_layers(Path(path), Config, "batch: {lanes: 4}")] if path else []:
         _drop_dependent(merged, flatten(layer))
-        merged = _merge(merged, layer, source)
+        _merge(merged, layer, source)
     given = [(override, _read_override(override)) for override in overrides]
     _drop_dependent(merged, {key: value for _, layer in given for key, value in flatten(layer).items()})
     for override, layer in given:
-        merged = _merge(merged, layer, override)
+        _merge(merged, layer, override)
     try:
         if missing := sorted(OmegaConf.missing_keys(merged)):
             where = f"{path}: " if path else ""
@@ -232,7 +232,8 @@ def _drop_dependent(config: DictConfig, values: dict[str, Any]) -> None:
             OmegaConf.update(config, dependent, default, merge=False)
 
 
-def _merge(config: DictConfig, layer: dict[str, Any], source: str) -> DictConfig:
+def _merge(config: DictConfig, layer: dict[str, Any], source: str) -> None:
+    """Set the values of a layer in `config`, in place, since to copy it for each of many overrides takes long."""
     for key, value in flatten(layer).items():
         check_current_name(source, key, value)
         if kind_of(key, Config) is None:
@@ -242,13 +243,11 @@ def _merge(config: DictConfig, layer: dict[str, Any], source: str) -> DictConfig
         if isinstance(value, str) and "${" not in value:
             check_choice(key, value, kind_of(key, Config))
     try:
-        merged = OmegaConf.merge(config, layer)
+        config.merge_with(layer)
     except OmegaConfBaseException as error:
         where = f"{source}: {error.full_key}" if error.full_key else source
         hint = f"; {_INTERPOLATION}" if "${" in str(layer) else ""
         raise UserError(f"{where}: {_first_line(error)}{hint}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def _unknown_key(source: str, key: str) -> UserError:

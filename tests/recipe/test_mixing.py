@@ -1,6 +1,7 @@
 """Mixup and CutMix."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,14 @@ BOTH = AugmentConfig(mixup=0.2, cutmix=1.0)
 
 def mixed(batch: Batch, augment: AugmentConfig, seed: int, step: int, repeats: int = 1) -> Batch:
     """The batch of lane 0 mixed in a run with this augmentation."""
+    return mix_batch(batch, replace(settings_of(seed, repeats), augment=augment), step, 0, 0)
+
+
+@cache
+def settings_of(seed: int, repeats: int) -> config.Config:
     required = ["run.name=a", "data.train=t.parquet", "data.val=v.parquet", "model.name=densenet121"]
-    settings = config.load(
-        None, [*required, f"model.num_classes={CLASSES}", f"run.seed={seed}", f"data.repeats={repeats}"]
-    )
-    return mix_batch(batch, replace(settings, augment=augment), step, 0, 0)
+    words = [f"model.num_classes={CLASSES}", f"run.seed={seed}", f"data.repeats={repeats}"]
+    return config.load(None, [*required, *words])
 
 
 @pytest.fixture(scope="module")
