@@ -10,6 +10,7 @@ from distrain.config.files import (
     flatten,
     load,
     map_text,
+    own_settings,
     to_dict,
     to_yaml,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "flatten",
     "load",
     "map_text",
+    "own_settings",
     "to_dict",
     "to_yaml",
 ]
