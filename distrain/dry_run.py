@@ -8,12 +8,13 @@ import psutil
 import torch
 from rich.filesize import decimal
 
+from distrain import models
 from distrain.config import Config
 from distrain.errors import EXIT_DONE
-from distrain.overview import overview
+from distrain.models.complexity import count_complexity, total
 from distrain.parallel.group import Group
 from distrain.recipe.catalog import relative_cost
-from distrain.recipe.schedules import learning_rate
+from distrain.recipe.schedules import learning_rate, peak_rate
 from distrain.short_run import ShortRun, open_short_run
 from distrain.train import train_step
 
@@ -32,7 +33,7 @@ def dry_run(config: Config) -> int:
                 print(line, flush=True)
 
         with open_short_run(config, group, info, steps=2) as short:
-            for line in overview(config, short.plan, short.train_index, short.val_index, group):
+            for line in describe(config, short, group):
                 info(line)
             train_step(short.learner, 0, short.batches, learning_rate(config, 0.0))
             _synchronize(group)
@@ -43,6 +44,29 @@ def dry_run(config: Config) -> int:
             for line in report(config, short, group, seconds, float(means["loss"])):
                 info(line)
     return EXIT_DONE
+
+
+def describe(config: Config, short: ShortRun, group: Group) -> Iterator[str]:
+    """Yield what is known before the first step."""
+    train, val, plan, batch = short.train_index, short.val_index, short.plan, config.batch
+    yield f"data      {len(train):,} images for training, {len(val):,} for validation, {len(train.classes):,} classes"
+    yield (
+        f"plan      {config.train.epochs:g} epochs of {plan.step_at(1.0):,} steps; in a step {batch.size:,} images: "
+        f"{batch.lanes} lanes of {batch.per_lane}, on {group.world} {'rank' if group.world == 1 else 'ranks'}"
+    )
+    with torch.device("meta"):
+        network = models.build(config.model.name, config.model.num_classes, **config.model.options)
+    cost = total(count_complexity(network, config.data.image_size).values())
+    yield (
+        f"network   {config.model.name}: {cost.params / 1e6:.3g} million weights; for an image of "
+        f"{config.data.image_size} pixels {cost.flops / 1e9:.3g} billion multiply-adds, {cost.activations / 1e6:.3g} "
+        "million activations"
+    )
+    last = learning_rate(config, config.train.epochs * (1 - 1 / max(2, plan.steps)))
+    yield (
+        f"schedule  {config.schedule.name}: learning rate {learning_rate(config, 0.0):.3g} at first, at most "
+        f"{peak_rate(config):.3g}, {last:.3g} at the end"
+    )
 
 
 def report(config: Config, short: ShortRun, group: Group, seconds: float, loss: float) -> Iterator[str]:

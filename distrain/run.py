@@ -28,7 +28,6 @@ from distrain.identity import format_versions, record_identity, run_manifest
 from distrain.initial import InitialWeights
 from distrain.learner import Learner, build_network, open_learner
 from distrain.outcomes import LateReader, Outcome
-from distrain.overview import overview
 from distrain.parallel.group import AsyncFlags, Group
 from distrain.parallel.strategy import State, Update
 from distrain.recipe.distillation import Teacher
@@ -42,7 +41,6 @@ from distrain.resilience.rollback import load_skipped_steps
 from distrain.resilience.stopping import StopRequest
 from distrain.rng import Stream, torch_seed
 from distrain.track import Tracker
-from distrain.track.origin import origin_of
 
 _SINCE_REPORT = "since_report"  # in a checkpoint's manifest
 _MEANS = ("train/loss", "train/top1")
@@ -388,9 +386,7 @@ def begin_records(session: Session, manifest: dict[str, Any]) -> None:
     record_identity(session.config.run.folder, manifest)
     initial = session.initial
     tags = {} if initial is None else {"distrain.init": initial.source, "distrain.init_sha256": initial.sha256}
-    config, group, indices = session.config, session.group, (session.train_index, session.val_index)
-    lines = overview(config, session.plan, *indices, group)
-    session.tracker.begin(partial(origin_of, config, group, indices, tags), lines)
+    session.tracker.begin(tags)
 
 
 def split_batches(batches: Generator[Batch, None, None], splits: int) -> Generator[Batch, None, None]:

@@ -10,7 +10,6 @@ from distrain.config.files import (
     flatten,
     load,
     map_text,
-    own_settings,
     to_dict,
     to_yaml,
 )
@@ -57,7 +56,6 @@ __all__ = [
     "flatten",
     "load",
     "map_text",
-    "own_settings",
     "to_dict",
     "to_yaml",
 ]

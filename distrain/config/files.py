@@ -1,6 +1,5 @@
 """Read a run's configuration from YAML files and the command line, and print it."""
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict, fields, is_dataclass
@@ -105,17 +104,6 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         for entry in fields(getattr(config, section.name))
         if entry.metadata["on_resume"] != "free"
     }
-
-
-def own_settings(config: Config) -> dict[str, Any]:
-    """The settings that differ from the defaults, by dotted key."""
-    values, own = to_dict(config), {}
-    for section in fields(config):
-        for entry in fields(getattr(config, section.name)):
-            default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-            if values[section.name][entry.name] != default:
-                own[f"{section.name}.{entry.name}"] = values[section.name][entry.name]
-    return own
 
 
 def changeable_settings(config: Config) -> set[str]:

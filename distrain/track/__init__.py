@@ -1,7 +1,7 @@
 """Reports of a run: the console, MLflow, and the plot of its curves. Only the main rank reports."""
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -11,7 +11,6 @@ from distrain.files import translated_errors, write_atomically
 from distrain.masking import mask_secrets
 from distrain.track.console import Console
 from distrain.track.mlflow import FINISHED, MlflowSender, Reported
-from distrain.track.origin import Origin
 from distrain.track.plot import plot_curves
 from distrain.track.spool import Spool
 from distrain.track.uri import SQLITE, tracking_uri
@@ -29,10 +28,10 @@ class Tracker(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def begin(self, origin: Callable[[], Origin], overview: Iterable[str] = ()) -> None:
+    def begin(self, tags: Mapping[str, str]) -> None:
         """Begin to report, now that training begins; until then only `info` works. Calls after the first do nothing.
 
-        `origin` is called, in a thread, if there is an MLflow server. `overview`: lines on what the run is, to print.
+        `tags` are set on the MLflow run.
 
         Raises UserError or TemporaryError if the run's folder cannot be written.
         """
@@ -83,7 +82,7 @@ class NullTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def begin(self, origin: Callable[[], Origin], overview: Iterable[str] = ()) -> None: ...
+    def begin(self, tags: Mapping[str, str]) -> None: ...
 
     def info(self, line: str) -> None: ...
 
@@ -106,11 +105,9 @@ class MainTracker:
         self._spool: Spool | None = None
         self._mlflow: MlflowSender | None = None
 
-    def begin(self, origin: Callable[[], Origin], overview: Iterable[str] = ()) -> None:
+    def begin(self, tags: Mapping[str, str]) -> None:
         if self._spool is not None:
             return
-        for line in overview:
-            self.info(line)
         with translated_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._config_file, to_yaml(self._config), private=True)
@@ -122,8 +119,7 @@ class MainTracker:
                 name=self._config.run.name,
                 folder=self._folder,
                 params=self._params(),
-                origin=origin,
-                network=self._config.model.name,
+                tags=tags,
                 parent=self._config.track.parent,
                 models=self._config.track.models,
                 register=self._config.track.register,

@@ -1,8 +1,6 @@
 """Progress on the console: a bar on a terminal, plain lines in a log."""
 
-import time
 from collections.abc import Mapping
-from datetime import timedelta
 
 import rich.console
 from rich.progress import (
@@ -35,7 +33,6 @@ class Console:
         self._steps = steps
         self._out = rich.console.Console(highlight=False, soft_wrap=True, emoji=False)
         self._bar: Progress | None = None
-        self._first: tuple[int, float] | None = None  # step and time of the first report of this start
         if self._out.is_terminal:
             columns = (
                 BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -56,15 +53,7 @@ class Console:
         if self._bar is not None and "val/loss" not in metrics:
             self._bar.update(self._task, description=text)
         else:
-            self.info(f"step {step}/{self._steps}  {text}{self._remaining(step) if 'train/loss' in metrics else ''}")
-
-    def _remaining(self, step: int) -> str:
-        """The time to the end at the pace since the first report, if this is not the first or the last."""
-        first, began = self._first = self._first or (step, time.monotonic())
-        if step <= first or step >= self._steps:
-            return ""
-        seconds = (time.monotonic() - began) / (step - first) * (self._steps - step)
-        return f"  {timedelta(seconds=round(seconds))} left"
+            self.info(f"step {step}/{self._steps}  {text}")
 
     def advance(self, step: int) -> None:
         if self._bar is not None:

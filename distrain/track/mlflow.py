@@ -9,16 +9,13 @@ import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from distrain.errors import UserError
 from distrain.files import read_json, write_json
-from distrain.track.annotations import Annotations
 from distrain.track.mlflow_runs import RUN_TAG, SWEEP_TAG, connect, find_or_create_experiment, find_or_create_run
 from distrain.track.models import in_one_line, log_models
-from distrain.track.origin import Origin
 from distrain.track.spool import Spool
 
 _RETRY_S = 10.0
@@ -37,9 +34,7 @@ class Reported:
     folder: Path
     """Of the run, with its checkpoints."""
     params: Mapping[str, Any]
-    origin: Callable[[], Origin]
-    """Asked in the thread that sends."""
-    network: str
+    tags: Mapping[str, str]
     parent: str = ""
     """Name of the sweep that it belongs to, whose run is the parent; empty: none."""
     models: bool = True
@@ -58,7 +53,6 @@ class MlflowSender:
         self._news = threading.Condition()
         self._unsent = True
         self._delivered = False
-        self._warned: set[str] = set()
         self._hopeless = False  # no later start can deliver either
         self._status: str | None = None
         self._artifacts: Sequence[Path] = ()
@@ -114,17 +108,6 @@ class MlflowSender:
         for problem in log_models(client, run_id, self._reported.folder, self._reported.register):
             self._warn(f"MLflow at {self._reported.uri}: {problem}")
 
-    def warn_once(self, problem: str) -> None:
-        """Report a problem that keeps nothing else from being sent."""
-        if problem not in self._warned:
-            self._warned.add(problem)
-            self._warn(f"MLflow at {self._reported.uri}: {problem}")
-
-    @cached_property
-    def origin(self) -> Origin:
-        """Where the run comes from. Raises OSError."""
-        return self._reported.origin()
-
     def wait(self) -> tuple[str | None, Sequence[Path]]:
         """Wait until there is something to send. Returns the final status, if the run is over, and artifacts."""
         with self._news:
@@ -145,24 +128,20 @@ class _Connection:
         self._client = connect(reported.uri)
         self._run_id = self._find_or_create(reported)
         self._received = self._fetch_received()
-        self._annotations = Annotations(self._client, self._run_id, reported.network)
-        self._step = 0
-        self._newest: dict[str, float] = {}
         self._next = 0  # number of the first spool entry that is not sent
         self._log_params(reported.params)
+        for key, value in reported.tags.items():
+            self._client.set_tag(self._run_id, key, value)
 
     def follow(self, sender: MlflowSender) -> None:
         """Forward the spool until the training ends."""
         while True:
             status, artifacts = sender.wait()
             self._send(sender.spool)
-            if status is None:
-                self._annotate(sender, "RUNNING")
-            else:
+            if status is not None:
                 for artifact in artifacts:
                     self._client.log_artifact(self._run_id, str(artifact))
                 self._client.set_terminated(self._run_id, status)
-                self._annotate(sender, status)
                 if status == FINISHED:
                     sender.send_models(self._client, self._run_id)
                 return
@@ -192,13 +171,6 @@ class _Connection:
         for start in range(0, len(new), 100):
             self._client.log_batch(self._run_id, params=new[start : start + 100])
 
-    def _annotate(self, sender: "MlflowSender", status: str) -> None:
-        """Refresh what tells about the run. A server that refuses it gets the metrics all the same."""
-        try:
-            self._annotations.refresh(sender.origin, self._newest, self._step, status)
-        except Exception as error:
-            sender.warn_once(f"tags, data sets and description are incomplete: {in_one_line(error)}")
-
     def _send(self, spool: Spool) -> None:
         from mlflow.entities import Metric
 
@@ -212,9 +184,6 @@ class _Connection:
         for start in range(0, len(missing), _METRICS_PER_CALL):
             self._client.log_batch(self._run_id, metrics=missing[start : start + _METRICS_PER_CALL])
         self._next += len(entries)
-        for entry in entries:
-            self._step = max(self._step, entry.step)
-            self._newest |= entry.metrics
 
 
 def _value_key(value: float) -> str:

@@ -9,8 +9,6 @@ from distrain.track.uri import SQLITE
 
 RUN_TAG = "distrain.run"
 SWEEP_TAG = "distrain.sweep"
-KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
-"""Of experiments, by which MLflow chooses the pages that show them."""
 
 
 def connect(uri: str) -> Any:
@@ -29,7 +27,7 @@ def find_or_create_experiment(client: Any, uri: str, name: str, folder: Path) ->
     if found is not None:
         return str(found.experiment_id)
     beside = (folder.resolve() / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
-    return str(client.create_experiment(name, artifact_location=beside, tags={KIND_TAG: MODEL_TRAINING}))
+    return str(client.create_experiment(name, artifact_location=beside))
 
 
 def find_or_create_run(client: Any, experiment: str, tag: str, value: str, name: str) -> str:

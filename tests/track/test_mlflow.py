@@ -22,14 +22,12 @@ from support.processes import SMALL, Training, free_port, train
 
 import distrain
 from distrain import config
-from distrain.data.storage.index_file import load_index
 from distrain.errors import Stopped
 from distrain.export.classifier import read_image
 from distrain.export.predict_cli import classify
 from distrain.sources import open_weights
 from distrain.track import open_tracker
 from distrain.track.models import log_models
-from distrain.track.origin import Origin
 
 # 102 steps, with a checkpoint every 25
 LONGER = (*SMALL, "batch.lanes=2", "batch.per_lane=4", "train.epochs=4", "checkpoint.every_steps=25")
@@ -69,43 +67,6 @@ def test_every_step_is_logged_once(client, run, restarted, metric):
     assert {point.step: point.value for point in history} == restarted.series(metric)
     times = {entry["step"]: entry["time"] for entry in restarted.metrics if metric in entry["metrics"]}
     assert {point.step: point.timestamp for point in history} == times
-
-
-def test_the_experiment_is_one_of_model_training(client, run):
-    assert client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
-
-
-def test_a_run_tells_who_started_it_where_and_with_which_code(run, restarted):
-    tags = run.data.tags
-    assert tags["mlflow.user"]
-    assert tags["mlflow.source.name"].startswith("python -m distrain run.name=killed")
-    assert (tags["distrain.ranks"], tags["distrain.strategy"], tags["distrain.restarts"]) == ("2", "ddp", "1")
-    assert tags["distrain.hosts"] == socket.gethostname()
-    assert tags["distrain.version"] == distrain.__version__
-
-
-def test_the_data_sets_of_a_run_are_its_inputs_once(run, on_dataset):
-    found = {one.tags[0].value: one.dataset for one in run.inputs.dataset_inputs}
-    assert len(found) == len(run.inputs.dataset_inputs) == 2
-    paths = dict(setting.split("=") for setting in on_dataset)
-    for context, key, samples in (("training", "data.train", 203), ("validation", "data.val", 61)):
-        dataset = found[context]
-        assert json.loads(dataset.source) == {"uri": paths[key]}
-        assert dataset.digest == load_index(paths[key]).digest[:36]
-        assert json.loads(dataset.profile) == {"num_rows": samples, "num_classes": 3}
-        assert [column["name"] for column in json.loads(dataset.schema)["mlflow_colspec"]] == ["image", "label"]
-
-
-def test_the_description_has_the_result_and_what_differs_from_the_defaults(run, restarted):
-    text = run.data.tags["mlflow.note.content"]
-    result = text.splitlines()[0]
-    top1 = list(restarted.series("val/top1").values())[-1]
-    assert result.startswith(f"**densenet_bc_10_4**: finished, step 102, top-1 {top1:.2%}")
-    assert f"- ddp, 2 ranks on {socket.gethostname()} (CPU)" in text
-    assert "203 images of 3 classes for training" in text
-    settings = text.partition("```\n")[2].partition("\n```")[0].splitlines()
-    assert {"batch.lanes=2", "batch.per_lane=4", "train.epochs=4.0"} <= {*settings}
-    assert not any(line.startswith(("run.seed=", "schedule.name=")) for line in settings)
 
 
 def test_validation_is_logged_once_per_epoch(client, run):
@@ -239,7 +200,7 @@ def test_a_copied_run_folder_is_another_run_and_a_moved_one_is_not(restarted, cl
         settings = config.load(None, [*LONGER, *on_dataset, f"run.dir={tmp_path}", f"run.name={name}", uri])
         settings.track.experiment = "copies"
         with open_tracker(settings, is_main=True, steps=5) as tracker:
-            tracker.begin(Origin)
+            tracker.begin({})
             tracker.log(1, {"train/loss": 1.0})
         return json.loads((tmp_path / name / "run.json").read_text())["id"]
 
@@ -259,7 +220,7 @@ def test_the_values_of_a_step_that_is_trained_again_are_sent_too(restarted, clie
     settings.track.experiment = "again"
     for loss in (3.0, 3.0, 2.0, float("inf"), float("inf")):
         with open_tracker(settings, is_main=True, steps=5) as tracker:
-            tracker.begin(Origin)
+            tracker.begin({})
             tracker.log(1, {"train/loss": loss, "train/images_per_second": loss})
     (run,) = client.search_runs([client.get_experiment_by_name("again").experiment_id])
     history = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
@@ -283,7 +244,7 @@ def test_a_run_that_stopped_or_failed_is_shown_as_that(client, restarted, on_dat
 def end_with(error: Exception, settings) -> None:
     """Begin to report a run, and end it with this error."""
     with open_tracker(settings, is_main=True, steps=5) as tracker:
-        tracker.begin(Origin)
+        tracker.begin({})
         raise error
 
 

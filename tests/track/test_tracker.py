@@ -17,7 +17,6 @@ from distrain.errors import Stopped, TemporaryError, UserError
 from distrain.files import translated_errors
 from distrain.models import build, save_weights
 from distrain.track import open_tracker
-from distrain.track.origin import Origin
 from distrain.track.uri import tracking_uri
 
 
@@ -30,7 +29,7 @@ def settings(on_dataset, tmp_path):
 
 def report(settings, is_main: bool) -> str:
     with open_tracker(settings, is_main, steps=5) as tracker:
-        tracker.begin(Origin)
+        tracker.begin({})
         tracker.info("a line")
         tracker.log(1, {"train/loss": 2.0})
         tracker.advance(1)
@@ -42,24 +41,6 @@ def test_the_main_rank_prints_and_records_metrics(settings, tmp_path, capsys):
     assert capsys.readouterr().out == "a line\nstep 1/5  loss 2.0000\n"
     (entry,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert (json.loads(entry)["step"], json.loads(entry)["metrics"]) == (1, {"train/loss": 2.0})
-
-
-def test_lines_in_a_log_tell_the_time_that_is_left(settings, capsys, monkeypatch):
-    with open_tracker(settings, True, steps=110) as tracker:
-        for step, seconds in ((10, 100.0), (20, 102.0), (60, 110.0), (110, 120.0)):
-            monkeypatch.setattr("distrain.track.console.time.monotonic", lambda now=seconds: now)
-            tracker.log(step, {"train/loss": 2.0})
-        tracker.log(110, {"val/loss": 1.0})
-    left = ["", "  0:00:18 left", "  0:00:10 left", ""]
-    steps = [f"step {step}/110  loss 2.0000{text}" for step, text in zip((10, 20, 60, 110), left, strict=True)]
-    assert capsys.readouterr().out.splitlines() == [*steps, "step 110/110  val loss 1.0000"]
-
-
-def test_a_run_begins_by_saying_what_it_is(settings, capsys):
-    with open_tracker(settings, True, steps=5) as tracker:
-        for _ in range(2):  # as after a rollback
-            tracker.begin(Origin, ["data      203 images", "plan      3 epochs"])
-    assert capsys.readouterr().out == "data      203 images\nplan      3 epochs\n"
 
 
 def test_without_a_configured_server_the_environments_is_used(settings, monkeypatch):
@@ -99,7 +80,7 @@ def test_curves_that_cannot_be_written_do_not_hide_how_a_run_ended(settings, tmp
 
 def stop_at_once(settings) -> None:
     with open_tracker(settings, True, steps=5) as tracker:
-        tracker.begin(Origin)
+        tracker.begin({})
         tracker.log(1, {"train/loss": 2.0})
         raise Stopped
 
@@ -108,7 +89,7 @@ def stop_at_once(settings) -> None:
 def test_a_run_folder_that_cannot_be_created_is_the_users_mistake_in_one_line(on_dataset, folder):
     loaded = config.load(None, [*on_dataset, "model.name=densenet_bc_10_4", f"run.dir={folder}", "run.name=x"])
     with pytest.raises(UserError, match=rf"^{folder}/x: the run's folder cannot be used: .*; set run.dir to a folder"):
-        open_tracker(loaded, True, steps=5).begin(Origin)
+        open_tracker(loaded, True, steps=5).begin({})
 
 
 def test_a_disk_that_is_full_at_the_start_may_be_free_later():
