@@ -1,7 +1,5 @@
 """The 3x3 of a dense layer with the batch normalization and ReLU before it, in plain PyTorch or by Triton kernels."""
 
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +25,7 @@ def normalize_relu_convolve(
         from distrain.kernels import triton_convolutions  # pulls in a GPU's compiler
 
         return triton_convolutions.normalize_relu_convolve(z, norm, weight, shape)
-    o = rows_of(convolve(normalize_relu(z, norm, kernels.compiled_passes), weight, shape))
+    o = convolve(normalize_relu(z, norm, kernels.compiled_passes), weight, shape)
     return o, moments(o)
 
 
@@ -46,8 +44,8 @@ def normalize_relu_convolve_backward(
 
 
 def convolve(y: torch.Tensor, weight: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The 3x3 of rows, as images."""
-    return F.conv2d(images_of(y, shape), weight, padding=1)
+    """The 3x3 of the rows y, [M, k]."""
+    return rows_of(F.conv2d(images_of(y, shape), weight, padding=1))
 
 
 def convolve_backward(
@@ -65,8 +63,7 @@ def can_use_triton(z: torch.Tensor, growth: int) -> bool:
     """Whether the Triton kernels take z, [M, b], and this number of results: half precision, where loads begin at
     multiples of 8 bytes."""
     return (
-        find_spec("triton") is not None
-        and z.dtype in (torch.bfloat16, torch.float16)
+        z.dtype in (torch.bfloat16, torch.float16)
         and z.is_contiguous()
         and z.shape[1] % 16 == 0
         and growth % 4 == 0

@@ -139,7 +139,7 @@ class _DenseBlock(torch.autograd.Function):
             norm = layer.norm1(of_maps[:, :width], settings.eps)
             if layer.weight2 is None:
                 y = normalize_relu(read, norm, kernels.compiled_passes)
-                written = rows_of(convolve(y, layer.weight1, shape))
+                written = convolve(y, layer.weight1, shape)
                 of_written = moments(written)
             else:
                 z, of_z = normalize_relu_multiply(read, norm, layer.weight1.flatten(1), kernels)

@@ -3,8 +3,6 @@
 On a CPU, rows are taken in groups that remain in its cache from one pass to the next.
 """
 
-from importlib.util import find_spec
-
 import torch
 
 from distrain.kernels.choice import Kernels
@@ -61,8 +59,7 @@ def can_use_triton(x: torch.Tensor, inner: int) -> bool:
     """Whether the Triton kernels take these maps, [M, C], columns of a buffer, and this width b of z: half precision,
     where all loads begin at a multiple of 16 bytes."""
     return (
-        find_spec("triton") is not None
-        and x.dtype in (torch.bfloat16, torch.float16)
+        x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[1] % 8 == 0
         and x.stride(0) % 8 == 0
         and inner % 16 == 0

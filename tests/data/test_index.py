@@ -6,6 +6,8 @@ from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 from support import images
@@ -206,6 +208,18 @@ def test_shards_lie_below_the_root_unless_their_names_are_absolute():
     assert [index.location(shard) for shard in range(3)] == ["/r/c.tar", "/x/a.tar", "http://h/b.tar"]
     assert (len(index), index.remote) == (3, True)
     assert not index_of("c.tar", "/x/a.tar").remote
+
+
+def test_an_index_without_samples_or_with_missing_labels_is_refused(dataset, tmp_path):
+    table = pyarrow.parquet.read_table(f"{dataset}/train.parquet")
+    pyarrow.parquet.write_table(table.slice(0, 0), tmp_path / "empty.parquet")
+    with pytest.raises(UserError, match=r"empty\.parquet: the index has no samples"):
+        load_index(f"{tmp_path}/empty.parquet")
+    missing = pyarrow.array([None] * len(table), pyarrow.int32())
+    column = table.schema.get_field_index("label")
+    pyarrow.parquet.write_table(table.set_column(column, "label", missing), tmp_path / "null.parquet")
+    with pytest.raises(UserError, match=r"null\.parquet: not an index"):
+        load_index(f"{tmp_path}/null.parquet")
 
 
 def test_a_file_that_is_not_an_index_is_named(tmp_path):

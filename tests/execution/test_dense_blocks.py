@@ -1,6 +1,7 @@
 """Whether dense blocks are fused: as configured, or measured once."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,21 @@ def test_dense_blocks_are_what_is_configured(network, group, tmp_path, kind, is_
 def test_kernels_for_gpus_are_refused_on_a_cpu(network, group, tmp_path):
     with pytest.raises(UserError, match=r"dense_block=triton needs a GPU: set train\.dense_block=fused"):
         prepare(settings(tmp_path, "train.dense_block=triton"), network, group, print)
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "missing"),
+    [((9, 0), "fp32", "train.precision=bf16 or fp16"), ((7, 5), "bf16", "a GPU of compute capability 8.0")],
+)
+def test_what_kernels_cannot_compute_on_a_simulated_gpu_is_refused(
+    monkeypatch, network, tmp_path, capability, precision, missing
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    group = SimpleNamespace(is_main=True, device=torch.device("cuda"))
+    with pytest.raises(UserError, match=rf"dense_block=triton_1x1 needs {missing}: set train\.dense_block=fused"):
+        prepare(
+            settings(tmp_path, "train.dense_block=triton_1x1", f"train.precision={precision}"), network, group, print
+        )
 
 
 def test_the_faster_kind_is_measured_once_and_kept(network, group, tmp_path):

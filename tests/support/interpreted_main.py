@@ -14,7 +14,7 @@ import torch
 
 from distrain.kernels import convolutions, products, triton_convolutions, triton_products
 from distrain.kernels.choice import KERNELS
-from distrain.kernels.normalization import Norm, normalize_relu, rows_of
+from distrain.kernels.normalization import Norm, normalize_relu
 from distrain.models import build, set_recomputation
 from distrain.models.fusion import set_fused
 from support.comparing import gradients_of
@@ -83,7 +83,7 @@ def convolutions_of(dtype: torch.dtype, count: int, height: int, width: int, inn
     o, of_o = triton_convolutions.normalize_relu_convolve(z, norm, weight, shape)
     found = triton_convolutions.normalize_relu_convolve_backward(gradient, z, norm, weight, shape)
     return {
-        "o": relative(o, rows_of(convolutions.convolve(exact_y, exact_weight, shape))),
+        "o": relative(o, convolutions.convolve(exact_y, exact_weight, shape)),
         "moments of o": relative(of_o, torch.stack((o.double().mean(0), o.double().var(0, unbiased=False)))),
         **{
             name: relative(one, exact)
